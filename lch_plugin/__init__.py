@@ -1,0 +1,70 @@
+"""Centroids instead of activations, for the interpretability toolkits you already use.
+
+>>> import lch_plugin as lch
+>>> model = lch.load_demo_model()
+>>> handle = lch.attach(model)
+>>> _, cache = model.run_with_cache("I climbed up the pear tree", names_filter=handle.hook_names)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lch_plugin.centroids import (
+    AffineExpert,
+    affine_expert,
+    centroid,
+    local_centroid,
+    sample_neighbourhood,
+)
+from lch_plugin.errors import (
+    AttachError,
+    InputError,
+    LCHError,
+    NotDifferentiableError,
+    OutputError,
+    SiteError,
+    VanishingCentroidError,
+)
+
+if TYPE_CHECKING:
+    from lch_plugin import circuits, saes
+    from lch_plugin.adapters.transformer_lens import attach
+    from lch_plugin.demo import load_demo_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AffineExpert",
+    "AttachError",
+    "InputError",
+    "LCHError",
+    "NotDifferentiableError",
+    "OutputError",
+    "SiteError",
+    "VanishingCentroidError",
+    "affine_expert",
+    "attach",
+    "centroid",
+    "circuits",
+    "load_demo_model",
+    "local_centroid",
+    "saes",
+    "sample_neighbourhood",
+]
+
+# Importing a toolkit takes seconds; whoever needs the mathematics alone should not wait for it.
+_LAZY_FUNCTIONS = {
+    "attach": "lch_plugin.adapters.transformer_lens",
+    "load_demo_model": "lch_plugin.demo",
+}
+_LAZY_MODULES = {"circuits", "saes"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return import_module(f"lch_plugin.{name}")
+    if name in _LAZY_FUNCTIONS:
+        return getattr(import_module(_LAZY_FUNCTIONS[name]), name)
+    raise AttributeError(f"module 'lch_plugin' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Toolkits at the edge, one module each. An adapter never imports another."""

@@ -1,0 +1,244 @@
+"""Centroids of plain callables: the mathematics, with no toolkit in sight.
+
+Around an input ``x`` a component ``f`` acts like one affine expert ``f(x') = A x' + b``,
+exactly inside a linear region of a piecewise-affine network and to first order elsewhere.
+Its centroid is the row sum of that expert (Walker et al., "The Linear Centroids
+Hypothesis", arXiv 2604.11962)::
+
+    mu_f(x) = J_f(x)^T 1
+
+one vector-Jacobian product. Any other cotangent ``v`` in place of the ones reads the same
+expert from another direction: ``J_f(x)^T v``.
+
+Glossary: ``x`` input, ``y = f(x)`` output, ``mu`` centroid, ``v`` cotangent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lch_plugin.errors import InputError, NotDifferentiableError
+
+Neighbourhood = Literal["ball", "gaussian"]
+
+# Rows of x evaluated at once by `local_centroid`: bounds its memory whatever n_samples is.
+_MAX_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class AffineExpert:
+    """The affine map a component applies at each row of ``x``, read through a cotangent.
+
+    Attributes:
+        centroid: ``mu = J^T v``, shape of ``x``.
+        offset: ``v . (f(x) - J x)``, one number a row; what the expert adds.
+        radius: squared-norm weight of the power-diagram cell, ``|mu|^2 + 2 offset``.
+        alignment: cosine of ``mu`` and ``x``.
+    """
+
+    centroid: Float[Tensor, "*batch d_in"]
+    offset: Float[Tensor, "*batch"]
+    radius: Float[Tensor, "*batch"]
+    alignment: Float[Tensor, "*batch"]
+
+
+def centroid(
+    fn: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    cotangent: Float[Tensor, ...] | None = None,
+) -> Float[Tensor, "*batch d_in"]:
+    """Centroid ``J_fn(x)^T v`` of any callable, by one vector-Jacobian product.
+
+    Rows of ``x`` (everything but its last dimension) are independent items, so one product
+    gives the centroid of each. Where ``fn`` mixes rows, the centroid at a row sums over all
+    the outputs that row reaches, which is the paper's definition for whole sequences.
+
+    Works under ``no_grad`` and ``inference_mode``, and leaves ``.grad`` of parameters alone.
+
+    Args:
+        fn: any callable or ``nn.Module`` from tensors to tensors.
+        x: input, floating point.
+        cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None (the paper's centroid).
+
+    Returns:
+        The centroid, detached, in the shape and dtype of ``x``.
+
+    Raises:
+        InputError: ``x`` is not floating point, or the cotangent does not fit or is zero.
+        NotDifferentiableError: ``fn(x)`` does not depend differentiably on ``x``.
+    """
+    return _vjp(fn, x, cotangent)[1]
+
+
+def affine_expert(
+    fn: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    cotangent: Float[Tensor, ...] | None = None,
+) -> AffineExpert:
+    """Affine expert of ``fn`` at each row of ``x``: centroid, offset, radius, alignment.
+
+    The power-diagram reading follows Balestriero et al., "The Geometry of Deep Networks"
+    (arXiv 1905.08443), which the LCH paper builds on.
+
+    Args:
+        fn: a callable that maps each row of ``x`` on its own.
+        x: input, floating point.
+        cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None.
+
+    Raises:
+        InputError: as `centroid`, or ``fn`` does not keep the leading dimensions of ``x``.
+        NotDifferentiableError: as `centroid`.
+    """
+    y, mu, v = _vjp(fn, x, cotangent)
+    if y.shape[:-1] != x.shape[:-1]:
+        raise InputError(
+            f"affine_expert needs one output row an input row, but x has shape {tuple(x.shape)} "
+            f"and fn(x) {tuple(y.shape)}. Flatten what fn reads into the last dimension of x."
+        )
+    offset = (v * y).sum(-1) - (mu * x).sum(-1)
+    return AffineExpert(
+        centroid=mu,
+        offset=offset,
+        radius=mu.square().sum(-1) + 2 * offset,
+        alignment=torch.nn.functional.cosine_similarity(mu, x, dim=-1),
+    )
+
+
+def local_centroid(
+    fn: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    radius: float,
+    n_samples: int,
+    neighbourhood: Neighbourhood = "ball",
+    cotangent: Float[Tensor, ...] | None = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*batch d_in"]:
+    """Mean centroid over a neighbourhood of each row of ``x``.
+
+    Samples run through ``fn`` stacked along a new first dimension, in chunks of bounded
+    memory.
+
+    Args:
+        fn: a callable that treats leading dimensions of its input as a batch.
+        x: input, floating point.
+        radius: radius of the ball, or root-mean-square norm of the Gaussian noise.
+        n_samples: points drawn around each row.
+        neighbourhood: ``"ball"`` (uniform in the ball) or ``"gaussian"``.
+        cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None.
+        generator: source of the randomness, on the device of ``x``.
+
+    Raises:
+        InputError: as `centroid` and `sample_neighbourhood`.
+        NotDifferentiableError: as `centroid`.
+    """
+    _check_neighbourhood(radius, n_samples, neighbourhood)
+    total = torch.zeros_like(x)
+    chunk = max(1, _MAX_ROWS // max(1, x[..., 0].numel()))
+    for start in range(0, n_samples, chunk):
+        samples = sample_neighbourhood(
+            x,
+            radius=radius,
+            n_samples=min(chunk, n_samples - start),
+            neighbourhood=neighbourhood,
+            generator=generator,
+        )
+        total += centroid(fn, samples, cotangent).sum(0)
+    return total / n_samples
+
+
+def sample_neighbourhood(
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    radius: float,
+    n_samples: int,
+    neighbourhood: Neighbourhood = "ball",
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "n_samples *batch d_in"]:
+    """Draw points around each row of ``x``.
+
+    ``"ball"`` is uniform in the ball of that radius. ``"gaussian"`` has standard deviation
+    ``radius / sqrt(d_in)`` in each coordinate, so both put points at comparable distances.
+
+    Raises:
+        InputError: radius negative or not finite, ``n_samples`` below 1, or the
+            neighbourhood is not one of the two.
+    """
+    _check_neighbourhood(radius, n_samples, neighbourhood)
+    shape = (n_samples, *x.shape)
+    options: Any = {"dtype": x.dtype, "device": x.device, "generator": generator}
+    noise = torch.randn(shape, **options)
+    d_in = x.shape[-1]
+    if neighbourhood == "gaussian":
+        return x + noise * (radius / math.sqrt(d_in))
+    # Uniform in a ball: a uniform direction, and a distance whose d-th power is uniform.
+    direction = noise / noise.norm(dim=-1, keepdim=True)
+    distance = radius * torch.rand((*shape[:-1], 1), **options) ** (1 / d_in)
+    return x + direction * distance
+
+
+def _check_neighbourhood(radius: float, n_samples: int, neighbourhood: str) -> None:
+    if not (math.isfinite(radius) and radius >= 0):
+        raise InputError(f"radius={radius} must be a finite number, zero or more.")
+    if n_samples < 1:
+        raise InputError(f"n_samples={n_samples} must be at least 1.")
+    if neighbourhood not in get_args(Neighbourhood):
+        raise InputError(
+            f"neighbourhood={neighbourhood!r} is not known; use one of {get_args(Neighbourhood)}."
+        )
+
+
+def _vjp(
+    fn: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(fn(x), J^T v, v)``, all detached."""
+    if not x.is_floating_point():
+        raise InputError(
+            f"x has dtype {x.dtype}, but a centroid is a derivative with respect to x: pass "
+            "floating-point values (for tokens, their embeddings)."
+        )
+    # A tensor made under inference_mode can never require grad; a copy made outside can.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        y = fn(leaf)
+        if not isinstance(y, Tensor):
+            raise InputError(
+                f"fn returned {type(y).__name__}, not a tensor. Wrap it so that it returns the "
+                "one tensor whose centroid you want."
+            )
+        v = _fit_cotangent(cotangent, y)
+        if not y.requires_grad:
+            raise NotDifferentiableError(_NO_PATH)
+        (mu,) = torch.autograd.grad(y, leaf, v, allow_unused=True)
+    if mu is None:
+        raise NotDifferentiableError(_NO_PATH)
+    return y.detach(), mu, v
+
+
+_NO_PATH = (
+    "fn(x) does not depend differentiably on x: no gradient path leads back to it. Look for "
+    "detach(), integer casts, argmax, or a fn that ignores its argument."
+)
+
+
+def _fit_cotangent(cotangent: Tensor | None, y: Tensor) -> Tensor:
+    """Cotangent expanded to the shape, dtype and device of ``y``; all ones if None."""
+    if cotangent is None:
+        return torch.ones_like(y)
+    try:
+        v = cotangent.detach().to(y).expand_as(y)
+    except RuntimeError as error:
+        raise InputError(
+            f"cotangent of shape {tuple(cotangent.shape)} does not broadcast to the output of "
+            f"fn, shape {tuple(y.shape)}: a cotangent lives in the output space."
+        ) from error
+    if not bool(v.any()):
+        raise InputError("cotangent is all zeros: the centroid would be zero everywhere.")
+    return v

@@ -1,0 +1,182 @@
+"""Closed-form experts of MLPs: centroids and neuron scores without autograd.
+
+An MLP's Jacobian is two weight matrices around a diagonal, so its centroid needs nothing but
+the pre-activations the model has just computed. With ``s = W_out v`` (the sum of each row of
+``W_out`` for the all-ones cotangent)::
+
+    plain  y = act(z) W_out,           z = x W_in + b
+           mu = (act'(z) * s) W_in^T
+    gated  y = (act(g) * u) W_out,     g = x W_gate + b_gate,  u = x W_in + b_in
+           mu = (act'(g) * u * s) W_gate^T + (act(g) * s) W_in^T
+
+by the chain rule; output biases and whatever else is constant drop out. Removing neuron ``j``
+takes exactly its own term of these sums away, which gives every neuron's score at once
+(`neuron_scores`). Weights are in TransformerLens orientation: ``(d_in, d_mlp)`` for the input
+side and ``(d_mlp, d_out)`` for the output side.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+# ||W_out v|| over what a random direction of the same norm would give: about 1 for trained
+# weights, 1e-3 or less (bfloat16; 1e-7 in float32) where v is orthogonal to every row.
+_VANISHING_READ = 1e-2
+
+
+@dataclass(frozen=True)
+class PlainMLP:
+    """``y = act(x W_in + b_in) W_out``: GPT-2, GPT-NeoX, OPT, BERT, ViT."""
+
+    W_in: Float[Tensor, "d_in d_mlp"]
+    b_in: Float[Tensor, " d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_out"]
+    act: Activation
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor]:
+        """``(z,)``, each of shape ``(*batch, d_mlp)``."""
+        return (_linear(x, self.W_in, self.b_in),)
+
+    def input_gradients(
+        self, pre: tuple[Tensor, ...], s: Float[Tensor, " d_mlp"]
+    ) -> tuple[tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "d_in d_mlp"]], ...]:
+        """Pairs ``(coefficients, W)`` with ``mu = sum(coefficients @ W.T)``."""
+        (z,) = pre
+        _, derivative = activation_and_derivative(self.act, z)
+        return ((derivative * s, self.W_in),)
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """``y = (act(x W_gate + b_gate) * (x W_in + b_in)) W_out``: Llama, Qwen, Gemma, Phi-3."""
+
+    W_gate: Float[Tensor, "d_in d_mlp"]
+    b_gate: Float[Tensor, " d_mlp"] | None
+    W_in: Float[Tensor, "d_in d_mlp"]
+    b_in: Float[Tensor, " d_mlp"] | None
+    W_out: Float[Tensor, "d_mlp d_out"]
+    act: Activation
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
+        """``(g, u)``, each of shape ``(*batch, d_mlp)``."""
+        return _linear(x, self.W_gate, self.b_gate), _linear(x, self.W_in, self.b_in)
+
+    def input_gradients(
+        self, pre: tuple[Tensor, ...], s: Float[Tensor, " d_mlp"]
+    ) -> tuple[tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "d_in d_mlp"]], ...]:
+        """Pairs ``(coefficients, W)`` with ``mu = sum(coefficients @ W.T)``."""
+        g, u = pre
+        value, derivative = activation_and_derivative(self.act, g)
+        return (derivative * u * s, self.W_gate), (value * s, self.W_in)
+
+
+MLP = PlainMLP | GatedMLP
+
+
+def mlp_centroid(
+    mlp: MLP,
+    pre: tuple[Float[Tensor, "*batch d_mlp"], ...],
+    cotangent: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, "*batch d_in"]:
+    """Centroid ``J^T v`` of an MLP from its pre-activations, in closed form.
+
+    One extra matrix product (two if gated) and no graph. Half-precision pre-activations and
+    weights are promoted to float32, also under autocast, since the product of a derivative and
+    a row sum would otherwise lose what little precision is left.
+
+    Args:
+        mlp: the weights.
+        pre: what ``mlp.pre_activations(x)`` gives, or the model's own values of them.
+        cotangent: ``v``; all ones if None.
+    """
+    with torch.no_grad(), torch.autocast(pre[0].device.type, enabled=False):
+        pre = tuple(_promote(z) for z in pre)
+        terms = mlp.input_gradients(pre, read_direction(mlp, cotangent))
+        return _total(c @ _promote(W).to(c.dtype).T for c, W in terms)
+
+
+def neuron_scores(
+    mlp: MLP,
+    x: Float[Tensor, "n_samples d_in"],
+    cotangent: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, " d_mlp"]:
+    """How far removing each neuron moves the centroids at ``x``: every neuron at once.
+
+    The paper's score of neuron ``j`` (arXiv 2604.11962, circuit discovery) is the mean squared
+    change of the centroid over samples and dimensions when ``j`` is removed, over the Frobenius
+    norm of all the centroids. The change is ``j``'s own term of the closed form, so::
+
+        plain  score_j = mean_n(act'(z_nj)^2) s_j^2 |w_in_j|^2 / d_in / ||MU||_F
+        gated  the squared norm of s_j (act'(g_j) u_j w_gate_j + act(g_j) w_in_j), expanded into
+               its two squares and their inner product
+
+    Args:
+        mlp: the weights.
+        x: points of the neighbourhood, in the MLP's input space.
+        cotangent: ``v``; all ones if None.
+
+    Returns:
+        Scores, zero or more: a magnitude, with no sign.
+    """
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x = _promote(x)
+        terms = mlp.input_gradients(mlp.pre_activations(x), read_direction(mlp, cotangent))
+        terms = tuple((coefficients, _promote(W)) for coefficients, W in terms)
+        squared_change = _total(
+            (c * d).mean(0) * (W * V).sum(0) for c, W in terms for d, V in terms
+        )
+        mu = _total(c @ W.T for c, W in terms)
+        return squared_change / x.shape[-1] / mu.norm()
+
+
+def read_direction(
+    mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None
+) -> Float[Tensor, " d_mlp"]:
+    """``s = W_out v``: how strongly the cotangent reads each neuron."""
+    W_out = _promote(mlp.W_out)
+    return W_out.sum(-1) if cotangent is None else W_out @ cotangent.to(W_out)
+
+
+def is_vanishing(mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None) -> bool:
+    """Whether the cotangent is numerically orthogonal to everything the MLP writes.
+
+    So it is for all ones after ``center_writing_weights``, which makes each row of ``W_out``
+    sum to zero: what is left of the centroid is rounding noise.
+    """
+    W_out = _promote(mlp.W_out)
+    d_out = W_out.shape[-1]
+    norm = math.sqrt(d_out) if cotangent is None else float(cotangent.norm())
+    typical = float(W_out.norm()) * norm / math.sqrt(d_out)
+    return float(read_direction(mlp, cotangent).norm()) < _VANISHING_READ * typical
+
+
+def activation_and_derivative(
+    act: Activation, z: Float[Tensor, "*batch d_mlp"]
+) -> tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "*batch d_mlp"]]:
+    """``act(z)`` and ``act'(z)`` at once, for an elementwise ``act``, in any grad mode."""
+    # Forward mode: one pass and no graph, and unlike autograd.grad it runs in inference_mode.
+    value, derivative = torch.func.jvp(act, (z,), (torch.ones_like(z),))  # type: ignore[misc]
+    return value, derivative
+
+
+def _linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    W = _promote(W).to(x.dtype)
+    return x @ W if b is None else x @ W + b.to(x.dtype)
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def _promote(tensor: Tensor) -> Tensor:
+    """At least float32: half precision is for storing weights, not for adding them up."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,145 @@
+"""The mathematics on plain callables, held to dense Jacobians in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lch_plugin as lch
+
+
+def _network(d_in: int = 5, d_out: int = 4, act: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Linear(d_in, 8), act or nn.GELU(), nn.Linear(8, d_out)).double()
+
+
+def _jacobians(fn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """(rows, d_out, d_in), one dense Jacobian a row."""
+    return torch.stack([torch.autograd.functional.jacobian(fn, row) for row in x])
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 4), scale=st.floats(0.01, 10))
+def test_centroid_is_the_row_sum_of_the_jacobian(seed: int, rows: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    fn, x = _network(), torch.randn(rows, 5, dtype=torch.float64) * scale
+    expected = _jacobians(fn, x).sum(1)
+    torch.testing.assert_close(lch.centroid(fn, x), expected, rtol=1e-10, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**31), a=st.floats(-3, 3), b=st.floats(-3, 3))
+def test_centroid_is_linear_in_the_cotangent(seed: int, a: float, b: float) -> None:
+    torch.manual_seed(seed)
+    fn, x = _network(), torch.randn(3, 5, dtype=torch.float64)
+    v, w = torch.randn(2, 4, dtype=torch.float64)
+    if not (a * v + b * w).any():
+        return
+    combined = a * lch.centroid(fn, x, v) + b * lch.centroid(fn, x, w)
+    torch.testing.assert_close(lch.centroid(fn, x, a * v + b * w), combined, rtol=1e-9, atol=1e-11)
+
+
+def test_linear_map_has_its_column_sums_as_centroid_everywhere() -> None:
+    fn = nn.Linear(6, 3).double()
+    mu = lch.centroid(fn, torch.randn(4, 6, dtype=torch.float64))
+    torch.testing.assert_close(mu, fn.weight.detach().sum(0).expand(4, 6))
+
+
+def test_expert_of_a_relu_network_is_exact_inside_its_region() -> None:
+    torch.manual_seed(0)
+    fn, x = _network(act=nn.ReLU()), torch.randn(20, 5, dtype=torch.float64)
+    expert = lch.affine_expert(fn, x)
+    nearby = x + 1e-6 * torch.randn_like(x)
+    same_region = ((fn[0](x) > 0) == (fn[0](nearby) > 0)).all(-1)
+    assert same_region.sum() > 10
+    predicted = (expert.centroid * nearby).sum(-1) + expert.offset
+    torch.testing.assert_close(predicted[same_region], fn(nearby).sum(-1)[same_region].detach())
+
+
+def test_expert_radius_and_alignment_follow_their_definitions() -> None:
+    torch.manual_seed(0)
+    fn, x = _network(), torch.randn(3, 5, dtype=torch.float64)
+    expert = lch.affine_expert(fn, x, torch.tensor([1.0, -1.0, 0.5, 2.0]))
+    mu = expert.centroid
+    torch.testing.assert_close(expert.radius, (mu**2).sum(-1) + 2 * expert.offset)
+    torch.testing.assert_close(
+        expert.alignment, (mu * x).sum(-1) / (mu.norm(dim=-1) * x.norm(dim=-1))
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_centroid_works_in_every_grad_mode_and_leaves_parameters_alone(mode: type) -> None:
+    torch.manual_seed(0)
+    fn = _network()
+    with mode():
+        x = torch.randn(3, 5, dtype=torch.float64)
+        mu = lch.centroid(fn, x)
+    torch.testing.assert_close(mu, _jacobians(fn, x.clone()).sum(1))
+    assert not mu.requires_grad
+    assert all(p.grad is None and p.requires_grad for p in fn.parameters())
+
+
+@pytest.mark.parametrize("neighbourhood", ["ball", "gaussian"])
+def test_samples_keep_to_their_neighbourhood(neighbourhood: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 16, dtype=torch.float64)
+    samples = lch.sample_neighbourhood(
+        x, radius=0.5, n_samples=4000, neighbourhood=neighbourhood, generator=generator
+    )
+    distance = (samples - x).norm(dim=-1)
+    if neighbourhood == "ball":
+        # P(distance < r) = (r / radius)^d for a uniform point of the ball.
+        assert distance.max() <= 0.5
+        share = (distance < 0.5 * 0.9).double().mean()
+        assert abs(share - 0.9**16) < 0.02
+    else:
+        assert abs(distance.square().mean().sqrt() - 0.5) < 0.01
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**31))
+def test_local_centroid_tends_to_the_plain_one(seed: int) -> None:
+    torch.manual_seed(seed)
+    fn, x = _network(), torch.randn(2, 5, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    local = lch.local_centroid(fn, x, radius=1e-7, n_samples=3, generator=generator)
+    torch.testing.assert_close(local, lch.centroid(fn, x), rtol=1e-5, atol=1e-6)
+
+
+def test_local_centroid_is_the_mean_over_its_samples_whatever_the_chunks() -> None:
+    torch.manual_seed(0)
+    fn, x = _network(), torch.randn(1500, 5, dtype=torch.float64)  # Two samples fit a chunk.
+    options = {"radius": 0.3, "n_samples": 5}
+    local = lch.local_centroid(fn, x, generator=torch.Generator().manual_seed(7), **options)
+    again = torch.Generator().manual_seed(7)
+    chunks = [
+        lch.sample_neighbourhood(x, radius=0.3, n_samples=n, generator=again) for n in (2, 2, 1)
+    ]
+    expected = lch.centroid(fn, torch.cat(chunks)).mean(0)
+    torch.testing.assert_close(local, expected)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_bad_input_is_refused_with_the_reason() -> None:
+    fn, x = _network(), torch.randn(2, 5, dtype=torch.float64)
+    with pytest.raises(lch.InputError, match="int64"):
+        lch.centroid(fn, torch.ones(2, 5, dtype=torch.int64))
+    with pytest.raises(lch.InputError, match="does not broadcast"):
+        lch.centroid(fn, x, torch.ones(3))
+    with pytest.raises(lch.InputError, match="all zeros"):
+        lch.centroid(fn, x, torch.zeros(4))
+    with pytest.raises(lch.InputError, match="tuple"):
+        lch.centroid(lambda x: (x, x), x)
+    with pytest.raises(lch.NotDifferentiableError):
+        lch.centroid(lambda x: x.argmax(-1).double(), x)
+    with pytest.raises(lch.NotDifferentiableError):
+        lch.centroid(lambda x: torch.ones(2, requires_grad=True), x)
+    with pytest.raises(lch.InputError, match="one output row"):
+        lch.affine_expert(lambda x: x.sum(0), x)
+    for bad in ({"radius": -1.0}, {"radius": float("nan")}, {"n_samples": 0}):
+        with pytest.raises(lch.InputError, match=next(iter(bad))):
+            lch.local_centroid(fn, x, **{"radius": 0.1, "n_samples": 2, **bad})
+    with pytest.raises(lch.InputError, match="cube"):
+        lch.local_centroid(fn, x, radius=0.1, n_samples=2, neighbourhood="cube")
