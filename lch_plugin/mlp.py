@@ -142,7 +142,7 @@ def read_direction(
     mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, " d_mlp"]:
     """``s = W_out v``: how strongly the cotangent reads each neuron."""
-    W_out = _promote(mlp.W_out)
+    W_out = _promote(mlp.W_out.detach())
     return W_out.sum(-1) if cotangent is None else W_out @ cotangent.to(W_out)
 
 
@@ -152,7 +152,7 @@ def is_vanishing(mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None) -> 
     So it is for all ones after ``center_writing_weights``, which makes each row of ``W_out``
     sum to zero: what is left of the centroid is rounding noise.
     """
-    W_out = _promote(mlp.W_out)
+    W_out = _promote(mlp.W_out.detach())
     d_out = W_out.shape[-1]
     norm = math.sqrt(d_out) if cotangent is None else float(cotangent.norm())
     typical = float(W_out.norm()) * norm / math.sqrt(d_out)

@@ -239,14 +239,14 @@ class CentroidSite:
 
     def check_weights(self) -> None:
         """Refuse weights that cannot be read, or of which the cotangent reads nothing."""
-        mlp = self.weights
-        for name, W in vars(mlp).items():
-            if isinstance(W, Tensor) and not (W.is_floating_point() and not W.is_meta):
+        for name, parameter in self.component.named_parameters():
+            if parameter.is_meta or not parameter.is_floating_point():
                 raise SiteError(
-                    f"{name} of the MLP at layer {self.layer} has dtype {W.dtype} on device "
-                    f"{W.device}: the closed form needs floating-point weights that are loaded. "
-                    "Load the model with its weights, unquantised."
+                    f"{name} of the MLP at layer {self.layer} has dtype {parameter.dtype} on "
+                    f"device {parameter.device}: the closed form needs loaded floating-point "
+                    "weights. Load the model with its weights, unquantised."
                 )
+        mlp = self.weights
         if is_vanishing(mlp, self.cotangent):
             read = "the all-ones cotangent" if self.cotangent is None else "this cotangent"
             raise VanishingCentroidError(
@@ -460,45 +460,46 @@ def _withdraw(model: LensModel, site: CentroidSite) -> None:
 def _self_check(model: LensModel, sites: Sequence[CentroidSite]) -> None:
     """Compare every site's centroid with autograd through the model's own MLP, on three tokens.
 
-    The MLP's input is cut off from the graph before it, so one forward pass serves all sites.
+    Gradients are on only between an MLP's entry and its exit. So one forward pass serves all
+    sites, and no module outside sees a tensor with a graph (a bridge that kept one could no
+    longer be deep-copied).
     """
     inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[int, Any] = {}
     centroids: dict[int, Tensor] = {}
 
-    def cut(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def enter(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        torch.set_grad_enabled(True)
         inputs[layer] = args[0].detach().requires_grad_()
         return (inputs[layer], *args[1:])
 
-    def keep(store: dict[int, Tensor], layer: int, *call: Any) -> None:
-        store[layer] = call[-1]
+    def leave(layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        torch.set_grad_enabled(False)
+        outputs[layer] = output
+        return output.detach() if isinstance(output, Tensor) else output
 
-    parameter = next(model.parameters())
-    tokens = torch.arange(3, device=parameter.device)[None] % model.cfg.d_vocab
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _evaluating(model),
-        _silenced(model),
-    ):
+    def listen(layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        centroids[layer] = output
+
+    device = next(model.parameters()).device
+    tokens = torch.arange(3, device=device)[None] % model.cfg.d_vocab
+    with torch.inference_mode(False), torch.no_grad(), _evaluating(model), _silenced(model):
         hooks = [
             hook
             for s in sites
             for hook in (
-                s.entry.register_forward_pre_hook(partial(cut, s.layer)),
-                s.exit.register_forward_hook(partial(keep, outputs, s.layer)),
-                s.point.register_forward_hook(partial(keep, centroids, s.layer)),
+                s.entry.register_forward_pre_hook(partial(enter, s.layer)),
+                s.exit.register_forward_hook(partial(leave, s.layer)),
+                s.point.register_forward_hook(partial(listen, s.layer)),
             )
         ]
         try:
             model(tokens, return_type=None)
-            for s in sites:
-                _compare_with_autograd(
-                    s, inputs.get(s.layer), outputs.get(s.layer), centroids.get(s.layer)
-                )
         finally:
             for hook in hooks:
                 hook.remove()
+    for s in sites:
+        _compare_with_autograd(s, inputs.get(s.layer), outputs.get(s.layer), centroids.get(s.layer))
 
 
 def _compare_with_autograd(site: CentroidSite, x: Tensor | None, y: Any, mu: Tensor | None) -> None:
@@ -510,7 +511,8 @@ def _compare_with_autograd(site: CentroidSite, x: Tensor | None, y: Any, mu: Ten
             "the hook points). Pass layers=[...] without it."
         )
     v = torch.ones_like(y) if site.cotangent is None else site.cotangent.to(y).expand_as(y)
-    (truth,) = torch.autograd.grad(y, x, v)
+    with torch.inference_mode(False):
+        (truth,) = torch.autograd.grad(y, x, v)
     error = float((mu - truth.to(mu)).norm() / truth.to(mu).norm())
     tolerance = _SELF_CHECK_TOLERANCE[x.dtype]
     if not error <= tolerance:  # Not `>`: NaN has to fail as well.
