@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lch_plugin.centroids import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
 
-__version__ = "0.1.0"
+__version__ = version("lch-plugin")
 
 __all__ = [
     "AffineExpert",

@@ -179,4 +179,4 @@ def _total(terms: Iterable[Tensor]) -> Tensor:
 
 def _promote(tensor: Tensor) -> Tensor:
     """At least float32: half precision is for storing weights, not for adding them up."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

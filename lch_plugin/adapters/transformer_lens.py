@@ -14,6 +14,7 @@ closed form (`lch_plugin.mlp`) turns these into the centroid; the user's modules
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
     ``._register_hook`` (transformer-lens 3.9): hook points added after boot are in no registry.
+    ``TransformerBridge._weights_processed``: whether weights were processed, for the record.
     ``Module._forward_hooks`` (torch): whether a hook point has listeners of any kind.
 """
 
@@ -124,18 +125,11 @@ def attach(
         VanishingCentroidError: the cotangent reads nothing of what the MLP writes, as all ones
             does after TransformerLens has centered the writing weights.
     """
-    if not isinstance(model, LensModel):
-        raise InputError(
-            f"attach takes a TransformerBridge or HookedTransformer, not {type(model).__name__}. "
-            "Wrap a HuggingFace model with TransformerBridge.boot_transformers(name, "
-            "hf_model=model, tokenizer=tokenizer); pass the original of a compiled module."
-        )
     if site != "mlp":
         raise SiteError(f"site={site!r} is not known; the only site is 'mlp'.")
-    _check_cotangent(model, cotangent)
-    sites = [_locate(model, layer, cotangent) for layer in _layer_indices(model, layers)]
+    sites = locate_mlps(model, layers, cotangent)
     for new in sites:
-        new.check_weights()
+        new.check_cotangent()
     handle = Handle(model, sites)
     try:
         for new in sites:
@@ -154,23 +148,91 @@ def attached_sites(model: LensModel) -> dict[str, CentroidSite]:
     return {site.name: site for site in sites if site is not None}
 
 
-def locate_mlps(model: LensModel, layers: int | Sequence[int] | None = None) -> list[CentroidSite]:
-    """The MLPs of a model as sites, attached or not, weights checked to be readable.
+def locate_mlps(
+    model: LensModel,
+    layers: int | Sequence[int] | None = None,
+    cotangent: Float[Tensor, " d_model"] | None = None,
+) -> list[CentroidSite]:
+    """The MLPs of a model, in layer order, attached or not.
 
     Raises:
-        SiteError: as `attach`.
+        InputError, SiteError: as `attach`.
     """
-    return [_locate(model, layer, None) for layer in _layer_indices(model, layers)]
+    if not isinstance(model, LensModel):
+        raise InputError(
+            f"this takes a TransformerBridge or HookedTransformer, not {type(model).__name__}. "
+            "Wrap a HuggingFace model with TransformerBridge.boot_transformers(name, "
+            "hf_model=model, tokenizer=tokenizer); pass the original of a compiled module."
+        )
+    _check_cotangent(model, cotangent)
+    return [_locate(model, layer, cotangent) for layer in _layer_indices(model, layers)]
+
+
+def as_tokens(
+    model: LensModel, prompt: str | Int[Tensor, "*batch pos"]
+) -> Int[Tensor, "batch pos"]:
+    """Token ids of a prompt, on the model's device, checked to be what the model can read.
+
+    Raises:
+        InputError: no tokens, not integers, an id out of vocabulary, or longer than the context.
+    """
+    tokens = model.to_tokens(prompt) if isinstance(prompt, str) else prompt
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        raise InputError(
+            f"tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype}: integers of shape "
+            "(pos,) or (batch, pos), at least one, are needed."
+        )
+    check_token_ids(model, int(tokens.min()), int(tokens.max()))
+    if tokens.shape[-1] > model.cfg.n_ctx:
+        raise InputError(
+            f"{tokens.shape[-1]} tokens are longer than the model's context of {model.cfg.n_ctx}. "
+            "Shorten the prompt."
+        )
+    return tokens.to(next(model.parameters()).device)
+
+
+def check_token_ids(model: LensModel, lowest: int, highest: int) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        InputError: an id below zero, or at or above ``d_vocab``.
+    """
+    d_vocab = model.cfg.d_vocab
+    if lowest < 0 or highest >= d_vocab:
+        raise InputError(
+            f"token ids {lowest} to {highest} leave the model's vocabulary, 0 to {d_vocab - 1}. "
+            "Tokenise with the model's own tokenizer."
+        )
+
+
+def weight_processing(model: LensModel, site: CentroidSite) -> dict[str, bool]:
+    """What TransformerLens' weight processing did that changes a centroid's meaning.
+
+    Folding the layer norm moves the MLP's input space; centering the writing weights takes the
+    all-ones direction out of what it writes. SAEs and probes do not carry over.
+    """
+    if isinstance(model, TransformerBridge):
+        gain = getattr(getattr(model.blocks[site.layer], "ln2", None), "weight", None)
+        # A fresh model has unit gains too, so these alone do not tell.
+        folded = model._weights_processed and gain is not None and bool((gain == 1).all())
+    else:
+        folded = str(model.cfg.normalization_type).endswith("Pre")
+    return {
+        "layer_norm_folded": bool(folded),
+        "writing_weights_centered": is_vanishing(site.weights),
+    }
 
 
 def mlp_inputs(
     model: LensModel, tokens: Int[Tensor, "batch pos"], sites: Sequence[CentroidSite]
 ) -> list[Float[Tensor, "batch pos d_model"]]:
-    """What each MLP reads on these tokens, from one forward pass that stops after the last."""
+    """What each MLP reads on these tokens, at least in float32, from one forward pass."""
     inputs: dict[int, Tensor] = {}
 
     def record(layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[layer] = args[0].detach().reshape(*tokens.shape, -1)
+        x = args[0].detach().reshape(*tokens.shape, -1)
+        inputs[layer] = x.to(torch.promote_types(x.dtype, torch.float32))
 
     handles = [s.entry.register_forward_pre_hook(partial(record, s.layer)) for s in sites]
     try:
@@ -226,6 +288,11 @@ class CentroidSite:
         assert isinstance(point, nn.Module)
         return point
 
+    @property
+    def post_activation_name(self) -> str:
+        """Name of the hook point of the neurons' activations, what ``W_out`` reads."""
+        raise NotImplementedError
+
     def install(self) -> None:
         """Start computing centroids for whoever listens at `point`."""
         self._entry_hook = self.entry.register_forward_pre_hook(self._on_entry)
@@ -237,8 +304,8 @@ class CentroidSite:
             self._entry_hook = None
         self._drop_captures()
 
-    def check_weights(self) -> None:
-        """Refuse weights that cannot be read, or of which the cotangent reads nothing."""
+    def check_readable(self) -> None:
+        """Raise `SiteError` for weights that are not loaded, or quantised."""
         for name, parameter in self.component.named_parameters():
             if parameter.is_meta or not parameter.is_floating_point():
                 raise SiteError(
@@ -246,6 +313,9 @@ class CentroidSite:
                     f"device {parameter.device}: the closed form needs loaded floating-point "
                     "weights. Load the model with its weights, unquantised."
                 )
+
+    def check_cotangent(self) -> None:
+        """Raise `VanishingCentroidError` if the cotangent reads nothing of what the MLP writes."""
         mlp = self.weights
         if is_vanishing(mlp, self.cotangent):
             read = "the all-ones cotangent" if self.cotangent is None else "this cotangent"
@@ -274,7 +344,7 @@ class CentroidSite:
         self._drop_captures()
         mlp = self.weights
         if mlp.W_out.data_ptr() != self._checked_W_out:  # Processed or moved since.
-            self.check_weights()
+            self.check_cotangent()
         self.point(mlp_centroid(mlp, pre, self.cotangent))
 
     def _drop_captures(self) -> None:
@@ -310,6 +380,10 @@ class _HookedSite(CentroidSite):
             return GatedMLP(c.W_gate, None, c.W_in, None, c.W_out, c.act_fn)
         return PlainMLP(c.W_in, c.b_in, c.W_out, c.act_fn)
 
+    @property
+    def post_activation_name(self) -> str:
+        return f"blocks.{self.layer}.mlp.hook_post"
+
 
 class _BridgeSite(CentroidSite):
     """An MLP of a TransformerBridge.
@@ -337,6 +411,11 @@ class _BridgeSite(CentroidSite):
         if self._is_gated:
             return GatedMLP(c.W_gate, self._part("gate").bias, c.W_in, b_in, c.W_out, act)
         return PlainMLP(c.W_in, b_in, c.W_out, act)
+
+    @property
+    def post_activation_name(self) -> str:
+        # Not its alias hook_post, which SAELens' bridge does not list.
+        return f"blocks.{self.layer}.mlp.out.hook_in"
 
     def keep_full_name(self, attribute: str, hook: HookPoint) -> None:
         """Stands in for the component's ``_register_hook`` while attached.
@@ -379,17 +458,27 @@ class _BridgeSite(CentroidSite):
 def _locate(model: LensModel, layer: int, cotangent: Tensor | None) -> CentroidSite:
     """The MLP of one block, or a `SiteError` that says what is there instead."""
     component = getattr(model.blocks[layer], "mlp", None)
-    if isinstance(component, MLPBridge) and not isinstance(component, MoEBridge):
-        if {"in", "out"} <= component.submodules.keys():
-            return _BridgeSite(layer, component, cotangent)
-    elif isinstance(component, HookedMLP | HookedGatedMLP):
-        if not component.cfg.is_layer_norm_activation():  # That mixes neurons, so no diagonal.
-            return _HookedSite(layer, component, cotangent)
-    found = "no MLP" if component is None else f"a {type(component).__name__}"
-    raise SiteError(
-        f"block {layer} has {found} where a plain or gated MLP (an input and an output "
-        "projection around an elementwise activation) is needed. Pass layers=[...] without it."
-    )
+    site: CentroidSite
+    if (
+        isinstance(component, MLPBridge)
+        and not isinstance(component, MoEBridge)
+        and {"in", "out"} <= component.submodules.keys()
+    ):
+        site = _BridgeSite(layer, component, cotangent)
+    elif (
+        isinstance(component, HookedMLP | HookedGatedMLP)
+        # A layer norm for an activation mixes neurons: the Jacobian has no diagonal in it.
+        and not component.cfg.is_layer_norm_activation()
+    ):
+        site = _HookedSite(layer, component, cotangent)
+    else:
+        found = "no MLP" if component is None else f"a {type(component).__name__}"
+        raise SiteError(
+            f"block {layer} has {found} where a plain or gated MLP (an input and an output "
+            "projection around an elementwise activation) is needed. Pass layers=[...] without it."
+        )
+    site.check_readable()
+    return site
 
 
 def _layer_indices(model: LensModel, layers: int | Sequence[int] | None) -> list[int]:

@@ -1,0 +1,138 @@
+"""Does removing the top-ranked neurons change what the model says, more than random ones would?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lch_plugin.adapters.transformer_lens import (
+    LensModel,
+    as_tokens,
+    check_token_ids,
+    locate_mlps,
+)
+from lch_plugin.errors import InputError
+
+
+@dataclass(frozen=True)
+class AblationCheck:
+    """Mean logit difference, answer minus foil, with neurons removed (set to zero).
+
+    Attributes:
+        neurons: those removed, by layer.
+        clean: with nothing removed.
+        ablated: without ``neurons``.
+        random: without as many random others of the same layers, one value a random set.
+    """
+
+    neurons: dict[int, tuple[int, ...]]
+    clean: float
+    ablated: float
+    random: tuple[float, ...]
+
+    @property
+    def effect(self) -> float:
+        """``clean - ablated``, in logits: positive means removing them lowers the metric."""
+        return self.clean - self.ablated
+
+    @property
+    def random_effects(self) -> Float[Tensor, " n_random"]:
+        """``clean - random``, in logits."""
+        return self.clean - torch.tensor(self.random)
+
+    @property
+    def p_value(self) -> float:
+        """One-sided permutation p-value: how often a random set has at least this effect."""
+        as_large = int((self.random_effects >= self.effect).sum())
+        return (1 + as_large) / (1 + len(self.random))
+
+
+def ablation_check(
+    model: LensModel,
+    tokens: str | Int[Tensor, "*batch pos"],
+    answer: int | Sequence[int],
+    foil: int | Sequence[int],
+    neurons: Mapping[int, Sequence[int]],
+    *,
+    n_random: int = 20,
+    generator: torch.Generator | None = None,
+) -> AblationCheck:
+    """Remove neurons, and random sets of others, and compare the logit difference.
+
+    Removing sets a neuron's activation to zero at every position, as its removal from the
+    centroid does. The metric is ``logit(answer) - logit(foil)`` at the last position, averaged
+    over prompts. A random set has as many neurons in each layer as ``neurons``, and none of
+    ``neurons``.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        tokens: a prompt, ``(pos,)`` or ``(batch, pos)`` token ids.
+        answer: token id, or one a prompt.
+        foil: token id, or one a prompt.
+        neurons: indices of the neurons to remove, by layer.
+        n_random: random sets to compare with.
+        generator: source of the randomness, on the CPU.
+
+    Raises:
+        InputError: tokens, answer, foil, neurons or n_random cannot be used.
+        SiteError: as `lch_plugin.attach`.
+    """
+    tokens = as_tokens(model, tokens)
+    answers, foils = (_one_each(model, len(tokens), ids) for ids in (answer, foil))
+    if n_random < 1:
+        raise InputError(f"n_random={n_random} must be at least 1.")
+    if not neurons:
+        raise InputError("neurons is empty: there is nothing to remove.")
+    sites = {site.layer: site for site in locate_mlps(model, list(neurons))}
+    others = {}
+    for layer, indices in neurons.items():
+        d_mlp = sites[layer].weights.W_out.shape[0]
+        out_of_range = [i for i in indices if not 0 <= i < d_mlp]
+        if out_of_range or len(set(indices)) < len(indices) or 2 * len(indices) > d_mlp:
+            raise InputError(
+                f"neurons {list(indices)} of layer {layer}: distinct indices from 0 to "
+                f"{d_mlp - 1} are needed, at most half of them, to draw as many others."
+            )
+        others[layer] = torch.tensor(sorted(set(range(d_mlp)) - set(indices)))
+
+    def metric(removed: Mapping[int, Tensor]) -> float:
+        hooks = [
+            (sites[layer].post_activation_name, partial(_zero, indices))
+            for layer, indices in removed.items()
+        ]
+        with torch.no_grad():
+            logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1].double()
+        rows = torch.arange(len(tokens))
+        return float((logits[rows, answers] - logits[rows, foils]).mean())
+
+    def draw() -> dict[int, Tensor]:
+        return {
+            layer: rest[torch.randperm(len(rest), generator=generator)[: len(neurons[layer])]]
+            for layer, rest in others.items()
+        }
+
+    return AblationCheck(
+        neurons={layer: tuple(indices) for layer, indices in neurons.items()},
+        clean=metric({}),
+        ablated=metric({layer: torch.tensor(list(i)) for layer, i in neurons.items()}),
+        random=tuple(metric(draw()) for _ in range(n_random)),
+    )
+
+
+def _zero(indices: Tensor, value: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+    value = value.clone()
+    value[..., indices] = 0
+    return value
+
+
+def _one_each(model: LensModel, n_prompts: int, ids: int | Sequence[int]) -> list[int]:
+    listed = [ids] * n_prompts if isinstance(ids, int) else list(ids)
+    if len(listed) != n_prompts:
+        raise InputError(f"{len(listed)} token ids for {n_prompts} prompts: give one, or one each.")
+    check_token_ids(model, min(listed), max(listed))
+    return listed

@@ -1,0 +1,200 @@
+"""Train a sparse autoencoder on a centroid hook with SAELens' own runner.
+
+A centroid hook is an ordinary hook name, so SAELens' runner, activations store and saved format
+serve as they are. What is added here: configuration checked before work starts, an evaluator
+that fits a read-out, and metadata that say what the SAE was trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import signal
+from contextlib import nullcontext
+from importlib.metadata import version
+from typing import Any
+
+from datasets import Dataset
+from pyarrow import compute
+from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.prefetch import PrefetchingIterator
+
+from lch_plugin.adapters.transformer_lens import (
+    CentroidSite,
+    LensModel,
+    attach,
+    attached_sites,
+    check_token_ids,
+    weight_processing,
+)
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.files import check_new_directory, new_directory
+
+# Columns that SAELens reads, in its order.
+_TOKEN_COLUMNS = ("tokens", "input_ids")
+_COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
+_CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_centroid")
+
+
+def train(
+    model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]
+) -> TrainingSAE[Any]:
+    """Train the SAE that ``config`` describes, with SAELens' own runner, and return it.
+
+    ``config.hook_name`` may be a centroid hook or any other hook of the model, so that one
+    call trains both sides of a comparison. A model not attached at that layer is attached with
+    the all-ones cotangent for as long as training takes.
+
+    SAEs on centroid hooks carry ``cfg.metadata.lch_centroid``: site, layer, cotangent, weight
+    processing, activation scale and plugin version. Scores of a loss after splicing the
+    reconstruction in are not computed for them: nothing downstream reads a centroid, so there
+    is no such loss.
+
+    Like SAELens' runner, this has to run in the main thread; it puts the signal handlers back
+    that the runner replaces.
+
+    Args:
+        model: TransformerBridge or HookedTransformer, or SAELens' subclass of either.
+        dataset: a `datasets` dataset of text or tokens, as SAELens takes them.
+        config: SAELens' own configuration; its ``model_name`` is only recorded.
+
+    Raises:
+        InputError: the configuration does not fit the model, the dataset or itself.
+        SiteError: the model has no such hook.
+        OutputError: ``config.output_path`` holds other content or cannot be written.
+    """
+    match = _CENTROID_HOOK.fullmatch(config.hook_name)
+    needs_attaching = match is not None and config.hook_name not in attached_sites(model)
+    handle = attach(model, int(match[1])) if match and needs_attaching else nullcontext()
+    with handle:
+        _check(model, dataset, config)
+        site = attached_sites(model).get(config.hook_name)
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            # A shallow copy: SAELens sets the format of the dataset it is given.
+            return _Runner(config, copy.copy(dataset), model, site).run()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+class _Runner(LanguageModelSAETrainingRunner):
+    """SAELens' runner, with metadata, evaluation and output that suit a centroid hook."""
+
+    def __init__(
+        self,
+        config: LanguageModelSAERunnerConfig[Any],
+        dataset: Any,
+        model: LensModel,
+        site: CentroidSite | None,
+    ) -> None:
+        super().__init__(config, override_dataset=dataset, override_model=model)
+        self.site = site
+        if site is not None:
+            self.evaluator = self._evaluate
+
+    def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
+        scaler, sae = trainer.activation_scaler, trainer.sae
+        if sae.cfg.normalize_activations == "expected_average_only_in":
+            # The trainer does the same unless it finds a factor, and folds it into the weights
+            # at the end: this is the place to learn it.
+            if scaler.scaling_factor is None:
+                scaler.estimate_scaling_factor(
+                    d_in=sae.cfg.d_in,
+                    data_provider=trainer.data_provider,
+                    n_batches_for_norm_estimate=trainer.cfg.n_batches_for_norm_estimate,
+                )
+        if self.site is not None:
+            sae.cfg.metadata.lch_centroid = _provenance(self.model, self.site, scaler)
+        return super().run_trainer_with_interruption_handling(trainer)
+
+    def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
+        with new_directory(output_path) as directory:
+            super().save_final_sae(sae, str(directory), log_feature_sparsity)
+
+    def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
+        """Reconstruction and sparsity; SAELens' default divides by an ablation loss of zero."""
+        prefetching = isinstance(data_provider, PrefetchingIterator)
+        with data_provider.paused() if prefetching else nullcontext():
+            metrics, _ = run_evals(
+                sae=sae,
+                activation_store=self.activations_store,
+                model=self.model,
+                activation_scaler=activation_scaler,
+                eval_config=EvalConfig(
+                    batch_size_prompts=self.cfg.eval_batch_size_prompts,
+                    n_eval_sparsity_variance_batches=self.cfg.n_eval_batches,
+                    compute_l2_norms=True,
+                    compute_sparsity_metrics=True,
+                    compute_variance_metrics=True,
+                ),
+                model_kwargs=self.cfg.model_kwargs,
+            )
+        return metrics
+
+
+def _provenance(model: LensModel, site: CentroidSite, scaler: Any) -> dict[str, Any]:
+    return {
+        "site": "mlp",
+        "layer": site.layer,
+        "cotangent": "ones" if site.cotangent is None else site.cotangent.tolist(),
+        "weight_processing": weight_processing(model, site),
+        "scale": scaler.scaling_factor,
+        "lch_plugin_version": version("lch-plugin"),
+    }
+
+
+def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Everything about a configuration that can be known before work starts."""
+    hook, d_model, n_ctx = config.hook_name, model.cfg.d_model, model.cfg.n_ctx
+    if hook not in model.hook_dict:
+        place = hook.rpartition(".")[0]
+        known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
+        raise SiteError(
+            f"hook_name={hook!r} is no hook point of this model. Beside it are {known}; centroids "
+            "are at blocks.L.mlp.hook_centroid."
+        )
+    if hook in attached_sites(model) and config.sae.d_in != d_model:
+        raise InputError(
+            f"sae.d_in={config.sae.d_in}, but centroids at {hook} have d_model={d_model} "
+            f"dimensions. Set d_in={d_model}."
+        )
+    if config.context_size > n_ctx:
+        raise InputError(
+            f"context_size={config.context_size} is longer than the model's context of {n_ctx} "
+            f"tokens. Set context_size to {n_ctx} or less."
+        )
+    buffer = config.n_batches_in_buffer * config.context_size
+    if buffer < config.train_batch_size_tokens:
+        raise InputError(
+            f"n_batches_in_buffer * context_size = {buffer} tokens hold no training batch of "
+            f"train_batch_size_tokens={config.train_batch_size_tokens}. Raise n_batches_in_buffer "
+            f"to {-(-config.train_batch_size_tokens // config.context_size)} or more."
+        )
+    if config.output_path is not None:
+        check_new_directory(config.output_path)
+    if isinstance(dataset, Dataset):
+        _check_dataset(model, dataset, config.context_size)
+
+
+def _check_dataset(model: LensModel, dataset: Dataset, context_size: int) -> None:
+    columns = [c for c in _COLUMNS if c in dataset.column_names]
+    if len(dataset) == 0 or not columns:
+        raise InputError(
+            f"the dataset has {len(dataset)} rows and columns {dataset.column_names}: rows with "
+            f"one of the columns {_COLUMNS} are needed."
+        )
+    if columns[0] not in _TOKEN_COLUMNS:
+        return
+    for batch in dataset.with_format("arrow").iter(10_000):
+        rows = batch[columns[0]]
+        shortest = compute.min(compute.list_value_length(rows)).as_py()
+        if shortest < context_size:
+            raise InputError(
+                f"a row of the dataset has {shortest} tokens, fewer than "
+                f"context_size={context_size}. Lower context_size, or tokenise into longer rows."
+            )
+        ids = compute.min_max(compute.list_flatten(rows)).as_py()
+        check_token_ids(model, ids["min"], ids["max"])

@@ -1,0 +1,85 @@
+"""The causal check: what it removes, what it compares with, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lch_plugin as lch
+from tests import models
+from tests.adapters.test_transformer_lens import sae_bridge
+
+IDS = models.tokens(batch=3)
+BACKENDS = {"bridge": lambda: models.bridge("gpt2"), "hooked": models.hooked, "sae": sae_bridge}
+
+
+def difference(model, answer, foil) -> float:
+    logits = model(IDS)[:, -1].double()
+    rows = torch.arange(3)
+    return float((logits[rows, answer] - logits[rows, foil]).mean())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_removing_equals_zeroing_the_output_weights(backend: str) -> None:
+    model, neurons = BACKENDS[backend](), {0: [3, 5], 2: [7]}
+    answer, foil = [1, 2, 3], [4, 5, 6]
+    check = lch.circuits.ablation_check(
+        model, IDS, answer, foil, neurons, n_random=5, generator=torch.Generator().manual_seed(0)
+    )
+    assert check.clean == pytest.approx(difference(model, answer, foil))
+    for layer, indices in neurons.items():
+        with torch.no_grad():
+            model.blocks[layer].mlp.W_out[indices] = 0
+    removed = difference(model, answer, foil)
+    assert check.ablated == pytest.approx(removed, abs=1e-5)
+    assert check.effect == pytest.approx(check.clean - removed, abs=1e-5)
+    assert len(check.random) == 5
+    assert len(set(check.random)) > 1
+
+
+def test_random_sets_repeat_with_the_seed() -> None:
+    model = models.bridge("gpt2")
+    checks = [
+        lch.circuits.ablation_check(
+            model, IDS, 1, 2, {1: [0]}, generator=torch.Generator().manual_seed(seed)
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert checks[0] == checks[1]
+    assert checks[0].random != checks[2].random
+    assert len(checks[0].random) == 20
+
+
+def test_p_value_counts_random_sets_with_at_least_the_effect() -> None:
+    check = lch.circuits.AblationCheck({0: (1,)}, clean=3.0, ablated=1.0, random=(3.0, 0.5, 1.0))
+    assert check.effect == 2.0
+    assert check.random_effects.tolist() == [0.0, 2.5, 2.0]
+    assert check.p_value == 3 / 4
+
+
+def test_centered_weights_are_no_obstacle_to_ablation() -> None:
+    model = models.bridge("gpt2")
+    plain = lch.circuits.ablation_check(model, IDS, 1, 2, {1: [0, 4]}, n_random=1)
+    model.enable_compatibility_mode(disable_warnings=True)
+    processed = lch.circuits.ablation_check(model, IDS, 1, 2, {1: [0, 4]}, n_random=1)
+    assert processed.effect == pytest.approx(plain.effect, abs=1e-4)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_bad_input_is_refused() -> None:
+    model = models.bridge("gpt2")
+    check = lch.circuits.ablation_check
+    for args, match in [
+        ((1, 2, {}), "empty"),
+        ((1, 2, {0: [models.D_MLP]}), "0 to 47"),
+        ((1, 2, {0: [1, 1]}), "distinct"),
+        ((1, 2, {0: list(range(30))}), "at most half"),
+        (([1, 2], 2, {0: [1]}), "2 token ids for 3 prompts"),
+        ((models.D_VOCAB, 2, {0: [1]}), "vocabulary"),
+    ]:
+        with pytest.raises(lch.InputError, match=match):
+            check(model, IDS, *args)
+    with pytest.raises(lch.InputError, match="n_random"):
+        check(model, IDS, 1, 2, {0: [1]}, n_random=0)
+    with pytest.raises(lch.SiteError, match=r"\[5\]"):
+        check(model, IDS, 1, 2, {5: [1]})
