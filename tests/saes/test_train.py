@@ -1,0 +1,218 @@
+"""`lch.saes.train`: SAELens' runner on a centroid hook, end to end."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAEConfig,
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAEConfig,
+)
+
+import lch_plugin as lch
+from lch_plugin.adapters.transformer_lens import attached_sites
+from tests import models
+
+HOOK = "blocks.1.mlp.hook_centroid"
+DATA = Dataset.from_dict({"tokens": models.tokens(256, 16).tolist()})
+ARCHITECTURES = {
+    "topk": lambda **kw: TopKTrainingSAEConfig(k=4, **kw),
+    "batchtopk": lambda **kw: BatchTopKTrainingSAEConfig(k=4, **kw),
+    "standard": lambda **kw: StandardTrainingSAEConfig(l1_coefficient=1.0, **kw),
+}
+
+
+def config(
+    *,
+    architecture: str = "topk",
+    d_in: int = models.D_MODEL,
+    normalize: str = "expected_average_only_in",
+    wandb: bool = False,
+    **kw: Any,
+) -> LanguageModelSAERunnerConfig[Any]:
+    logger = LoggingConfig(log_to_wandb=wandb, wandb_log_frequency=1, eval_every_n_wandb_logs=2)
+    defaults = {
+        "hook_name": HOOK,
+        "dataset_path": "tiny",
+        "model_name": "tiny",
+        "streaming": False,
+        "context_size": 16,
+        "training_tokens": 2048,
+        "train_batch_size_tokens": 128,
+        "n_batches_in_buffer": 16,
+        "store_batch_size_prompts": 8,
+        "n_batches_for_norm_estimate": 4,
+        "n_eval_batches": 1,
+        "lr": 1e-2,
+        "checkpoint_path": None,
+        "output_path": None,
+        "verbose": False,
+        "logger": logger,
+    }
+    sae = ARCHITECTURES[architecture](d_in=d_in, d_sae=64, normalize_activations=normalize)
+    return LanguageModelSAERunnerConfig(sae=sae, **{**defaults, **kw})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_trained_sae_saves_loads_and_reconstructs(architecture: str, tmp_path: Path) -> None:
+    model, out = models.bridge("gpt2"), tmp_path / "sae"
+    sae = lch.saes.train(
+        model,
+        DATA,
+        config(architecture=architecture, output_path=str(out), training_tokens=40_000),
+    )
+    assert not attached_sites(model)
+    loaded = SAE.load_from_disk(out)
+    with lch.attach(model, layers=1):
+        mu = model.run_with_cache(models.tokens(16, 16), names_filter=HOOK)[1][HOOK][:, 1:]
+    mu = mu.flatten(0, 1)
+    with torch.no_grad():
+        decoded = loaded.decode(loaded.encode(mu))
+        if architecture != "batchtopk":  # Whose saved form has a threshold for its batch's k.
+            torch.testing.assert_close(decoded, sae.decode(sae.encode(mu)))
+    unexplained = (mu - decoded).square().sum() / (mu - mu.mean(0)).square().sum()
+    assert unexplained < 0.6
+
+
+def test_metadata_say_what_the_sae_was_trained_on(tmp_path: Path) -> None:
+    model, out = models.bridge("gpt2"), tmp_path / "sae"
+    v = torch.linspace(-1, 1, models.D_MODEL)
+    with lch.attach(model, layers=1, cotangent=v):
+        lch.saes.train(model, DATA, config(output_path=str(out)))
+        assert attached_sites(model)  # The caller's own attachment stays.
+    metadata = SAE.load_from_disk(out).cfg.metadata
+    assert metadata.hook_name == HOOK
+    record = metadata.lch_centroid
+    assert record["site"] == "mlp"
+    assert record["layer"] == 1
+    assert record["cotangent"] == v.tolist()
+    assert record["weight_processing"] == {
+        "layer_norm_folded": False,
+        "writing_weights_centered": False,
+    }
+    assert record["lch_plugin_version"] == lch.__version__
+    # SAELens' scale makes the mean norm sqrt(d_in).
+    with lch.attach(model, layers=1, cotangent=v):
+        mu = model.run_with_cache(models.tokens(256, 16), names_filter=HOOK)[1][HOOK]
+    norm = float(mu.norm(dim=-1).mean())
+    assert record["scale"] == pytest.approx(models.D_MODEL**0.5 / norm, rel=0.1)
+    lch.saes.train(model, DATA, config(output_path=str(tmp_path / "b"), normalize="none"))
+    record = json.loads((tmp_path / "b" / "cfg.json").read_text())["metadata"]["lch_centroid"]
+    assert record["scale"] is None
+    assert record["cotangent"] == "ones"
+
+
+def test_processed_weights_are_recorded() -> None:
+    model = models.bridge("gpt2")
+    model.enable_compatibility_mode(disable_warnings=True, center_writing_weights=False)
+    sae = lch.saes.train(model, DATA, config())
+    assert sae.cfg.metadata.lch_centroid["weight_processing"] == {
+        "layer_norm_folded": True,
+        "writing_weights_centered": False,
+    }
+
+
+def test_an_ordinary_hook_trains_by_the_same_call(tmp_path: Path) -> None:
+    out = tmp_path / "sae"
+    lch.saes.train(
+        models.bridge("gpt2"), DATA, config(hook_name="blocks.1.mlp.hook_in", output_path=str(out))
+    )
+    assert "lch_centroid" not in SAE.load_from_disk(out).cfg.metadata
+
+
+def test_the_same_seed_gives_the_same_sae() -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        weights.append(lch.saes.train(models.bridge("gpt2"), DATA, config()).W_dec)
+    assert torch.equal(*weights)
+
+
+def test_logging_evaluates_the_reconstruction_and_not_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With SAELens' own evaluator this dies: an ablation loss of zero is divided by."""
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr("wandb.init", lambda **kw: None)
+    monkeypatch.setattr("wandb.finish", lambda: None)
+    monkeypatch.setattr("wandb.log", lambda data, **kw: logged.update(data))
+    monkeypatch.setattr("wandb.log_artifact", lambda *args, **kw: None)
+    lch.saes.train(models.bridge("gpt2"), DATA, config(wandb=True))
+    names = " ".join(logged)
+    assert "explained_variance" in names
+    assert "ce_loss" not in names
+    assert "kl_div" not in names
+
+
+def test_the_dataset_and_the_signal_handlers_are_left_as_they_were() -> None:
+    data = Dataset.from_dict({"tokens": models.tokens(256, 16).tolist()})
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    lch.saes.train(models.bridge("gpt2"), data, config())
+    assert data.format["type"] is None
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_an_interrupt_leaves_finished_files_valid_and_no_half_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.bridge("gpt2")
+    lch.saes.train(model, DATA, config(output_path=str(tmp_path / "first")))
+    forward, calls = model.forward, []
+
+    def interrupted(*args: Any, **kw: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 30:
+            signal.raise_signal(signal.SIGINT)
+        return forward(*args, **kw)
+
+    monkeypatch.setattr(model, "forward", interrupted)
+    checkpoints = tmp_path / "checkpoints"
+    settings = config(
+        output_path=str(tmp_path / "second"),
+        checkpoint_path=str(checkpoints),
+        n_checkpoints=3,
+        training_tokens=200_000,
+    )
+    with pytest.raises(BaseException, match=r"^$|nterrupt"):
+        lch.saes.train(model, DATA, settings)
+    assert {p.name for p in tmp_path.iterdir()} <= {"first", "checkpoints"}
+    assert not attached_sites(model)
+    SAE.load_from_disk(tmp_path / "first")
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_bad_configurations_are_refused_before_work_starts(tmp_path: Path) -> None:
+    model = models.bridge("gpt2")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("keep me")
+    (tmp_path / "file").write_text("keep me")
+    outside = Dataset.from_dict({"tokens": [[0] * 15 + [models.D_VOCAB]]})
+    short = Dataset.from_dict({"input_ids": [[0] * 16, [0] * 9]})
+    cases: list[tuple[type[lch.LCHError], str, Dataset, dict[str, Any]]] = [
+        (lch.InputError, "d_in=33.*Set d_in=32", DATA, {"d_in": 33}),
+        (lch.SiteError, r"layers \[7\]", DATA, {"hook_name": "blocks.7.mlp.hook_centroid"}),
+        (lch.SiteError, "no hook point", DATA, {"hook_name": "blocks.1.mlp.hook_centriod"}),
+        (lch.InputError, "context of 16", DATA, {"context_size": 17}),
+        (lch.InputError, "n_batches_in_buffer to 8", DATA, {"n_batches_in_buffer": 7}),
+        (lch.InputError, "vocabulary", outside, {}),
+        (lch.InputError, "9 tokens", short, {}),
+        (lch.InputError, "0 rows", Dataset.from_dict({"tokens": []}), {}),
+        (lch.InputError, "columns", Dataset.from_dict({"words": ["a"]}), {}),
+        (lch.OutputError, "other content", DATA, {"output_path": str(tmp_path / "taken")}),
+        (lch.OutputError, "written", DATA, {"output_path": str(tmp_path / "file" / "out")}),
+    ]
+    for error, match, data, kw in cases:
+        with pytest.raises(error, match=match):
+            lch.saes.train(model, data, config(**kw))
+        assert not attached_sites(model)
+    assert (tmp_path / "taken" / "file").read_text() == "keep me"
