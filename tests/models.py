@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -80,18 +80,20 @@ FAMILIES = {
 }
 
 
+_DIRECTORY = tempfile.TemporaryDirectory(prefix="lch-tokenizer-")
+
+
 @cache
-def tokenizer_directory() -> Path:
-    """A word-level tokenizer on disk: TransformerLens wants one that was loaded from there."""
+def tokenizer() -> Any:
+    """A word-level tokenizer, loaded from disk: TransformerLens asks where it came from."""
     words = {f"w{i}": i for i in range(D_VOCAB)}
-    path = Path(tempfile.mkdtemp(prefix="lch-tokenizer-"))
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
         bos_token="w0",
         eos_token="w0",
         pad_token="w0",
-    ).save_pretrained(path)
-    return path
+    ).save_pretrained(_DIRECTORY.name)
+    return AutoTokenizer.from_pretrained(_DIRECTORY.name)
 
 
 def huggingface(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
@@ -106,11 +108,10 @@ def huggingface(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) 
 
 
 def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> TransformerBridge:
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory())
     return TransformerBridge.boot_transformers(
         "tiny",
         hf_model=huggingface(family, dtype, seed),
-        tokenizer=tokenizer,
+        tokenizer=tokenizer(),
         device="cpu",
         dtype=dtype,
     )
@@ -139,7 +140,7 @@ def hooked(
         dtype=dtype,
         model_name="tiny",
     )
-    lens = cls(cfg, AutoTokenizer.from_pretrained(tokenizer_directory()))
+    lens = cls(cfg, tokenizer())
     lens.load_state_dict(convert_gpt2_weights(model, cfg), strict=False)
     return lens.to(dtype)
 

@@ -47,8 +47,11 @@ class AblationCheck:
 
     @property
     def p_value(self) -> float:
-        """One-sided permutation p-value: how often a random set has at least this effect."""
-        as_large = int((self.random_effects >= self.effect).sum())
+        """Two-sided permutation p-value: how often a random set's effect is at least as large.
+
+        Two-sided because a neuron score is a magnitude: top neurons may push either way.
+        """
+        as_large = int((self.random_effects.abs() >= abs(self.effect)).sum())
         return (1 + as_large) / (1 + len(self.random))
 
 

@@ -50,11 +50,13 @@ def test_random_sets_repeat_with_the_seed() -> None:
     assert len(checks[0].random) == 20
 
 
-def test_p_value_counts_random_sets_with_at_least_the_effect() -> None:
-    check = lch.circuits.AblationCheck({0: (1,)}, clean=3.0, ablated=1.0, random=(3.0, 0.5, 1.0))
+def test_p_value_counts_random_sets_with_at_least_the_effect_either_way() -> None:
+    check = lch.circuits.AblationCheck(
+        {0: (1,)}, clean=3.0, ablated=1.0, random=(3.0, 0.5, 1.5, 5.5)
+    )
     assert check.effect == 2.0
-    assert check.random_effects.tolist() == [0.0, 2.5, 2.0]
-    assert check.p_value == 3 / 4
+    assert check.random_effects.tolist() == [0.0, 2.5, 1.5, -2.5]
+    assert check.p_value == 3 / 5
 
 
 def test_centered_weights_are_no_obstacle_to_ablation() -> None:

@@ -1,0 +1,41 @@
+# Every target sets up what it needs, once, in .venv.
+#
+#   make demo    the demonstration, into demo-report/
+#   make test    lint, types and tests: what CI runs
+#
+# PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
+# libraries; PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo-report
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check format clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(BIN)/lch demo --out $(OUT)
+
+test: $(VENV)/ready check
+	$(BIN)/pytest -n auto
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and alone: with it installed, nothing else asks for a newer one.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,39 @@
+"""The ``lch`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lch_plugin.errors import LCHError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Centroids instead of activations, for the interpretability toolkits you already use."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory to make.")] = Path("demo-report"),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps...")] = "cpu",
+) -> None:
+    """Centroids, two SAEs and a circuit of the embedded model, as one HTML report."""
+    from lch_plugin.demo.run import run  # Seconds of imports, which --help need not wait for.
+
+    run(out, seed=seed, device=device)
+
+
+def entry_point() -> None:
+    """Run the command; a mistake of the user's is a message, not a traceback."""
+    try:
+        app()
+    except LCHError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", highlight=False)
+        raise SystemExit(1) from error

@@ -1,0 +1,60 @@
+"""Where in a text a neuron or an SAE feature is most active."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stretch of text around one peak.
+
+    Attributes:
+        tokens: the text, token by token.
+        values: activation at each token.
+        peak: index of the peak among ``tokens``.
+    """
+
+    tokens: list[str]
+    values: list[float]
+    peak: int
+
+
+def top_contexts(
+    values: Float[Tensor, "row pos"],
+    tokens: Sequence[Sequence[str]],
+    n: int = 5,
+    *,
+    before: int = 14,
+    after: int = 5,
+) -> list[Context]:
+    """The ``n`` highest peaks, at most one a row, each with the text around it.
+
+    Rows that never rise above zero have no peak, so fewer may come back.
+
+    Args:
+        values: activation of one neuron or feature at each token.
+        tokens: the text of each row, token by token.
+        n: how many contexts.
+        before: tokens shown before the peak.
+        after: tokens shown after it.
+    """
+    peaks, positions = values.max(-1)
+    contexts = []
+    for row in peaks.argsort(descending=True, stable=True)[:n].tolist():
+        if peaks[row] <= 0:
+            break
+        position = int(positions[row])
+        window = slice(max(0, position - before), position + after + 1)
+        contexts.append(
+            Context(
+                tokens=list(tokens[row][window]),
+                values=values[row, window].tolist(),
+                peak=position - window.start,
+            )
+        )
+    return contexts

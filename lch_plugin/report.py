@@ -1,0 +1,48 @@
+"""Results as one self-contained HTML page: no script, no request, pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
+
+
+def write_report(
+    directory: Path, template: str, results: Mapping[str, Any], figures: Mapping[str, Figure]
+) -> None:
+    """Write ``report.html``, ``results.json`` and one PNG a figure into a directory.
+
+    The page shows nothing that is not in ``results``: the template gets them and the pictures,
+    and no more.
+
+    Args:
+        directory: an existing directory.
+        template: name of a template of this package.
+        results: JSON-serialisable values.
+        figures: by name; the template finds them as ``figures.NAME``.
+    """
+    pictures = {}
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        # Without a date or version inside, the same numbers give the same file.
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        (directory / f"{name}.png").write_bytes(buffer.getvalue())
+        encoded = base64.b64encode(buffer.getvalue()).decode()
+        pictures[name] = f"data:image/png;base64,{encoded}"
+    text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
+    (directory / "results.json").write_text(text + "\n", encoding="utf-8")
+    environment = Environment(
+        loader=PackageLoader("lch_plugin"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(template).render(**json.loads(text), figures=pictures)
+    (directory / "report.html").write_text(page, encoding="utf-8")
