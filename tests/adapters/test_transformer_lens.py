@@ -12,9 +12,10 @@ from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 import lch_plugin as lch
-from lch_plugin.adapters import transformer_lens as adapter
+from lch_plugin.adapters.transformer_lens import attached_sites, sites
 from lch_plugin.mlp import activation_and_derivative
 from tests import models
 
@@ -53,8 +54,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return original(*args)
 
-    original = adapter.mlp_centroid
-    monkeypatch.setattr(adapter, "mlp_centroid", counted)
+    original = sites.mlp_centroid
+    monkeypatch.setattr(sites, "mlp_centroid", counted)
     return calls
 
 
@@ -207,7 +208,7 @@ def test_nothing_is_computed_when_nobody_listens(model: Any, computed: list) -> 
         model(IDS)
         cached(model, lambda name: name.endswith("hook_post"))
         assert not computed
-        assert all(not s._capture_hooks for s in adapter.attached_sites(model).values())
+        assert all(not s._capture_hooks for s in attached_sites(model).values())
 
 
 def test_generation_fires_at_every_step() -> None:
@@ -248,7 +249,7 @@ def test_interventions_upstream_are_seen(model: Any) -> None:
 def test_the_users_hooks_inside_the_component_fire_once(family: str) -> None:
     model, fired = models.bridge(family), []
     for name, point in model.blocks[1].mlp.named_modules():
-        if isinstance(point, adapter.HookPoint):
+        if isinstance(point, HookPoint):
             point.add_hook(lambda value, hook, name=name: fired.append(name))
         elif isinstance(point, nn.Module):
             point.register_forward_hook(lambda *call, name=name: fired.append("module " + name))
@@ -324,8 +325,8 @@ def test_a_deep_copy_is_attached_on_its_own(model: Any) -> None:
         other.blocks[0].mlp.W_in.mul_(2)
     changed = cached(other)
     assert not torch.equal(changed[NAMES[0]], expected[NAMES[0]])
-    assert not adapter.attached_sites(model)
-    assert set(adapter.attached_sites(other)) == set(NAMES)
+    assert not attached_sites(model)
+    assert set(attached_sites(other)) == set(NAMES)
 
 
 def test_layers_attach_and_detach_separately(model: Any) -> None:
