@@ -12,6 +12,7 @@ import re
 import signal
 from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -19,6 +20,7 @@ from pyarrow import compute
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 
 from lch_plugin.adapters.transformer_lens import (
@@ -51,6 +53,10 @@ def train(
     processing, activation scale and plugin version. Scores of a loss after splicing the
     reconstruction in are not computed for them: nothing downstream reads a centroid, so there
     is no such loss.
+
+    Ctrl-C raises KeyboardInterrupt; with ``config.checkpoint_path`` set it first saves a
+    checkpoint that SAELens' ``resume_from_checkpoint`` takes. ``config.output_path`` appears only
+    when training is done.
 
     Like SAELens' runner, this has to run in the main thread; it puts the signal handlers back
     that the runner replaces.
@@ -108,7 +114,19 @@ class _Runner(LanguageModelSAETrainingRunner):
                 )
         if self.site is not None:
             sae.cfg.metadata.lch_centroid = _provenance(self.model, self.site, scaler)
-        return super().run_trainer_with_interruption_handling(trainer)
+        try:
+            return super().run_trainer_with_interruption_handling(trainer)
+        except (KeyboardInterrupt, InterruptedException) as interrupt:
+            # SAELens has saved where it was in the text, but neither SAE nor optimizer.
+            if self.cfg.checkpoint_path is not None:
+                trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+            raise KeyboardInterrupt from interrupt
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None:
+            # SAELens takes it to exist, which on an interrupt it does not.
+            checkpoint_path.mkdir(parents=True, exist_ok=True)
+        super().save_checkpoint(checkpoint_path)
 
     def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
         with new_directory(output_path) as directory:

@@ -162,32 +162,36 @@ def test_the_dataset_and_the_signal_handlers_are_left_as_they_were() -> None:
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_an_interrupt_leaves_finished_files_valid_and_no_half_ones(
+def test_an_interrupted_run_leaves_finished_files_valid_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models.bridge("gpt2")
     lch.saes.train(model, DATA, config(output_path=str(tmp_path / "first")))
+    settings = {
+        "output_path": str(tmp_path / "second"),
+        "checkpoint_path": str(tmp_path / "checkpoints"),
+        "training_tokens": 20_000,
+    }
     forward, calls = model.forward, []
 
     def interrupted(*args: Any, **kw: Any) -> Any:
         calls.append(1)
-        if len(calls) == 30:
+        if len(calls) == 60:
             signal.raise_signal(signal.SIGINT)
         return forward(*args, **kw)
 
-    monkeypatch.setattr(model, "forward", interrupted)
-    checkpoints = tmp_path / "checkpoints"
-    settings = config(
-        output_path=str(tmp_path / "second"),
-        checkpoint_path=str(checkpoints),
-        n_checkpoints=3,
-        training_tokens=200_000,
-    )
-    with pytest.raises(BaseException, match=r"^$|nterrupt"):
-        lch.saes.train(model, DATA, settings)
-    assert {p.name for p in tmp_path.iterdir()} <= {"first", "checkpoints"}
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lch.saes.train(model, DATA, config(**settings))
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "checkpoints"}
     assert not attached_sites(model)
     SAE.load_from_disk(tmp_path / "first")
+    (checkpoint,) = tmp_path.glob("checkpoints/*/*")
+    done = int(checkpoint.name)
+    assert 0 < done < 20_000
+    lch.saes.train(model, DATA, config(**settings, resume_from_checkpoint=str(checkpoint)))
+    assert SAE.load_from_disk(tmp_path / "second").cfg.metadata.lch_centroid["layer"] == 1
 
 
 @pytest.mark.usefixtures("as_users_run")
