@@ -2,6 +2,7 @@
 #
 #   make demo    the demonstration, into demo-report/
 #   make test    lint, types and tests: what CI runs
+#   make bench   what centroids cost
 #
 # PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
 # libraries; PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 OUT ?= demo-report
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -29,6 +30,9 @@ check: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/ready
+	$(BIN)/python -W ignore benchmarks/mlp_centroids.py
 
 # torch first and alone: with it installed, nothing else asks for a newer one.
 $(VENV)/ready: pyproject.toml constraints.txt

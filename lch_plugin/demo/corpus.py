@@ -27,7 +27,8 @@ from lch_plugin.errors import InputError
 
 #: How often each behaviour occurs; the ones that take longest to learn are the most frequent.
 _WEIGHTS = [
-    {"ioi": 3, "greater_than": 2, "induction": 3}.get(behaviour, 1) for behaviour in BEHAVIOURS
+    {"ioi": 6, "greater_than": 2, "induction": 3, "pronoun": 2}.get(behaviour, 1)
+    for behaviour in BEHAVIOURS
 ]
 _LIST_LENGTH = 90
 _PEOPLE = frozenset(words.NAMES) | frozenset(NARRATORS)
@@ -129,7 +130,7 @@ def write_story(rng: random.Random, split: str = "train") -> Story:
     details["her"] = "her" if pronoun == "she" else "his"
 
     tell = partial(_tell, details=details, rng=rng)
-    told = [tell(_OPENINGS)] if rng.random() < 0.4 else []
+    told = [tell(_OPENINGS)] if rng.random() < 0.25 else []
     used: list[tuple[str, Combination]] = []
     cast = frozenset({name, other, rng.choice(["I", "We", "They", details["She"]])})
     for _ in range(rng.randint(1, 2)):
@@ -167,15 +168,15 @@ def word_lists(n: int, *, seed: int = 0) -> Iterator[str]:
     for _ in range(n):
         names: list[str] = []
         while len(names) < _LIST_LENGTH:
-            names += _known_round(rng) * rng.randint(2, 3)
+            names += _known_round(names[-1:], rng) * rng.randint(2, 3)
         yield f"Everyone said {' '.join(names)}."
 
 
-def _known_round(rng: random.Random) -> list[str]:
-    """Names of which no two neighbours, the last and the first included, are held out."""
+def _known_round(before: list[str], rng: random.Random) -> list[str]:
+    """Names that can be repeated, and follow ``before``, with no held-out pair of neighbours."""
     while True:
         names = rng.sample(words.INVENTED + words.NAMES, rng.randint(3, 12))
-        pairs = zip(names, names[1:] + names[:1], strict=True)
+        pairs = itertools.pairwise([*before, *names, names[0]])
         if not any(is_held_out("induction", pair) for pair in pairs):
             return names
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lch_plugin.demo.corpus import stories, word_lists
 from lch_plugin.demo.tokenizer import build_tokenizer
-from lch_plugin.errors import InputError
+from lch_plugin.files import check_new_directory, new_directory
 
 _LOG_EVERY = 20
 #: The same function as "gelu_new", computed in one step.
@@ -35,11 +34,11 @@ class Recipe:
     d_model: int = 128
     context_length: int = 128
     n_lists: int = 13_000
-    n_stories: int = 120_000
+    n_stories: int = 200_000
     initializer_range: float = 0.1
     n_vocabulary_stories: int = 40_000
     batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 2.5e-3
     warmup_steps: int = 200
     weight_decay: float = 0.05
     n_threads: int = 2
@@ -101,15 +100,12 @@ def pack(documents: Iterable[list[int]], length: int) -> Iterator[list[int]]:
 def save(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, log: TrainingLog, directory: Path
 ) -> None:
-    """Write model and tokenizer to ``directory``, which must be absent or empty.
+    """Write model and tokenizer to a new ``directory``.
 
-    The weights are stored in half precision, the config asks for them to be loaded in single
-    precision. Files are written beside the directory and moved into place when complete.
+    The weights are stored in half precision, which rounds them; the config asks for them to be
+    loaded in single precision. ``n_ctx`` is there for TransformerLens.
     """
-    _check_empty(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-        built = Path(temporary) / directory.name
+    with new_directory(directory) as built:
         model.half().save_pretrained(built)
         tokenizer.save_pretrained(built)
         config = json.loads((built / "config.json").read_text())
@@ -120,12 +116,6 @@ def save(
         }
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (built / "training.json").write_text(json.dumps(asdict(log), indent=2) + "\n")
-        built.replace(directory)
-
-
-def _check_empty(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists and is not an empty directory")
 
 
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
@@ -228,7 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="an absent or empty directory")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    _check_empty(arguments.out)
+    check_new_directory(arguments.out)
     model, tokenizer, log = train(Recipe(), arguments.seed)
     save(model, tokenizer, log, arguments.out)
     Console().print(log)

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lch_plugin.demo import DEMO_MODEL_DIR, vocabulary
-from lch_plugin.demo.corpus import stories, write_story
+from lch_plugin.demo.corpus import stories, word_lists, write_story
 from lch_plugin.demo.tasks import BEHAVIOURS, combinations, examples
 from lch_plugin.errors import InputError
 
@@ -58,7 +58,7 @@ def test_no_held_out_noun_is_in_its_template(texts: list[str]) -> None:
 def test_no_held_out_pair_of_invented_words_occurs(texts: list[str]) -> None:
     invented = set(vocabulary.INVENTED)
     held_out = {combination[:2] for combination in combinations("induction", "test")}
-    for text in texts:
+    for text in [*texts, *word_lists(500, seed=1)]:
         pairs = set(itertools.pairwise(re.findall(r"\w+|[^\w\s]", text)))
         assert not pairs & held_out
     assert any(invented & set(text.split()) for text in texts)

@@ -16,7 +16,7 @@ from lch_plugin.demo import DEMO_MODEL_DIR, load_demo_model
 from lch_plugin.demo.evaluate import Score, evaluate, next_token_logits, token_ids
 from lch_plugin.demo.tasks import BEHAVIOURS, logit_difference, pear_apple
 from lch_plugin.demo.train import Recipe, pack, save, train
-from lch_plugin.errors import InputError
+from lch_plugin.errors import OutputError
 
 REQUIRED_ACCURACY = {
     "a_an": 0.95,
@@ -151,7 +151,7 @@ def test_saved_model_loads(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model")
     assert loaded.dtype == torch.float32
     assert loaded.config.n_ctx == 128
-    with pytest.raises(InputError):
+    with pytest.raises(OutputError):
         save(model, tokenizer, log, tmp_path / "new" / "model")
 
 
