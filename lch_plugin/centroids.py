@@ -71,7 +71,8 @@ def centroid(
         The centroid, detached, in the shape and dtype of ``x``.
 
     Raises:
-        InputError: ``x`` is not floating point, or the cotangent does not fit or is zero.
+        InputError: ``x`` is not floating point, or the cotangent does not fit, is zero or is not
+            finite.
         NotDifferentiableError: ``fn(x)`` does not depend differentiably on ``x``.
     """
     return _vjp(fn, x, cotangent)[1]
@@ -139,8 +140,9 @@ def local_centroid(
         InputError: as `centroid` and `sample_neighbourhood`.
         NotDifferentiableError: as `centroid`.
     """
-    _check_neighbourhood(radius, n_samples, neighbourhood)
-    total = torch.zeros_like(x)
+    _check_neighbourhood(x, radius, n_samples, neighbourhood)
+    # In half precision a long sum would stop growing.
+    total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     chunk = max(1, _MAX_ROWS // max(1, x[..., 0].numel()))
     for start in range(0, n_samples, chunk):
         samples = sample_neighbourhood(
@@ -150,8 +152,8 @@ def local_centroid(
             neighbourhood=neighbourhood,
             generator=generator,
         )
-        total += centroid(fn, samples, cotangent).sum(0)
-    return total / n_samples
+        total += centroid(fn, samples, cotangent).sum(0, dtype=total.dtype)
+    return (total / n_samples).to(x.dtype)
 
 
 def sample_neighbourhood(
@@ -171,7 +173,7 @@ def sample_neighbourhood(
         InputError: radius negative or not finite, ``n_samples`` below 1, or the
             neighbourhood is not one of the two.
     """
-    _check_neighbourhood(radius, n_samples, neighbourhood)
+    _check_neighbourhood(x, radius, n_samples, neighbourhood)
     shape = (n_samples, *x.shape)
     options: Any = {"dtype": x.dtype, "device": x.device, "generator": generator}
     noise = torch.randn(shape, **options)
@@ -184,7 +186,16 @@ def sample_neighbourhood(
     return x + direction * distance
 
 
-def _check_neighbourhood(radius: float, n_samples: int, neighbourhood: str) -> None:
+def _check_input(x: Tensor) -> None:
+    if not x.is_floating_point() or x.ndim == 0:
+        raise InputError(
+            f"x has shape {tuple(x.shape)} and dtype {x.dtype}, but a centroid is a derivative in "
+            "rows of x: pass floating-point vectors (for tokens, their embeddings)."
+        )
+
+
+def _check_neighbourhood(x: Tensor, radius: float, n_samples: int, neighbourhood: str) -> None:
+    _check_input(x)
     if not (math.isfinite(radius) and radius >= 0):
         raise InputError(f"radius={radius} must be a finite number, zero or more.")
     if n_samples < 1:
@@ -199,11 +210,7 @@ def _vjp(
     fn: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(fn(x), J^T v, v)``, all detached."""
-    if not x.is_floating_point():
-        raise InputError(
-            f"x has dtype {x.dtype}, but a centroid is a derivative with respect to x: pass "
-            "floating-point values (for tokens, their embeddings)."
-        )
+    _check_input(x)
     # A tensor made under inference_mode can never require grad; a copy made outside can.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
@@ -239,6 +246,6 @@ def _fit_cotangent(cotangent: Tensor | None, y: Tensor) -> Tensor:
             f"cotangent of shape {tuple(cotangent.shape)} does not broadcast to the output of "
             f"fn, shape {tuple(y.shape)}: a cotangent lives in the output space."
         ) from error
-    if not bool(v.any()):
-        raise InputError("cotangent is all zeros: the centroid would be zero everywhere.")
+    if not bool(v.isfinite().all()) or not bool(v.any()):
+        raise InputError("cotangent must be finite and not all zeros.")
     return v

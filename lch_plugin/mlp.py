@@ -35,7 +35,7 @@ _VANISHING_READ = 1e-2
 
 @dataclass(frozen=True)
 class PlainMLP:
-    """``y = act(x W_in + b_in) W_out``: GPT-2, GPT-NeoX, OPT, BERT, ViT."""
+    """``y = act(x W_in + b_in) W_out``: GPT-2, GPT-NeoX, OPT."""
 
     W_in: Float[Tensor, "d_in d_mlp"]
     b_in: Float[Tensor, " d_mlp"] | None
@@ -135,7 +135,8 @@ def neuron_scores(
             (c * d).mean(0) * (W * V).sum(0) for c, W in terms for d, V in terms
         )
         mu = _total(c @ W.T for c, W in terms)
-        return squared_change / x.shape[-1] / mu.norm()
+        # Where every neuron is off the centroids are zero, and so is every change.
+        return squared_change / x.shape[-1] / mu.norm().clamp_min(torch.finfo(mu.dtype).tiny)
 
 
 def read_direction(

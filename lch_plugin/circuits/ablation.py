@@ -14,9 +14,10 @@ from lch_plugin.adapters.transformer_lens import (
     LensModel,
     as_tokens,
     check_token_ids,
+    integers,
     locate_mlps,
 )
-from lch_plugin.errors import InputError
+from lch_plugin.errors import InputError, SiteError
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def ablation_check(
         tokens: a prompt, ``(pos,)`` or ``(batch, pos)`` token ids.
         answer: token id, or one a prompt.
         foil: token id, or one a prompt.
-        neurons: indices of the neurons to remove, by layer.
+        neurons: indices of the neurons to remove, by layer; negative layers count from the end.
         n_random: random sets to compare with.
         generator: source of the randomness, on the CPU.
 
     Raises:
         InputError: tokens, answer, foil, neurons or n_random cannot be used.
-        SiteError: as `lch_plugin.attach`.
+        SiteError: as `lch_plugin.attach`, or an SAE stands where the neurons are.
     """
     tokens = as_tokens(model, tokens)
     answers, foils = (_one_each(model, len(tokens), ids) for ids in (answer, foil))
@@ -91,51 +92,65 @@ def ablation_check(
         raise InputError(f"n_random={n_random} must be at least 1.")
     if not neurons:
         raise InputError("neurons is empty: there is nothing to remove.")
-    sites = {site.layer: site for site in locate_mlps(model, list(neurons))}
-    others = {}
+    sites = {layer: locate_mlps(model, layer)[0] for layer in neurons}
+    removed, others = {}, {}
     for layer, indices in neurons.items():
         d_mlp = sites[layer].weights.W_out.shape[0]
-        out_of_range = [i for i in indices if not 0 <= i < d_mlp]
-        if out_of_range or len(set(indices)) < len(indices) or 2 * len(indices) > d_mlp:
+        listed = integers(indices)
+        if (
+            not listed
+            or not all(0 <= i < d_mlp for i in listed)
+            or not len(set(listed)) == len(listed) <= d_mlp // 2
+        ):
             raise InputError(
-                f"neurons {list(indices)} of layer {layer}: distinct indices from 0 to "
-                f"{d_mlp - 1} are needed, at most half of them, to draw as many others."
+                f"neurons {indices} of layer {layer}: distinct indices from 0 to {d_mlp - 1} are "
+                "needed, at least one and at most half of them, to draw as many others."
             )
-        others[layer] = torch.tensor(sorted(set(range(d_mlp)) - set(indices)))
+        removed[sites[layer].layer] = torch.tensor(listed)
+        rest = torch.ones(d_mlp, dtype=torch.bool)
+        rest[removed[sites[layer].layer]] = False
+        others[sites[layer].layer] = rest.nonzero().flatten()
+    names = {site.layer: site.post_activation_name for site in sites.values()}
 
-    def metric(removed: Mapping[int, Tensor]) -> float:
-        hooks = [
-            (sites[layer].post_activation_name, partial(_zero, indices))
-            for layer, indices in removed.items()
-        ]
+    def metric(chosen: Mapping[int, Tensor]) -> float:
+        fired: set[int] = set()
+
+        def remove(layer: int, value: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+            fired.add(layer)
+            value = value.clone()
+            value[..., chosen[layer]] = 0
+            return value
+
+        hooks = [(names[layer], partial(remove, layer)) for layer in chosen]
         with torch.no_grad():
             logits = model.run_with_hooks(tokens, fwd_hooks=hooks)[:, -1].double()
+        if fired != chosen.keys():
+            missed = [names[layer] for layer in chosen.keys() - fired]
+            raise SiteError(
+                f"{missed} did not fire, so nothing was removed there. If an SAE stands there, "
+                "call reset_saes() first."
+            )
         rows = torch.arange(len(tokens))
         return float((logits[rows, answers] - logits[rows, foils]).mean())
 
     def draw() -> dict[int, Tensor]:
         return {
-            layer: rest[torch.randperm(len(rest), generator=generator)[: len(neurons[layer])]]
+            layer: rest[torch.randperm(len(rest), generator=generator)[: len(removed[layer])]]
             for layer, rest in others.items()
         }
 
     return AblationCheck(
-        neurons={layer: tuple(indices) for layer, indices in neurons.items()},
+        neurons={layer: tuple(indices.tolist()) for layer, indices in removed.items()},
         clean=metric({}),
-        ablated=metric({layer: torch.tensor(list(i)) for layer, i in neurons.items()}),
+        ablated=metric(removed),
         random=tuple(metric(draw()) for _ in range(n_random)),
     )
 
 
-def _zero(indices: Tensor, value: Tensor, hook: object) -> Tensor:  # noqa: ARG001
-    value = value.clone()
-    value[..., indices] = 0
-    return value
-
-
 def _one_each(model: LensModel, n_prompts: int, ids: int | Sequence[int]) -> list[int]:
-    listed = [ids] * n_prompts if isinstance(ids, int) else list(ids)
+    listed = integers(ids) or []
+    listed = listed * n_prompts if len(listed) == 1 else listed
     if len(listed) != n_prompts:
-        raise InputError(f"{len(listed)} token ids for {n_prompts} prompts: give one, or one each.")
+        raise InputError(f"token ids {ids!r} for {n_prompts} prompts: give one, or one each.")
     check_token_ids(model, min(listed), max(listed))
     return listed

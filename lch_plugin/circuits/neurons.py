@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, locate_mlps, mlp_inputs
+from lch_plugin.adapters.transformer_lens import (
+    LensModel,
+    as_tokens,
+    locate_mlps,
+    mlp_inputs,
+    self_check,
+)
 from lch_plugin.centroids import sample_neighbourhood
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import neuron_scores
@@ -104,7 +110,7 @@ def neuron_attribution(
 
     The neighbourhood is uniform in a ball around what the MLP reads at ``position`` (after the
     layer norm). Defaults are the paper's for GPT-2 Large. Over a batch of prompts the scores
-    are averaged.
+    are averaged. Hooks that the user has on the model act as in any forward pass.
 
     Args:
         model: TransformerBridge or HookedTransformer; attached or not makes no difference.
@@ -125,9 +131,11 @@ def neuron_attribution(
     n_pos = tokens.shape[-1]
     if not -n_pos <= position < n_pos:
         raise InputError(f"position={position} is outside the prompt's {n_pos} tokens.")
+    for site in sites:
+        site.check_cotangent()
+    self_check(model, sites)
     scores = {}
     for site, x in zip(sites, mlp_inputs(model, tokens, sites), strict=True):
-        site.check_cotangent()
         samples = sample_neighbourhood(
             x[:, position], radius=radius, n_samples=n_samples, generator=generator
         )

@@ -82,6 +82,11 @@ def snapshot(model: Any) -> dict[str, Any]:
             name: (list(m._forward_hooks), list(m._forward_pre_hooks), list(m._backward_hooks))
             for name, m in model.named_modules()
         },
+        "registries": {
+            name: set(vars(m)["_hook_registry"])
+            for name, m in model.named_modules()
+            if "_hook_registry" in vars(m)
+        },
         "state": {k: (id(v.untyped_storage()), v._version) for k, v in model.state_dict().items()},
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "training": [m.training for m in model.modules()],
@@ -208,7 +213,8 @@ def test_nothing_is_computed_when_nobody_listens(model: Any, computed: list) -> 
         model(IDS)
         cached(model, lambda name: name.endswith("hook_post"))
         assert not computed
-        assert all(not s._capture_hooks for s in attached_sites(model).values())
+        for site in attached_sites(model).values():
+            assert not any(point._forward_hooks for point in site.pre_activation_points)
 
 
 def test_generation_fires_at_every_step() -> None:
@@ -357,10 +363,13 @@ def test_bad_arguments_are_refused_before_anything_changes() -> None:
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (lch.SiteError, r"layers \[3\] do not exist: .* 0 to 2", {"layers": 3}),
         (lch.SiteError, r"\[-4\]", {"layers": [0, -4]}),
-        (lch.SiteError, "empty", {"layers": []}),
+        (lch.SiteError, "names no layer", {"layers": []}),
+        (lch.SiteError, "names no layer", {"layers": True}),
+        (lch.SiteError, "names no layer", {"layers": 1.0}),
         (lch.SiteError, "'mpl'", {"site": "mpl"}),
         (lch.InputError, r"\(32,\)", {"cotangent": torch.ones(31)}),
         (lch.InputError, "zeros", {"cotangent": torch.zeros(32)}),
+        (lch.InputError, "floating", {"cotangent": torch.arange(32)}),
         (lch.InputError, "finite", {"cotangent": torch.full((32,), float("nan"))}),
         (TypeError, "radius", {"radius": 1.0}),
     ]

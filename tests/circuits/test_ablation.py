@@ -76,7 +76,10 @@ def test_bad_input_is_refused() -> None:
         ((1, 2, {0: [models.D_MLP]}), "0 to 47"),
         ((1, 2, {0: [1, 1]}), "distinct"),
         ((1, 2, {0: list(range(30))}), "at most half"),
-        (([1, 2], 2, {0: [1]}), "2 token ids for 3 prompts"),
+        (([1, 2], 2, {0: [1]}), "for 3 prompts"),
+        ((1.5, 2, {0: [1]}), "give one"),
+        ((1, 2, {0: []}), "at least one"),
+        ((1, 2, {0: [1.5]}), "distinct indices"),
         ((models.D_VOCAB, 2, {0: [1]}), "vocabulary"),
     ]:
         with pytest.raises(lch.InputError, match=match):

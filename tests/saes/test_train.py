@@ -97,7 +97,7 @@ def test_metadata_say_what_the_sae_was_trained_on(tmp_path: Path) -> None:
     assert record["layer"] == 1
     assert record["cotangent"] == v.tolist()
     assert record["weight_processing"] == {
-        "layer_norm_folded": False,
+        "processed": False,
         "writing_weights_centered": False,
     }
     assert record["lch_plugin_version"] == lch.__version__
@@ -117,7 +117,7 @@ def test_processed_weights_are_recorded() -> None:
     model.enable_compatibility_mode(disable_warnings=True, center_writing_weights=False)
     sae = lch.saes.train(model, DATA, config())
     assert sae.cfg.metadata.lch_centroid["weight_processing"] == {
-        "layer_norm_folded": True,
+        "processed": True,
         "writing_weights_centered": False,
     }
 

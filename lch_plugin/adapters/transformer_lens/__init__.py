@@ -19,9 +19,11 @@ Private attributes used, for want of a public way:
 
 from lch_plugin.adapters.transformer_lens.attaching import Handle, attach, attached_sites
 from lch_plugin.adapters.transformer_lens.inputs import as_tokens, check_token_ids, mlp_inputs
+from lch_plugin.adapters.transformer_lens.self_check import self_check
 from lch_plugin.adapters.transformer_lens.sites import (
     CentroidSite,
     LensModel,
+    integers,
     locate_mlps,
     weight_processing,
 )
@@ -34,7 +36,9 @@ __all__ = [
     "attach",
     "attached_sites",
     "check_token_ids",
+    "integers",
     "locate_mlps",
     "mlp_inputs",
+    "self_check",
     "weight_processing",
 ]

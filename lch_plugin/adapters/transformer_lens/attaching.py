@@ -29,12 +29,11 @@ def attach(
     """Add ``blocks.L.mlp.hook_centroid`` hook points to a model.
 
     Each fires with a ``(batch, pos, d_model)`` tensor, at least float32: the centroid
-    ``J^T v`` of that MLP at each position, in the MLP's input space (after the layer norm).
-    Edits of the MLP's input or pre-activations by other hooks are seen; edits of ``hook_post``
-    and ``hook_out`` replace what the MLP computes and are not.
+    ``J^T v`` of that MLP at each position, in the MLP's input space (after the layer norm), without
+    dropout. Edits of the MLP's input or pre-activations by hooks on hook points are seen; edits of
+    ``hook_post`` and ``hook_out`` replace what the MLP computes and are not.
 
-    Attaching runs three tokens through the model, with the user's own hooks silenced, and
-    compares every centroid with autograd through the model's own modules.
+    Attaching proves itself: see `self_check`.
 
     Args:
         model: TransformerBridge or HookedTransformer, or SAELens' subclass of either.

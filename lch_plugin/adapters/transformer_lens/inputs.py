@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens.sites import CentroidSite, LensModel
 from lch_plugin.errors import InputError
@@ -22,12 +22,18 @@ def as_tokens(
         InputError: no tokens, not integers, an id out of vocabulary, or longer than the context.
     """
     tokens = model.to_tokens(prompt) if isinstance(prompt, str) else prompt
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.ndim not in (1, 2)
+        or tokens.numel() == 0
+        or tokens.dtype not in (torch.int64, torch.int32)
+    ):
+        found = f"{tuple(tokens.shape)}, {tokens.dtype}" if isinstance(tokens, Tensor) else tokens
         raise InputError(
-            f"tokens of shape {tuple(tokens.shape)} and dtype {tokens.dtype}: integers of shape "
-            "(pos,) or (batch, pos), at least one, are needed."
+            f"tokens must be a string, or integers in a tensor of shape (pos,) or (batch, pos) "
+            f"with at least one; got {found!r}."
         )
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
     check_token_ids(model, int(tokens.min()), int(tokens.max()))
     if tokens.shape[-1] > model.cfg.n_ctx:
         raise InputError(
@@ -54,18 +60,21 @@ def check_token_ids(model: LensModel, lowest: int, highest: int) -> None:
 def mlp_inputs(
     model: LensModel, tokens: Int[Tensor, "batch pos"], sites: Sequence[CentroidSite]
 ) -> list[Float[Tensor, "batch pos d_model"]]:
-    """What each MLP reads on these tokens, at least in float32, from one forward pass."""
+    """What each MLP reads on these tokens, at least in float32, from one forward pass.
+
+    Hooks that the user has on the model act as in any forward pass.
+    """
     inputs: dict[int, Tensor] = {}
 
-    def record(layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().reshape(*tokens.shape, -1)
-        inputs[layer] = x.to(torch.promote_types(x.dtype, torch.float32))
+    def record(layer: int, x: Tensor) -> None:
+        inputs[layer] = x.detach().reshape(*tokens.shape, -1)
 
-    handles = [s.entry.register_forward_pre_hook(partial(record, s.layer)) for s in sites]
+    handles = [site.watch_input(partial(record, site.layer)) for site in sites]
     try:
         with torch.no_grad():
             model(tokens, return_type=None)
     finally:
         for handle in handles:
             handle.remove()
-    return [inputs[s.layer] for s in sites]
+    found = [inputs[site.layer] for site in sites]
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in found]

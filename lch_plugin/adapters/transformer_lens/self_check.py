@@ -14,6 +14,7 @@ from transformer_lens.hook_points import HookPoint
 
 from lch_plugin.adapters.transformer_lens.sites import CentroidSite, LensModel
 from lch_plugin.errors import SiteError
+from lch_plugin.mlp import mlp_centroid
 
 # Largest relative distance between the closed form and autograd that is accepted: well above
 # rounding, and far below what a wrong activation or layout gives.
@@ -26,11 +27,18 @@ _TOLERANCE = {
 
 
 def self_check(model: LensModel, sites: Sequence[CentroidSite]) -> None:
-    """Compare every site's centroid with autograd through the model's own MLP, on three tokens.
+    """Compare every site's closed form with autograd through the model's own MLP.
+
+    Three tokens run through the model, in evaluation mode, with all hooks on hook points silenced:
+    those belong to the user's own forward passes. Of an attached site, what its hook point gives is
+    compared too.
 
     Gradients are on only between an MLP's entry and its exit. So one forward pass serves all
     sites, and no module outside sees a tensor with a graph (a bridge that kept one could no
     longer be deep-copied).
+
+    Raises:
+        SiteError: a site is not run, or computes something other than its closed form.
     """
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Any] = {}
@@ -51,44 +59,55 @@ def self_check(model: LensModel, sites: Sequence[CentroidSite]) -> None:
 
     device = next(model.parameters()).device
     tokens = torch.arange(3, device=device)[None] % model.cfg.d_vocab
-    with torch.inference_mode(False), torch.no_grad(), _evaluating(model), _silenced(model):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        _evaluating(model),
+        _silenced(model),
+    ):
         hooks = [
             hook
             for s in sites
             for hook in (
                 s.entry.register_forward_pre_hook(partial(enter, s.layer)),
                 s.exit.register_forward_hook(partial(leave, s.layer)),
-                s.point.register_forward_hook(partial(listen, s.layer)),
             )
+        ]
+        hooks += [
+            s.point.register_forward_hook(partial(listen, s.layer)) for s in sites if s.installed
         ]
         try:
             model(tokens, return_type=None)
         finally:
             for hook in hooks:
                 hook.remove()
-    for s in sites:
-        _compare_with_autograd(s, inputs.get(s.layer), outputs.get(s.layer), centroids.get(s.layer))
+        for s in sites:
+            _compare(s, inputs.get(s.layer), outputs.get(s.layer), centroids.get(s.layer))
 
 
-def _compare_with_autograd(site: CentroidSite, x: Tensor | None, y: Any, mu: Tensor | None) -> None:
+def _compare(site: CentroidSite, x: Tensor | None, y: Any, hooked: Tensor | None) -> None:
     kind = type(site.component).__name__
-    if x is None or mu is None or not isinstance(y, Tensor):
+    if x is None or not isinstance(y, Tensor) or (site.installed and hooked is None):
         raise SiteError(
             f"self-check of {site.name}: a forward pass of three tokens did not run this {kind} "
             "the way its closed form expects (its input, pre-activations or output never passed "
             "the hook points). Pass layers=[...] without it."
         )
     v = torch.ones_like(y) if site.cotangent is None else site.cotangent.to(y).expand_as(y)
-    with torch.inference_mode(False):
-        (truth,) = torch.autograd.grad(y, x, v)
-    error = float((mu - truth.to(mu)).norm() / truth.to(mu).norm())
+    (truth,) = torch.autograd.grad(y, x, v)
+    mlp = site.weights
+    closed = mlp_centroid(mlp, mlp.pre_activations(x), site.cotangent)
     tolerance = _TOLERANCE[x.dtype]
-    if not error <= tolerance:  # Not `>`: NaN has to fail as well.
-        raise SiteError(
-            f"self-check of {site.name}: the closed form is {error:.1e} (relative) away from "
-            f"autograd through this {kind}, more than {tolerance:.0e} allows in {x.dtype}. It "
-            "computes something other than a plain or gated MLP. Pass layers=[...] without it."
-        )
+    for mu in (closed,) if hooked is None else (closed, hooked):
+        error, norm = float((mu - truth.to(mu)).norm()), float(truth.to(mu).norm())
+        if not error <= tolerance * norm:  # Not `>`: NaN has to fail as well.
+            raise SiteError(
+                f"self-check of {site.name}: the closed form and autograd through this {kind} are "
+                f"{error:.1e} apart, at a norm of {norm:.1e}; {tolerance:.0e} of it is allowed in "
+                f"{x.dtype}. The {kind} computes something other than a plain or gated MLP, or a "
+                "hook on one of its modules changes what it does. Pass layers=[...] without it."
+            )
 
 
 @contextmanager
@@ -105,7 +124,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _silenced(model: nn.Module) -> Iterator[None]:
-    """No hook on any hook point fires inside: those belong to the user's own forward passes."""
+    """No hook on any hook point fires inside."""
     points = [module for module in model.modules() if isinstance(module, HookPoint)]
     saved = [(point._forward_hooks, point._backward_hooks) for point in points]
     for point in points:

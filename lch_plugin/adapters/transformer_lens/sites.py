@@ -1,14 +1,16 @@
 """The MLPs of a TransformerLens model: where their parts are, and how their centroids come about.
 
-A hook on an MLP's entry, all that stays installed, asks whether anybody listens to its centroid.
-If so it puts a hook on each pre-activation, *now*, so that it comes after every hook of the user's:
+When an MLP is entered, a hook asks whether anybody listens to its centroid. If so it puts a hook on
+each pre-activation, *now*, so that it comes after every hook of the user's on the same hook point:
 the centroid is that of the values the MLP goes on with, interventions included. The closed form
-(`lch_plugin.mlp`) turns these into the centroid; the user's modules never run twice.
+(`lch_plugin.mlp`) turns these into the centroid; the user's modules never run twice. When the MLP
+is left, by an exception too, these hooks come off again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -29,7 +31,9 @@ from lch_plugin.mlp import MLP, GatedMLP, PlainMLP, is_vanishing, mlp_centroid
 LensModel: TypeAlias = TransformerBridge | HookedTransformer
 
 # Names under which the MLPs of HuggingFace models keep their activation function.
-_ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "activation_func")
+_ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "activation_func", "gelu_impl")
+# Hook points within an MLP: with an SAE in its place one changes what the MLP computes.
+_SPLICED = ("hook_in", "hook_out", "hook_pre", "hook_pre_linear", "hook_post")
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,21 +58,17 @@ def locate_mlps(
 
 
 def weight_processing(model: LensModel, site: CentroidSite) -> dict[str, bool]:
-    """What TransformerLens' weight processing did that changes a centroid's meaning.
+    """What is known of TransformerLens' weight processing, which changes a centroid's meaning.
 
     Folding the layer norm moves the MLP's input space; centering the writing weights takes the
-    all-ones direction out of what it writes. SAEs and probes do not carry over.
+    all-ones direction out of what it writes. SAEs and probes do not carry over. A bridge says only
+    whether its weights were processed in any way, a HookedTransformer whether the norm was folded.
     """
     if isinstance(model, TransformerBridge):
-        gain = getattr(getattr(model.blocks[site.layer], "ln2", None), "weight", None)
-        # A fresh model has unit gains too, so these alone do not tell.
-        folded = model._weights_processed and gain is not None and bool((gain == 1).all())
+        processed = bool(model._weights_processed)
     else:
-        folded = str(model.cfg.normalization_type).endswith("Pre")
-    return {
-        "layer_norm_folded": bool(folded),
-        "writing_weights_centered": is_vanishing(site.weights),
-    }
+        processed = str(model.cfg.normalization_type).endswith("Pre")
+    return {"processed": processed, "writing_weights_centered": is_vanishing(site.weights)}
 
 
 class CentroidSite:
@@ -81,12 +81,13 @@ class CentroidSite:
     def __init__(self, layer: int, component: Any, cotangent: Tensor | None) -> None:
         self.layer = layer
         self.name = f"blocks.{layer}.mlp.hook_centroid"
-        self.cotangent = cotangent
+        # A copy: what the caller does to theirs afterwards is their affair.
+        self.cotangent = None if cotangent is None else cotangent.detach().clone()
         self.component = component
-        self._entry_hook: RemovableHandle | None = None
-        self._capture_hooks: list[RemovableHandle] = []
-        self._captured: dict[int, Tensor] = {}
-        self._checked_W_out: int | None = None
+        self._hooks: list[RemovableHandle] = []
+        # One for each call of the MLP that is under way: a user's hook may run the model again.
+        self._calls: list[_Call] = []
+        self._checked_W_out: tuple[int, int] | None = None
 
     @property
     def entry(self) -> nn.Module:
@@ -120,25 +121,45 @@ class CentroidSite:
         """Name of the hook point of the neurons' activations, what ``W_out`` reads."""
         raise NotImplementedError
 
+    def watch_input(self, watch: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call ``watch`` with what the MLP reads, after every hook of the user's so far."""
+        raise NotImplementedError
+
     def install(self) -> None:
         """Start computing centroids for whoever listens at `point`."""
-        self._entry_hook = self.entry.register_forward_pre_hook(self._on_entry)
+        self._hooks = [
+            self.entry.register_forward_pre_hook(self._on_entry),
+            self.entry.register_forward_hook(self._on_exit, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Take every hook of ours off the model."""
-        if self._entry_hook is not None:
-            self._entry_hook.remove()
-            self._entry_hook = None
-        self._drop_captures()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        while self._calls:
+            self._calls.pop().remove_hooks()
+
+    @property
+    def installed(self) -> bool:
+        """Whether `install` was called, and `remove` not since."""
+        return bool(self._hooks)
 
     def check_readable(self) -> None:
-        """Raise `SiteError` for weights that are not loaded, or quantised."""
+        """Raise for weights that are not loaded, or quantised, and for SAEs within the MLP."""
         for name, parameter in self.component.named_parameters():
             if parameter.is_meta or parameter.dtype not in _READABLE:
                 raise SiteError(
                     f"{name} of the MLP at layer {self.layer} has dtype {parameter.dtype} on "
                     f"device {parameter.device}: the closed form needs loaded floating-point "
                     "weights. Load the model with its weights, unquantised."
+                )
+        for name, module in self.component.named_modules():
+            point = name.rpartition(".")[2]
+            if point in _SPLICED and not isinstance(module, HookPoint):
+                raise SiteError(
+                    f"an SAE stands at {name} of the MLP at layer {self.layer}, so the MLP is not "
+                    "what its weights say. Call reset_saes() first, and add it again afterwards."
                 )
 
     def check_cotangent(self) -> None:
@@ -154,35 +175,50 @@ class CentroidSite:
                 "or with enable_compatibility_mode(center_writing_weights=False), or "
                 "HookedTransformer.from_pretrained_no_processing(...); or pass another cotangent."
             )
-        self._checked_W_out = mlp.W_out.data_ptr()
+        self._checked_W_out = _identity(mlp.W_out)
 
-    def _on_entry(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._drop_captures()  # Left over only if the last forward pass raised half way.
-        if not self._has_listener():
-            return
-        for i, point in enumerate(self.pre_activation_points):
-            self._capture_hooks.append(point.register_forward_hook(partial(self._capture, i)))
+    def _on_entry(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        call = _Call()
+        self._calls.append(call)
+        if self._has_listener():
+            for i, point in enumerate(self.pre_activation_points):
+                hook = partial(self._capture, call, i)
+                call.hooks.append(point.register_forward_hook(hook))
 
-    def _capture(self, i: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._captured[i] = output.detach()
-        if len(self._captured) < len(self._capture_hooks):
+    def _on_exit(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        if self._calls:  # Not if we were detached within the call.
+            self._calls.pop().remove_hooks()
+
+    def _capture(
+        self, call: _Call, i: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
+    ) -> None:
+        if not self._calls or call is not self._calls[-1]:
+            return  # The pre-activation of a call within this one.
+        call.captured[i] = output.detach()
+        if len(call.captured) < len(call.hooks):
             return
-        pre = tuple(self._captured[i] for i in sorted(self._captured))
-        self._drop_captures()
+        pre = tuple(call.captured[i] for i in range(len(call.hooks)))
+        call.captured.clear()
         mlp = self.weights
-        if mlp.W_out.data_ptr() != self._checked_W_out:  # Processed or moved since.
+        if _identity(mlp.W_out) != self._checked_W_out:  # Processed, trained or moved since.
             self.check_cotangent()
         self.point(mlp_centroid(mlp, pre, self.cotangent))
-
-    def _drop_captures(self) -> None:
-        for handle in self._capture_hooks:
-            handle.remove()
-        self._capture_hooks.clear()
-        self._captured.clear()
 
     def _has_listener(self) -> bool:
         point = self.point
         return not isinstance(point, HookPoint) or bool(point._forward_hooks)
+
+
+class _Call:
+    """The pre-activations of one call of an MLP, as far as they are there."""
+
+    def __init__(self) -> None:
+        self.hooks: list[RemovableHandle] = []
+        self.captured: dict[int, Tensor] = {}
+
+    def remove_hooks(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 class HookedSite(CentroidSite):
@@ -193,6 +229,9 @@ class HookedSite(CentroidSite):
         return self.component
 
     exit = entry
+
+    def watch_input(self, watch: Callable[[Tensor], None]) -> RemovableHandle:
+        return self.component.register_forward_pre_hook(lambda _module, args: watch(args[0]))
 
     @property
     def pre_activation_points(self) -> tuple[nn.Module, ...]:
@@ -219,6 +258,10 @@ class BridgeSite(CentroidSite):
     never called and its two projections stand for it.
     """
 
+    def __init__(self, layer: int, component: Any, cotangent: Tensor | None) -> None:
+        super().__init__(layer, component, cotangent)
+        self._conversion = getattr(self._part("in").hook_in, "hook_conversion", None)
+
     @property
     def entry(self) -> nn.Module:
         return self.component if self._is_module else self._part("in")
@@ -244,6 +287,12 @@ class BridgeSite(CentroidSite):
         # Not its alias hook_post, which SAELens' bridge does not list.
         return f"blocks.{self.layer}.mlp.out.hook_in"
 
+    def watch_input(self, watch: Callable[[Tensor], None]) -> RemovableHandle:
+        # A plain MLP's projection has an input point of its own, behind the MLP's; the two
+        # projections of a gated one have one each, and share the MLP's.
+        owner = self.component if self._is_gated else self._part("in")
+        return owner.hook_in.register_forward_hook(lambda _module, _args, output: watch(output))
+
     def keep_full_name(self, attribute: str, hook: HookPoint) -> None:
         """Stands in for the component's ``_register_hook`` while attached.
 
@@ -255,7 +304,7 @@ class BridgeSite(CentroidSite):
         if attribute == "hook_centroid":
             hook.name = self.name
             # OPT flattens batch and position inside its blocks; its points undo that for users.
-            hook.hook_conversion = self._part("in").hook_in.hook_conversion
+            hook.hook_conversion = self._conversion
 
     @property
     def _is_module(self) -> bool:
@@ -314,15 +363,29 @@ def _layer_indices(model: LensModel, layers: int | Sequence[int] | None) -> list
         raise SiteError(f"{type(model).__name__} has no `blocks`: no layer to attach to.")
     if layers is None:
         return list(range(n_layers))
-    wanted = [layers] if isinstance(layers, int) else list(layers)
+    wanted = integers(layers)
     if not wanted:
-        raise SiteError("layers is empty; pass at least one layer, or None for all.")
-    unknown = [i for i in wanted if not (isinstance(i, int) and -n_layers <= i < n_layers)]
+        raise SiteError(f"layers={layers!r} names no layer; pass integers, or None for all.")
+    unknown = [layer for layer in wanted if not -n_layers <= layer < n_layers]
     if unknown:
         raise SiteError(
             f"layers {unknown} do not exist: this model has layers 0 to {n_layers - 1}."
         )
-    return sorted({i % n_layers for i in wanted})
+    return sorted({layer % n_layers for layer in wanted})
+
+
+def integers(values: Any) -> list[int] | None:
+    """One integer or several, of any kind (numpy's and tensors too); None for anything else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    listed = list(values) if isinstance(values, Iterable) else [values]
+    if any(isinstance(v, bool) or not hasattr(v, "__index__") for v in listed):
+        return None
+    return [operator.index(v) for v in listed]
+
+
+def _identity(W: Tensor) -> tuple[int, int]:
+    """Changes when a weight is replaced or written to (but for writes to ``.data``)."""
+    return W.data_ptr(), W._version
 
 
 def _check_cotangent(model: LensModel, cotangent: Tensor | None) -> None:
@@ -332,5 +395,7 @@ def _check_cotangent(model: LensModel, cotangent: Tensor | None) -> None:
     if not isinstance(cotangent, Tensor) or cotangent.shape != (d_model,):
         shape = getattr(cotangent, "shape", type(cotangent).__name__)
         raise InputError(f"cotangent must be a tensor of shape ({d_model},), d_model; got {shape}.")
-    if not bool(cotangent.isfinite().all()) or not bool(cotangent.any()):
-        raise InputError("cotangent must be finite and not all zeros.")
+    if not (
+        cotangent.is_floating_point() and bool(cotangent.isfinite().all()) and bool(cotangent.any())
+    ):
+        raise InputError("cotangent must be floating point, finite and not all zeros.")
