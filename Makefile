@@ -1,6 +1,6 @@
 # Every target sets up what it needs, once, in .venv.
 #
-#   make demo    the demonstration, into demo-report/
+#   make demo    the demonstration, into demo-report/ (anew each time)
 #   make test    lint, types and tests: what CI runs
 #   make bench   what centroids cost
 #
@@ -10,14 +10,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OUT ?= demo-report
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
-	$(BIN)/lch demo --out $(OUT)
+	rm -rf demo-report
+	$(BIN)/lch demo --out demo-report
 
 test: $(VENV)/ready check
 	$(BIN)/pytest -n auto
@@ -42,4 +42,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +34,8 @@ def demo(
 
 def entry_point() -> None:
     """Run the command; a mistake of the user's is a message, not a traceback."""
+    # As an exception, so that temporary files are cleaned up on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except LCHError as error:

@@ -12,23 +12,26 @@ from pathlib import Path
 from lch_plugin.errors import OutputError
 
 
-def check_new_directory(path: str | Path) -> None:
+def check_new_directory(path: str | Path) -> Path:
     """Refuse a path that cannot become a new directory, before any work is done for it.
+
+    Returns:
+        The path, absolute and with links followed.
 
     Raises:
         OutputError: the path holds other content already, or its parent cannot be written.
     """
-    path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        pass
-    elif path.exists():
-        raise OutputError(f"{path} exists with other content. Choose a new path, or remove it.")
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        path = Path(path).resolve()
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be written: {error}. Choose another path.") from error
+    if taken:
+        raise OutputError(f"{path} exists with other content. Choose a new path, or remove it.")
+    return path
 
 
 @contextmanager
@@ -40,8 +43,7 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: as `check_new_directory`.
     """
-    path = Path(path).absolute()
-    check_new_directory(path)
+    path = check_new_directory(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield temporary

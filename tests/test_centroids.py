@@ -121,6 +121,13 @@ def test_local_centroid_is_the_mean_over_its_samples_whatever_the_chunks() -> No
     torch.testing.assert_close(local, expected)
 
 
+def test_local_centroids_in_half_precision_do_not_drift() -> None:
+    fn, x = nn.Linear(16, 3).bfloat16(), torch.randn(4096, 16).bfloat16()  # A sample a chunk.
+    local = lch.local_centroid(fn, x, radius=0.1, n_samples=600)
+    assert local.dtype == torch.bfloat16
+    torch.testing.assert_close(local, lch.centroid(fn, x), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused_with_the_reason() -> None:
     fn, x = _network(), torch.randn(2, 5, dtype=torch.float64)
@@ -128,8 +135,12 @@ def test_bad_input_is_refused_with_the_reason() -> None:
         lch.centroid(fn, torch.ones(2, 5, dtype=torch.int64))
     with pytest.raises(lch.InputError, match="does not broadcast"):
         lch.centroid(fn, x, torch.ones(3))
-    with pytest.raises(lch.InputError, match="all zeros"):
-        lch.centroid(fn, x, torch.zeros(4))
+    for bad_cotangent in (torch.zeros(4), torch.full((4,), float("nan"))):
+        with pytest.raises(lch.InputError, match="finite and not all zeros"):
+            lch.centroid(fn, x, bad_cotangent)
+    for bad_x in (torch.ones(2, 5, dtype=torch.int64), torch.tensor(1.0)):
+        with pytest.raises(lch.InputError, match="x has shape"):
+            lch.local_centroid(fn, bad_x, radius=0.1, n_samples=2)
     with pytest.raises(lch.InputError, match="tuple"):
         lch.centroid(lambda x: (x, x), x)
     with pytest.raises(lch.NotDifferentiableError):

@@ -35,10 +35,21 @@ def test_an_empty_directory_may_be_filled_and_a_full_one_may_not(tmp_path: Path)
     assert (tmp_path / "empty" / "a.txt").read_text() == "a"
 
 
-def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_link_to_an_empty_directory_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_directory(tmp_path / "link") as directory:
+        (directory / "a.txt").write_text("a")
+    assert (tmp_path / "real" / "a.txt").read_text() == "a"
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["file/out", "n" * 250, "a\0b"])
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("not a directory")
     with (
         pytest.raises(lch.OutputError, match="cannot be written"),
-        new_directory(tmp_path / "file" / "out"),
+        new_directory(tmp_path / name),
     ):
         pass
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -120,7 +120,7 @@ class Story:
 
 
 def write_story(rng: random.Random, split: str = "train") -> Story:
-    """Write one story of two to eight sentences."""
+    """Write one story of two to ten sentences."""
     name, other = rng.sample(words.NAMES, 2)
     pronoun = subject_pronoun(name)
     details = {slot: rng.choice(choices) for slot, choices in _DETAILS.items()}

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections import defaultdict
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.progress import track
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TopKTrainingSAEConfig
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -32,6 +34,7 @@ from lch_plugin.contexts import top_contexts
 from lch_plugin.demo import load_demo_model
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import Example, examples, pear_apple
+from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory
 from lch_plugin.report import write_report
 
@@ -56,8 +59,10 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
         device: where the model and the SAEs live.
 
     Raises:
+        InputError: there is no such device.
         OutputError: ``out`` holds other content or cannot be written.
     """
+    check_device(device)
     console = Console()
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     with new_directory(out) as directory, torch.no_grad():
@@ -85,6 +90,16 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
         }
         write_report(directory, "demo.html", results, figures)
     console.print(f"Open [bold]{Path(out) / 'report.html'}[/bold]")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that tensors cannot live on, before any work starts."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"device={device!r} cannot be used: {error}. Use cpu, or a device that torch sees."
+        ) from error
 
 
 def describe(
@@ -121,7 +136,7 @@ def values_at(
     """Values at some hook points over a text, in batches, on the CPU."""
     batches = [
         model.run_with_cache(batch.to(model.cfg.device), names_filter=hook_names)[1]
-        for batch in tokens.split(16)
+        for batch in track(tokens.split(16), "running the text", transient=True)
     ]
     return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in hook_names}
 
@@ -165,8 +180,7 @@ def compare_saes(
         for name, hook in sites.items():
             torch.manual_seed(seed)
             config = sae_config(hook, model, directory / f"sae-{name}", seed)
-            with torch.enable_grad():
-                sae = saes.train(model, Dataset.from_dict({"tokens": training.tolist()}), config)
+            sae = saes.train(model, Dataset.from_dict({"tokens": training.tolist()}), config)
             x = values[hook].to(sae.device)
             codes = sae.encode(x)
             evaluation, densities[name] = evaluate(x[:, 1:], codes[:, 1:], sae.decode(codes)[:, 1:])
@@ -261,20 +275,17 @@ def a_an_circuit(
     probabilities = logits.softmax(-1)
     rankings = {
         "ones": None,
-        # Where the residual stream has to move to raise the answer over the foil, through the
-        # final norm's gain and up to its scale.
-        f"{example.answers[0]} -{example.foils[0]}": model.ln_final.weight
-        * (model.W_U[:, answer] - model.W_U[:, foil]),
+        f"{example.answers[0]} -{example.foils[0]}": model.W_U[:, answer] - model.W_U[:, foil],
     }
     others = prompts_of_one_length(model, examples("a_an", N_PROMPTS, seed=seed))
     prompt_sets = {"pear/apple": [example], f"{len(others)} others": others}
+    settings = list(itertools.product(rankings.items(), prompt_sets.items()))
     attributions: dict[tuple[str, str], circuits.NeuronAttribution] = {}
     checks: dict[tuple[str, str, int], circuits.AblationCheck] = {}
-    for ranking, cotangent in rankings.items():
-        for prompts, chosen in prompt_sets.items():
-            attribution, by_layer = rank_and_remove(model, chosen, cotangent, seed)
-            attributions[ranking, prompts] = attribution
-            checks |= {(ranking, prompts, layer): check for layer, check in by_layer.items()}
+    for (ranking, cotangent), (prompts, chosen) in settings:
+        attribution, by_layer = rank_and_remove(model, chosen, cotangent, seed)
+        attributions[ranking, prompts] = attribution
+        checks |= {(ranking, prompts, layer): check for layer, check in by_layer.items()}
     scored = attributions["ones", "pear/apple"]
     results = {
         "prompt": example.prompt,
@@ -346,7 +357,7 @@ def rank_and_remove(
             n_random=N_RANDOM,
             generator=torch.Generator().manual_seed(seed),
         )
-        for layer in attribution.scores
+        for layer in track(attribution.scores, "removing neurons", transient=True)
     }
 
 

@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from pyarrow import compute
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pyarrow import compute, types
 from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import TrainingSAE
@@ -34,6 +35,7 @@ from lch_plugin.adapters.transformer_lens import (
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import check_new_directory, new_directory
 
+_DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 # Columns that SAELens reads, in its order.
 _TOKEN_COLUMNS = ("tokens", "input_ids")
 _COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
@@ -54,9 +56,9 @@ def train(
     reconstruction in are not computed for them: nothing downstream reads a centroid, so there
     is no such loss.
 
-    Ctrl-C raises KeyboardInterrupt; with ``config.checkpoint_path`` set it first saves a
-    checkpoint that SAELens' ``resume_from_checkpoint`` takes. ``config.output_path`` appears only
-    when training is done.
+    Ctrl-C raises KeyboardInterrupt; once training steps are under way, and with
+    ``config.checkpoint_path`` set, it first saves a checkpoint that SAELens'
+    ``resume_from_checkpoint`` takes. ``config.output_path`` appears only when training is done.
 
     Like SAELens' runner, this has to run in the main thread; it puts the signal handlers back
     that the runner replaces.
@@ -67,14 +69,20 @@ def train(
         config: SAELens' own configuration; its ``model_name`` is only recorded.
 
     Raises:
-        InputError: the configuration does not fit the model, the dataset or itself.
+        InputError: the dataset is no dataset, or the configuration does not fit the model, the
+            dataset or itself.
         SiteError: the model has no such hook.
         OutputError: ``config.output_path`` holds other content or cannot be written.
     """
+    if not isinstance(dataset, _DATASETS):
+        raise InputError(
+            f"dataset is a {type(dataset).__name__}; SAELens takes those of the datasets library. "
+            "Wrap a list of texts as datasets.Dataset.from_dict({'text': texts})."
+        )
     match = _CENTROID_HOOK.fullmatch(config.hook_name)
     needs_attaching = match is not None and config.hook_name not in attached_sites(model)
     handle = attach(model, int(match[1])) if match and needs_attaching else nullcontext()
-    with handle:
+    with handle, torch.enable_grad():
         _check(model, dataset, config)
         site = attached_sites(model).get(config.hook_name)
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -166,7 +174,7 @@ def _provenance(model: LensModel, site: CentroidSite, scaler: Any) -> dict[str, 
 
 def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]) -> None:
     """Everything about a configuration that can be known before work starts."""
-    hook, d_model, n_ctx = config.hook_name, model.cfg.d_model, model.cfg.n_ctx
+    hook, n_ctx = config.hook_name, model.cfg.n_ctx
     if hook not in model.hook_dict:
         place = hook.rpartition(".")[0]
         known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
@@ -174,10 +182,18 @@ def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[
             f"hook_name={hook!r} is no hook point of this model. Beside it are {known}; centroids "
             "are at blocks.L.mlp.hook_centroid."
         )
-    if hook in attached_sites(model) and config.sae.d_in != d_model:
+    if hook in attached_sites(model) and config.hook_head_index is not None:
         raise InputError(
-            f"sae.d_in={config.sae.d_in}, but centroids at {hook} have d_model={d_model} "
-            f"dimensions. Set d_in={d_model}."
+            f"hook_head_index={config.hook_head_index}: a centroid has no heads. Set it to None."
+        )
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        value = model.run_with_cache(token, names_filter=[hook])[1][hook]
+    # SAELens joins the head dimension to the last, unless it is told which head to take.
+    width = value[0, 0].numel() if config.hook_head_index is None else value.shape[-1]
+    if config.sae.d_in != width:
+        raise InputError(
+            f"sae.d_in={config.sae.d_in}, but {hook} has {width} dimensions. Set d_in={width}."
         )
     if config.context_size > n_ctx:
         raise InputError(
@@ -190,6 +206,11 @@ def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[
             f"n_batches_in_buffer * context_size = {buffer} tokens hold no training batch of "
             f"train_batch_size_tokens={config.train_batch_size_tokens}. Raise n_batches_in_buffer "
             f"to {-(-config.train_batch_size_tokens // config.context_size)} or more."
+        )
+    if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
+        raise InputError(
+            f"resume_from_checkpoint={config.resume_from_checkpoint!r} is no directory. Give one "
+            "below checkpoint_path that holds trainer_state.pt."
         )
     if config.output_path is not None:
         check_new_directory(config.output_path)
@@ -208,6 +229,13 @@ def _check_dataset(model: LensModel, dataset: Dataset, context_size: int) -> Non
         return
     for batch in dataset.with_format("arrow").iter(10_000):
         rows = batch[columns[0]]
+        if not (types.is_list(rows.type) or types.is_large_list(rows.type)) or not (
+            types.is_integer(rows.type.value_type) and rows.null_count == 0
+        ):
+            raise InputError(
+                f"column {columns[0]!r} of the dataset holds {rows.type} with {rows.null_count} "
+                "missing rows; each row has to be a list of integers."
+            )
         shortest = compute.min(compute.list_value_length(rows)).as_py()
         if shortest < context_size:
             raise InputError(

@@ -11,11 +11,16 @@ import torch
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 
 import lch_plugin as lch
-from lch_plugin.adapters.transformer_lens import attached_sites, sites
+from lch_plugin.adapters.transformer_lens import (
+    attached_sites,
+    locate_mlps,
+    sites,
+    weight_processing,
+)
 from lch_plugin.mlp import activation_and_derivative
 from tests import models
 
@@ -287,6 +292,87 @@ def test_an_exception_half_way_leaves_nothing_stale(model: Any) -> None:
         assert not torch.equal(fresh[NAMES[1]], expected[NAMES[1]])
 
 
+@pytest.mark.parametrize("point", ["gate.hook_out", "in.hook_out", "hook_in"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_interventions_on_gated_mlps_are_seen(family: str, point: str) -> None:
+    model = models.bridge(family, torch.float64)
+    name, names = (
+        f"blocks.1.mlp.{point}",
+        ["blocks.1.mlp.gate.hook_out", "blocks.1.mlp.in.hook_out"],
+    )
+
+    def shift(value: Tensor, hook: Any) -> Tensor:
+        return value + torch.linspace(-1, 1, value.shape[-1], dtype=value.dtype)
+
+    with lch.attach(model, layers=1) as handle:
+        plain = cached(model, NAMES[1])[NAMES[1]]
+        with model.hooks(fwd_hooks=[(name, shift)]):
+            cache = cached(model, [*names, NAMES[1]])
+        mlp = attached_sites(model)[NAMES[1]].weights
+        value, derivative = activation_and_derivative(mlp.act, cache[names[0]])
+        s = mlp.W_out.sum(-1)
+        expected = (derivative * cache[names[1]] * s) @ mlp.W_gate.T + (value * s) @ mlp.W_in.T
+    torch.testing.assert_close(cache[NAMES[1]], expected, rtol=1e-10, atol=1e-12)
+    assert models.relative_error(plain, expected) > 1e-3
+    assert handle.hook_names == [NAMES[1]]
+
+
+def test_a_forward_pass_within_a_hook_does_not_disturb_the_outer_one(model: Any) -> None:
+    inner = models.tokens(seed=9)
+
+    def run_again(value: Tensor, hook: Any) -> None:
+        if not running:
+            running.append(True)
+            model(inner)
+
+    running: list[bool] = []
+    with lch.attach(model):
+        expected = cached(model)
+        with model.hooks(fwd_hooks=[(pre_activation_name(model), run_again)]):
+            cache = cached(model)
+    assert running
+    for name in NAMES:
+        assert torch.equal(cache[name], expected[name])
+
+
+def test_dropout_is_no_part_of_a_centroid(model: Any) -> None:
+    with lch.attach(model):
+        expected = cached(model, NAMES[0])[NAMES[0]]
+        model.blocks[0].mlp.train()
+        for module in model.blocks[0].mlp.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        torch.testing.assert_close(cached(model, NAMES[0])[NAMES[0]], expected)
+
+
+def test_under_autocast_the_closed_form_stays_in_float32(model: Any) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), lch.attach(model):
+        mu = cached(model, NAMES[0])[NAMES[0]]
+    assert mu.dtype == torch.float32
+    with lch.attach(model):
+        assert models.relative_error(mu, cached(model, NAMES[0])[NAMES[0]]) < 0.05
+
+
+def test_the_cotangent_is_a_copy(model: Any) -> None:
+    v = torch.linspace(-1, 1, models.D_MODEL, requires_grad=True)
+    with lch.attach(model, cotangent=v * 2):
+        expected = cached(model)
+        with torch.no_grad():
+            v.mul_(0)
+        assert torch.equal(cached(model)[NAMES[1]], expected[NAMES[1]])
+
+
+def test_neurons_that_are_all_off_have_a_centroid_of_zero() -> None:
+    model = models.bridge("opt")
+    with torch.no_grad():
+        getattr(model.blocks[1].mlp, "in").bias.fill_(-1e4)
+    with lch.attach(model):
+        assert not cached(model)[NAMES[1]].any()
+    scores = lch.circuits.neuron_attribution(model, IDS, n_samples=4).scores
+    assert not scores[1].any()
+    assert scores[0].any()
+
+
 # ---------------------------------------------------------------- detaching
 
 
@@ -333,6 +419,17 @@ def test_a_deep_copy_is_attached_on_its_own(model: Any) -> None:
     assert not torch.equal(changed[NAMES[0]], expected[NAMES[0]])
     assert not attached_sites(model)
     assert set(attached_sites(other)) == set(NAMES)
+
+
+def test_detaching_from_within_a_forward_pass(model: Any) -> None:
+    logits = model(IDS)
+    handle = lch.attach(model)
+    hooks = [
+        (NAMES[1], lambda value, hook: None),
+        (pre_activation_name(model), lambda value, hook: handle.detach()),
+    ]
+    assert torch.equal(model.run_with_hooks(IDS, fwd_hooks=hooks), logits)
+    assert not attached_sites(model)
 
 
 def test_layers_attach_and_detach_separately(model: Any) -> None:
@@ -404,6 +501,28 @@ def test_weights_centered_after_attaching_are_refused_too() -> None:
             cached(model)
 
 
+def test_weights_centered_in_place_after_attaching_are_refused_too() -> None:
+    model = models.hooked()
+    with lch.attach(model):
+        model.process_weights_(fold_ln=False, center_unembed=False)
+        with pytest.raises(lch.VanishingCentroidError):
+            cached(model)
+
+
+def test_what_is_known_of_weight_processing_is_recorded() -> None:
+    for build in (models.hooked, lambda: models.bridge("gpt2")):
+        model = build()
+        (site,) = locate_mlps(model, 1)
+        assert weight_processing(model, site) == {
+            "processed": False,
+            "writing_weights_centered": False,
+        }
+    model = models.hooked()
+    model.load_and_process_state_dict(model.state_dict(), fold_ln=True)
+    (site,) = locate_mlps(model, 1)
+    assert weight_processing(model, site) == {"processed": True, "writing_weights_centered": True}
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_compatibility_mode_without_centering_keeps_working(family: str) -> None:
     before, after = models.bridge(family), models.bridge(family)
@@ -446,10 +565,47 @@ def test_a_layer_without_an_mlp_is_named() -> None:
         lch.attach(model)
 
 
-def test_weights_that_are_not_loaded_are_refused() -> None:
+def test_weights_that_are_not_loaded_or_quantised_are_refused() -> None:
     model = models.bridge("gpt2").to("meta")
     with pytest.raises(lch.SiteError, match="meta"):
         lch.attach(model)
+    model = models.hooked()
+    integers = torch.ones_like(model.blocks[1].mlp.W_out, dtype=torch.int8)
+    model.blocks[1].mlp.W_out = nn.Parameter(integers, requires_grad=False)
+    with pytest.raises(lch.SiteError, match="int8"):
+        lch.attach(model)
+
+
+def lens_model(**kw: Any) -> HookedTransformer:
+    torch.manual_seed(0)
+    defaults = {
+        "n_layers": 2,
+        "d_model": 16,
+        "n_heads": 2,
+        "d_head": 8,
+        "d_mlp": 24,
+        "n_ctx": 8,
+        "d_vocab": 20,
+        "dtype": torch.float64,
+        "device": "cpu",
+    }
+    return HookedTransformer(HookedTransformerConfig(**{**defaults, **kw}))
+
+
+def test_gated_mlps_of_hooked_transformers_equal_autograd() -> None:
+    model = lens_model(act_fn="silu", gated_mlp=True, normalization_type="RMS")
+    ids, inputs = torch.arange(6)[None], []
+    model.blocks[1].mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with lch.attach(model, layers=1):
+        del inputs[:]
+        mu = cached(model, NAMES[1], ids)[NAMES[1]]
+    truth = lch.centroid(model.blocks[1].mlp, inputs[0])
+    assert models.relative_error(mu, truth) < 1e-10
+
+
+def test_layer_norm_activations_are_refused() -> None:
+    with pytest.raises(lch.SiteError, match="block 0 has a MLP"):
+        lch.attach(lens_model(act_fn="solu_ln", normalization_type="LN"))
 
 
 # ---------------------------------------------------------------- SAELens
@@ -460,6 +616,25 @@ def random_sae(name: str) -> StandardSAE:
     sae.cfg.metadata.hook_name = name
     nn.init.normal_(sae.W_enc, std=0.3)
     return sae
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        ("SAETransformerBridge", "blocks.1.mlp.hook_in"),
+        ("SAETransformerBridge", "blocks.1.mlp.in.hook_in"),
+        ("SAETransformerBridge", "blocks.1.mlp.hook_out"),
+        ("HookedSAETransformer", "blocks.1.mlp.hook_pre"),
+    ],
+)
+def test_an_sae_within_the_mlp_is_named_and_not_the_mlp_blamed(backend: str, name: str) -> None:
+    model = BACKENDS[backend]()
+    model.add_sae(random_sae(name))
+    with pytest.raises(lch.SiteError, match=r"SAE stands at .*reset_saes\(\)"):
+        lch.attach(model)
+    model.reset_saes()
+    with lch.attach(model):
+        cached(model)
 
 
 @pytest.mark.parametrize("backend", ["SAETransformerBridge", "HookedSAETransformer"])

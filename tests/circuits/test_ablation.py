@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
 
 import lch_plugin as lch
 from tests import models
 from tests.adapters.test_transformer_lens import sae_bridge
 
 IDS = models.tokens(batch=3)
+METADATA = SAEMetadata(hook_name="blocks.1.mlp.out.hook_in")
 BACKENDS = {"bridge": lambda: models.bridge("gpt2"), "hooked": models.hooked, "sae": sae_bridge}
 
 
@@ -48,6 +51,24 @@ def test_random_sets_repeat_with_the_seed() -> None:
     assert checks[0] == checks[1]
     assert checks[0].random != checks[2].random
     assert len(checks[0].random) == 20
+
+
+def test_random_sets_are_drawn_from_the_other_neurons() -> None:
+    """With half of the neurons removed, the other half is the only set there is to draw."""
+    model, half = models.bridge("gpt2"), models.D_MLP // 2
+    checks = [
+        lch.circuits.ablation_check(model, IDS, 1, 2, {-1: neurons}, n_random=3)
+        for neurons in (range(half), range(half, models.D_MLP))
+    ]
+    assert checks[0].neurons == {models.N_LAYERS - 1: tuple(range(half))}
+    assert checks[0].random == pytest.approx([checks[1].ablated] * 3)
+
+
+def test_a_hook_point_that_does_not_fire_is_no_null_effect() -> None:
+    model = sae_bridge()
+    model.add_sae(StandardSAE(StandardSAEConfig(d_in=models.D_MLP, d_sae=8, metadata=METADATA)))
+    with pytest.raises(lch.SiteError, match="reset_saes"):
+        lch.circuits.ablation_check(model, IDS, 1, 2, {1: [0]})
 
 
 def test_p_value_counts_random_sets_with_at_least_the_effect_either_way() -> None:

@@ -95,6 +95,25 @@ def test_every_backend_scores_alike() -> None:
         torch.testing.assert_close(one[layer], other[layer], rtol=1e-9, atol=0)
 
 
+def test_interventions_of_the_user_are_part_of_the_pass() -> None:
+    model, options = models.bridge("gpt2"), {"radius": 0.0, "n_samples": 1, "layers": 1}
+    plain = lch.circuits.neuron_attribution(model, IDS, **options).scores[1]
+    with model.hooks(fwd_hooks=[("blocks.1.mlp.hook_in", lambda value, hook: value * 0 + 1)]):
+        edited = lch.circuits.neuron_attribution(model, IDS, **options).scores[1]
+    truth = scores_by_ablation("gpt2", torch.ones(1, models.D_MODEL).double(), 1, None)
+    torch.testing.assert_close(edited.double(), truth, rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(edited, plain)
+
+
+def test_an_mlp_that_computes_something_else_is_refused() -> None:
+    model = models.bridge("gpt2")
+    inner = model.blocks[1].mlp.original_component
+    original = inner.forward
+    inner.forward = lambda x: original(torch.tanh(x))
+    with pytest.raises(lch.SiteError, match="self-check"):
+        lch.circuits.neuron_attribution(model, IDS)
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
     model = models.bridge("gpt2")
@@ -105,6 +124,9 @@ def test_bad_input_is_refused() -> None:
         (torch.zeros(models.N_CTX + 1, dtype=torch.long), "context of 16"),
         (torch.zeros(2, 0, dtype=torch.long), "at least one"),
         (torch.zeros(2, 3), "float32"),
+        (torch.ones(3, dtype=torch.bool), "bool"),
+        ([1, 2], r"\[1, 2\]"),
+        (None, "None"),
     ]:
         with pytest.raises(lch.InputError, match=match):
             attribute(model, tokens)

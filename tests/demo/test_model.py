@@ -105,7 +105,8 @@ def test_nnsight_gives_the_same_logits(tokens: Tensor, expected: Tensor) -> None
 def test_held_out_accuracy(behaviour: str, scores: dict[str, Score]) -> None:
     score = scores[behaviour]
     assert score.accuracy >= REQUIRED_ACCURACY[behaviour]
-    assert score.flipped > 0.5
+    # From the year 01 the model expects an end within 30 years, which suits an early start as well.
+    assert score.flipped > (0.4 if behaviour == "greater_than" else 0.9)
     assert score.bigram < 0.7
 
 

@@ -90,6 +90,13 @@ def test_a_directory_with_other_content_is_refused_and_kept(
     assert (report / "results.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
+def test_an_unusable_device_is_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(lch.InputError, match=device):
+        demo.run(tmp_path / "report", device=device)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupt_leaves_nothing_half_done(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

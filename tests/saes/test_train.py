@@ -18,6 +18,7 @@ from sae_lens import (
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
 )
+from sae_lens.training.prefetch import PrefetchingIterator
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_sites
@@ -138,8 +139,9 @@ def test_the_same_seed_gives_the_same_sae() -> None:
     assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("prefetch", [False, True])
 def test_logging_evaluates_the_reconstruction_and_not_the_loss(
-    monkeypatch: pytest.MonkeyPatch,
+    prefetch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With SAELens' own evaluator this dies: an ablation loss of zero is divided by."""
     logged: dict[str, Any] = {}
@@ -147,7 +149,11 @@ def test_logging_evaluates_the_reconstruction_and_not_the_loss(
     monkeypatch.setattr("wandb.finish", lambda: None)
     monkeypatch.setattr("wandb.log", lambda data, **kw: logged.update(data))
     monkeypatch.setattr("wandb.log_artifact", lambda *args, **kw: None)
-    lch.saes.train(models.bridge("gpt2"), DATA, config(wandb=True))
+    pauses: list[int] = []
+    pause = PrefetchingIterator.paused
+    monkeypatch.setattr(PrefetchingIterator, "paused", lambda self: pauses.append(1) or pause(self))
+    lch.saes.train(models.bridge("gpt2"), DATA, config(wandb=True, prefetch_llm_batches=prefetch))
+    assert bool(pauses) == prefetch  # Evaluation and prefetching share one store.
     names = " ".join(logged)
     assert "explained_variance" in names
     assert "ce_loss" not in names
@@ -202,8 +208,16 @@ def test_bad_configurations_are_refused_before_work_starts(tmp_path: Path) -> No
     (tmp_path / "file").write_text("keep me")
     outside = Dataset.from_dict({"tokens": [[0] * 15 + [models.D_VOCAB]]})
     short = Dataset.from_dict({"input_ids": [[0] * 16, [0] * 9]})
-    cases: list[tuple[type[lch.LCHError], str, Dataset, dict[str, Any]]] = [
+    cases: list[tuple[type[lch.LCHError], str, Any, dict[str, Any]]] = [
         (lch.InputError, "d_in=33.*Set d_in=32", DATA, {"d_in": 33}),
+        (lch.InputError, "Set d_in=48", DATA, {"hook_name": "blocks.1.mlp.hook_post"}),
+        (lch.InputError, "no heads", DATA, {"hook_head_index": 0}),
+        (lch.InputError, "no directory", DATA, {"resume_from_checkpoint": "nowhere"}),
+        (lch.InputError, "list of integers", Dataset.from_dict({"tokens": [["a"] * 16]}), {}),
+        (lch.InputError, "list of integers", Dataset.from_dict({"tokens": [[0.5] * 16]}), {}),
+        (lch.InputError, "list of integers", Dataset.from_dict({"tokens": [1, 2]}), {}),
+        (lch.InputError, "1 missing", Dataset.from_dict({"tokens": [[1] * 16, None]}), {}),
+        (lch.InputError, "is a list", [{"text": "a"}], {}),
         (lch.SiteError, r"layers \[7\]", DATA, {"hook_name": "blocks.7.mlp.hook_centroid"}),
         (lch.SiteError, "no hook point", DATA, {"hook_name": "blocks.1.mlp.hook_centriod"}),
         (lch.InputError, "context of 16", DATA, {"context_size": 17}),
