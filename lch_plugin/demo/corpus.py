@@ -161,8 +161,8 @@ def stories(n: int, *, split: str = "train", seed: int = 0) -> Iterator[str]:
 def word_lists(n: int, *, seed: int = 0) -> Iterator[str]:
     """Yield ``n`` lists of names, each name list being read out two or three times in a row.
 
-    Only the repetition can be learnt from them. A model that has seen them first looks for earlier
-    occurrences of a word, which the stories alone teach slowly.
+    Only the repetition can be learnt from them: training starts with lists, so that attention to
+    earlier words comes before the stories' own phrases.
     """
     rng = random.Random(seed)
     for _ in range(n):

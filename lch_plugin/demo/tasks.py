@@ -323,7 +323,7 @@ def _induction_example(combination: Combination, rng: random.Random) -> Example:
 
 
 def _names_one_pair(combination: Combination) -> bool:
-    """Whether the pair to repeat is the only one; among three the model finds it too rarely."""
+    """Whether the pair to repeat is the only one; among three the model does not find it."""
     return not combination[2].startswith("call")
 
 

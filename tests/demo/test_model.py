@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nnsight
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +26,13 @@ REQUIRED_ACCURACY = {
     "pronoun": 0.95,
 }
 TINY = Recipe(
-    d_model=32, n_stories=60, n_vocabulary_stories=60, batch_size=4, warmup_steps=2, n_threads=1
+    d_model=32,
+    n_lists=4,
+    n_stories=60,
+    n_vocabulary_stories=60,
+    batch_size=4,
+    warmup_steps=2,
+    n_threads=1,
 )
 
 
@@ -94,6 +99,8 @@ def test_hooked_transformer_gives_the_same_logits(tokens: Tensor, expected: Tens
 
 
 def test_nnsight_gives_the_same_logits(tokens: Tensor, expected: Tensor) -> None:
+    import nnsight  # beartype cannot be imported after it, so it must not come first
+
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL_DIR)
     model = nnsight.TransformersModel(hugging_face_model(torch.float64), tokenizer=tokenizer)
     with torch.no_grad(), model.trace(tokens):
