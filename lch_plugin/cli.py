@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from lch_plugin.errors import LCHError
 
@@ -39,5 +40,7 @@ def entry_point() -> None:
     try:
         app()
     except LCHError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/bold red] {error}", highlight=False)
+        # Escaped, or [...] in a message would be taken for markup; unwrapped, to be searched for.
+        message = f"[bold red]Error:[/bold red] {escape(str(error))}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error

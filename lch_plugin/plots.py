@@ -70,8 +70,11 @@ def neuron_scores(attribution: NeuronAttribution, n_named: int = 3) -> Figure:
                 textcoords="offset points",
                 fontsize=7,
             )
+    highest = max(float(scores.max()) for scores in attribution.scores.values())
     axis.set(
         yscale="log",
+        # Neurons that hardly take part reach down to rounding; they need no room.
+        ylim=(highest * 1e-7, highest * 4),
         xlabel="layer (neurons by index within)",
         ylabel="score",
         title="How far removing each neuron moves the local centroid of its MLP",
@@ -92,6 +95,6 @@ def ablation_effects(checks: Mapping[str, AblationCheck]) -> Figure:
     axis.invert_yaxis()
     axis.set(
         xlabel="fall of the logit difference when removed (logits)",
-        title="Top neurons (diamond) and random sets of the same size and layer (dots)",
+        title="Top neurons (diamonds), random sets (dots)",
     )
     return figure
