@@ -92,10 +92,10 @@ def ablation_check(
         raise InputError(f"n_random={n_random} must be at least 1.")
     if not neurons:
         raise InputError("neurons is empty: there is nothing to remove.")
-    sites = {layer: locate_mlps(model, layer)[0] for layer in neurons}
-    removed, others = {}, {}
+    names, removed, others = {}, {}, {}
     for layer, indices in neurons.items():
-        d_mlp = sites[layer].weights.W_out.shape[0]
+        (site,) = locate_mlps(model, layer)
+        d_mlp = site.weights.W_out.shape[0]
         listed = integers(indices)
         if (
             not listed
@@ -106,11 +106,9 @@ def ablation_check(
                 f"neurons {indices} of layer {layer}: distinct indices from 0 to {d_mlp - 1} are "
                 "needed, at least one and at most half of them, to draw as many others."
             )
-        removed[sites[layer].layer] = torch.tensor(listed)
-        rest = torch.ones(d_mlp, dtype=torch.bool)
-        rest[removed[sites[layer].layer]] = False
-        others[sites[layer].layer] = rest.nonzero().flatten()
-    names = {site.layer: site.post_activation_name for site in sites.values()}
+        names[site.layer] = site.post_activation_name
+        removed[site.layer] = torch.tensor(listed)
+        others[site.layer] = torch.tensor(sorted(set(range(d_mlp)) - set(listed)))
 
     def metric(chosen: Mapping[int, Tensor]) -> float:
         fired: set[int] = set()

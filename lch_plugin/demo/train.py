@@ -126,7 +126,7 @@ def _sinusoids(recipe: Recipe) -> Float[Tensor, "position d_model"]:
     """Where the learned positions start from.
 
     The same linear map takes every position to the one before it, so that attention to the previous
-    token, which induction is built on, is found within a few hundred steps.
+    token is one matrix away.
     """
     positions = torch.arange(recipe.context_length)[:, None]
     frequencies = torch.logspace(0, -3, recipe.d_model // 2)
