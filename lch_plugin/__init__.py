@@ -12,8 +12,10 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from lch_plugin import cotangents
 from lch_plugin.centroids import (
     AffineExpert,
+    LocalCentroid,
     affine_expert,
     centroid,
     local_centroid,
@@ -23,14 +25,17 @@ from lch_plugin.errors import (
     AttachError,
     InputError,
     LCHError,
+    NonFiniteError,
     NotDifferentiableError,
     OutputError,
     SiteError,
     VanishingCentroidError,
 )
+from lch_plugin.linearization import detached
+from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
-    from lch_plugin import circuits, saes
+    from lch_plugin import circuits, diagnostics, saes
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
 
@@ -41,14 +46,20 @@ __all__ = [
     "AttachError",
     "InputError",
     "LCHError",
+    "LocalCentroid",
+    "NonFiniteError",
     "NotDifferentiableError",
     "OutputError",
+    "Site",
     "SiteError",
     "VanishingCentroidError",
     "affine_expert",
     "attach",
     "centroid",
     "circuits",
+    "cotangents",
+    "detached",
+    "diagnostics",
     "load_demo_model",
     "local_centroid",
     "saes",
@@ -60,7 +71,7 @@ _LAZY_FUNCTIONS = {
     "attach": "lch_plugin.adapters.transformer_lens",
     "load_demo_model": "lch_plugin.demo",
 }
-_LAZY_MODULES = {"circuits", "saes"}
+_LAZY_MODULES = {"circuits", "diagnostics", "saes"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 from jaxtyping import Float
@@ -47,6 +47,24 @@ class AffineExpert:
     offset: Float[Tensor, "*batch"]
     radius: Float[Tensor, "*batch"]
     alignment: Float[Tensor, "*batch"]
+
+
+@dataclass(frozen=True)
+class LocalCentroid:
+    """Mean centroid over a neighbourhood, and how far the sampled centroids spread around it.
+
+    Attributes:
+        mean: mean of the sampled centroids, in the dtype of ``x``.
+        variance: unbiased variance of the samples, coordinate by coordinate, in at least
+            float32, since squares leave the range of half precision. How much the centroid
+            changes over the neighbourhood; it does not shrink with more samples.
+        standard_error: ``sqrt(variance / n_samples)``, how far ``mean`` is expected to lie from
+            the mean over the whole neighbourhood; it does shrink. In the dtype of ``variance``.
+    """
+
+    mean: Float[Tensor, "*batch d_in"]
+    variance: Float[Tensor, "*batch d_in"]
+    standard_error: Float[Tensor, "*batch d_in"]
 
 
 def centroid(
@@ -112,6 +130,7 @@ def affine_expert(
     )
 
 
+@overload
 def local_centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
@@ -121,7 +140,49 @@ def local_centroid(
     neighbourhood: Neighbourhood = "ball",
     cotangent: Float[Tensor, ...] | None = None,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "*batch d_in"]:
+    statistics: Literal[False] = False,
+) -> Float[Tensor, "*batch d_in"]: ...
+
+
+@overload
+def local_centroid(
+    fn: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    radius: float,
+    n_samples: int,
+    neighbourhood: Neighbourhood = "ball",
+    cotangent: Float[Tensor, ...] | None = None,
+    generator: torch.Generator | None = None,
+    statistics: Literal[True],
+) -> LocalCentroid: ...
+
+
+@overload
+def local_centroid(
+    fn: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    radius: float,
+    n_samples: int,
+    neighbourhood: Neighbourhood = "ball",
+    cotangent: Float[Tensor, ...] | None = None,
+    generator: torch.Generator | None = None,
+    statistics: bool,
+) -> Float[Tensor, "*batch d_in"] | LocalCentroid: ...
+
+
+def local_centroid(
+    fn: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    radius: float,
+    n_samples: int,
+    neighbourhood: Neighbourhood = "ball",
+    cotangent: Float[Tensor, ...] | None = None,
+    generator: torch.Generator | None = None,
+    statistics: bool = False,
+) -> Float[Tensor, "*batch d_in"] | LocalCentroid:
     """Mean centroid over a neighbourhood of each row of ``x``.
 
     Samples run through ``fn`` stacked along a new first dimension, in chunks of bounded
@@ -131,18 +192,59 @@ def local_centroid(
         fn: a callable that treats leading dimensions of its input as a batch.
         x: input, floating point.
         radius: radius of the ball, or root-mean-square norm of the Gaussian noise.
-        n_samples: points drawn around each row.
+        n_samples: points drawn around each row; at least 2 with ``statistics``.
         neighbourhood: ``"ball"`` (uniform in the ball) or ``"gaussian"``.
         cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None.
         generator: source of the randomness, on the device of ``x``.
+        statistics: also return the variance of the sampled centroids and the standard error of
+            their mean, from the same samples.
+
+    Returns:
+        The mean; with ``statistics`` a `LocalCentroid` whose ``mean`` is that same tensor.
 
     Raises:
-        InputError: as `centroid` and `sample_neighbourhood`.
+        InputError: as `centroid` and `sample_neighbourhood`, or ``statistics`` with fewer than 2
+            samples.
         NotDifferentiableError: as `centroid`.
+    """
+    if statistics and n_samples < 2:
+        raise InputError(
+            f"n_samples={n_samples} has no variance: statistics=True needs at least 2 samples."
+        )
+    local = mean_over_neighbourhood(
+        lambda samples: centroid(fn, samples, cotangent),
+        x,
+        radius=radius,
+        n_samples=n_samples,
+        neighbourhood=neighbourhood,
+        generator=generator,
+    )
+    return local if statistics else local.mean
+
+
+def mean_over_neighbourhood(
+    mu: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d_in"],
+    *,
+    radius: float,
+    n_samples: int,
+    neighbourhood: Neighbourhood = "ball",
+    generator: torch.Generator | None = None,
+) -> LocalCentroid:
+    """Mean and spread of centroids over a neighbourhood, however they are computed.
+
+    Args:
+        mu: centroids at points of shape ``(n, *batch, d_in)``, a chunk at a time.
+        x, radius, n_samples, neighbourhood, generator: as `local_centroid`; of a single sample the
+            variance is zero.
+
+    Raises:
+        InputError: as `sample_neighbourhood`.
     """
     _check_neighbourhood(x, radius, n_samples, neighbourhood)
     # In half precision a long sum would stop growing.
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    spread = _Spread()
     chunk = max(1, _MAX_ROWS // max(1, x[..., 0].numel()))
     for start in range(0, n_samples, chunk):
         samples = sample_neighbourhood(
@@ -152,8 +254,15 @@ def local_centroid(
             neighbourhood=neighbourhood,
             generator=generator,
         )
-        total += centroid(fn, samples, cotangent).sum(0, dtype=total.dtype)
-    return (total / n_samples).to(x.dtype)
+        at_samples = mu(samples)
+        total += at_samples.sum(0, dtype=total.dtype)
+        spread.update(at_samples.to(total.dtype))
+    variance = spread.squares / max(1, n_samples - 1)
+    return LocalCentroid(
+        mean=(total / n_samples).to(x.dtype),
+        variance=variance,
+        standard_error=(variance / n_samples).sqrt(),
+    )
 
 
 def sample_neighbourhood(
@@ -184,6 +293,29 @@ def sample_neighbourhood(
     direction = noise / noise.norm(dim=-1, keepdim=True)
     distance = radius * torch.rand((*shape[:-1], 1), **options) ** (1 / d_in)
     return x + direction * distance
+
+
+class _Spread:
+    """Squared deviations from the mean over the first dimension, from chunks of it."""
+
+    def __init__(self) -> None:
+        self._n = 0
+
+    def update(self, chunk: Tensor) -> None:
+        """Chan, Golub & LeVeque's merge, which never subtracts two large sums of squares."""
+        if self._n == 0:
+            # Relative to one of the samples, a mean far from zero takes no digits away.
+            self._origin = chunk[0].clone()
+            self._mean = torch.zeros_like(self._origin)
+            self.squares = torch.zeros_like(self._origin)
+        m = len(chunk)
+        n = self._n + m
+        shifted = chunk - self._origin
+        mean = shifted.mean(0)
+        delta = mean - self._mean
+        self.squares += (shifted - mean).square().sum(0) + delta.square() * (self._n * m / n)
+        self._mean += delta * (m / n)
+        self._n = n
 
 
 def _check_input(x: Tensor) -> None:

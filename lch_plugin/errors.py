@@ -32,3 +32,7 @@ class NotDifferentiableError(LCHError):
 
 class OutputError(LCHError, OSError):
     """An output path exists with other content, or cannot be written."""
+
+
+class NonFiniteError(LCHError):
+    """A centroid came out with NaN or infinite values."""

@@ -54,6 +54,15 @@ class PlainMLP:
         _, derivative = activation_and_derivative(self.act, z)
         return ((derivative * s, self.W_in),)
 
+    def activations(self, pre: tuple[Tensor, ...]) -> Float[Tensor, "*batch d_mlp"]:
+        """What ``W_out`` reads."""
+        return self.act(pre[0])
+
+    def neurons(self, indices: list[int]) -> PlainMLP:
+        """The MLP that these neurons are."""
+        b_in = None if self.b_in is None else self.b_in[indices]
+        return PlainMLP(self.W_in[:, indices], b_in, self.W_out[indices], self.act)
+
 
 @dataclass(frozen=True)
 class GatedMLP:
@@ -78,6 +87,19 @@ class GatedMLP:
         value, derivative = activation_and_derivative(self.act, g)
         return (derivative * u * s, self.W_gate), (value * s, self.W_in)
 
+    def activations(self, pre: tuple[Tensor, ...]) -> Float[Tensor, "*batch d_mlp"]:
+        """What ``W_out`` reads."""
+        g, u = pre
+        return self.act(g) * u
+
+    def neurons(self, indices: list[int]) -> GatedMLP:
+        """The MLP that these neurons are."""
+        b_gate, b_in = (None if b is None else b[indices] for b in (self.b_gate, self.b_in))
+        return GatedMLP(
+            *(self.W_gate[:, indices], b_gate, self.W_in[:, indices], b_in),
+            *(self.W_out[indices], self.act),
+        )
+
 
 MLP = PlainMLP | GatedMLP
 
@@ -85,23 +107,46 @@ MLP = PlainMLP | GatedMLP
 def mlp_centroid(
     mlp: MLP,
     pre: tuple[Float[Tensor, "*batch d_mlp"], ...],
-    cotangent: Float[Tensor, " d_out"] | None = None,
+    cotangent: Float[Tensor, "*#batch d_out"] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "*batch d_in"]:
     """Centroid ``J^T v`` of an MLP from its pre-activations, in closed form.
 
-    One extra matrix product (two if gated) and no graph. Half-precision pre-activations and
-    weights are promoted to float32, also under autocast, since the product of a derivative and
-    a row sum would otherwise lose what little precision is left.
+    One extra matrix product (two if gated) and no graph.
 
     Args:
         mlp: the weights.
         pre: what ``mlp.pre_activations(x)`` gives, or the model's own values of them.
-        cotangent: ``v``; all ones if None.
+        cotangent: ``v``, one for all rows or one a row; all ones if None.
+        dtype: as `centroid_of_neurons`.
+    """
+    return centroid_of_neurons(mlp, pre, read_direction(mlp, cotangent, dtype=dtype), dtype=dtype)
+
+
+def centroid_of_neurons(
+    mlp: MLP,
+    pre: tuple[Float[Tensor, "*batch d_mlp"], ...],
+    s: Float[Tensor, "*#batch d_mlp"],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "*batch d_in"]:
+    """Gradient of ``sum_j s_j a_j`` in the MLP's input, ``a`` the activations that ``W_out`` reads.
+
+    With ``s = W_out v`` that is the MLP's centroid, with ``s`` one-hot the centroid of a neuron.
+
+    Args:
+        mlp: the weights.
+        pre: pre-activations.
+        s: weight of each neuron, one for all rows or one a row.
+        dtype: dtype of the computation and the result; if None that of the pre-activations, but at
+            least float32, also under autocast: the product of a derivative and a row sum would
+            otherwise lose what little precision is left.
     """
     with torch.no_grad(), torch.autocast(pre[0].device.type, enabled=False):
-        pre = tuple(_promote(z) for z in pre)
-        terms = mlp.input_gradients(pre, read_direction(mlp, cotangent))
-        return _total(c @ _promote(W).to(c.dtype).T for c, W in terms)
+        pre = tuple(z.to(dtype or at_least_float32(z)) for z in pre)
+        terms = mlp.input_gradients(pre, s.to(pre[0]))
+        return _total(c @ W.to(c.dtype).T for c, W in terms)
 
 
 def neuron_scores(
@@ -140,11 +185,15 @@ def neuron_scores(
 
 
 def read_direction(
-    mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None
-) -> Float[Tensor, " d_mlp"]:
-    """``s = W_out v``: how strongly the cotangent reads each neuron."""
-    W_out = _promote(mlp.W_out.detach())
-    return W_out.sum(-1) if cotangent is None else W_out @ cotangent.to(W_out)
+    mlp: MLP,
+    cotangent: Float[Tensor, "*batch d_out"] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "*batch d_mlp"]:
+    """``s = W_out v``: how strongly the cotangent reads each neuron, at least in float32."""
+    with torch.no_grad(), torch.autocast(mlp.W_out.device.type, enabled=False):
+        W_out = mlp.W_out.to(dtype or at_least_float32(mlp.W_out))
+        return W_out.sum(-1) if cotangent is None else cotangent.to(W_out) @ W_out.T
 
 
 def is_vanishing(mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None) -> bool:
@@ -169,6 +218,13 @@ def activation_and_derivative(
     return value, derivative
 
 
+def is_piecewise_linear(act: Activation) -> bool:
+    """Whether an activation has one slope on each side of zero, as ReLU has."""
+    z = torch.tensor([-3.0, -1.0, -0.1, 0.1, 1.0, 3.0], dtype=torch.float64)
+    _, slopes = activation_and_derivative(act, z)
+    return bool((slopes[:3] == slopes[0]).all() and (slopes[3:] == slopes[3]).all())
+
+
 def _linear(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     W = _promote(W).to(x.dtype)
     return x @ W if b is None else x @ W + b.to(x.dtype)
@@ -178,6 +234,10 @@ def _total(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, terms)
 
 
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """The tensor's dtype, or float32: half precision is for storing, not for adding up."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _promote(tensor: Tensor) -> Tensor:
-    """At least float32: half precision is for storing weights, not for adding them up."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(at_least_float32(tensor))

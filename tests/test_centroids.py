@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lch_plugin as lch
+from lch_plugin import centroids
+from lch_plugin.centroids import LocalCentroid
 
 
 def _network(d_in: int = 5, d_out: int = 4, act: nn.Module | None = None) -> nn.Module:
@@ -128,6 +130,143 @@ def test_local_centroids_in_half_precision_do_not_drift() -> None:
     torch.testing.assert_close(local, lch.centroid(fn, x), rtol=0.02, atol=0.02)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 3),
+    n_samples=st.integers(2, 12),
+    max_rows=st.integers(1, 20),
+    neighbourhood=st.sampled_from(["ball", "gaussian"]),
+)
+def test_statistics_are_those_of_the_samples_whatever_the_chunks(
+    seed: int, rows: int, n_samples: int, max_rows: int, neighbourhood: str
+) -> None:
+    torch.manual_seed(seed)
+    fn, x = _network(), torch.randn(rows, 5, dtype=torch.float64)
+    v = torch.randn(4, dtype=torch.float64)
+    options = {"radius": 0.5, "neighbourhood": neighbourhood}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(centroids, "_MAX_ROWS", max_rows)
+        local, plain = (
+            lch.local_centroid(
+                fn,
+                x,
+                n_samples=n_samples,
+                cotangent=v,
+                generator=torch.Generator().manual_seed(seed),
+                statistics=statistics,
+                **options,
+            )
+            for statistics in (True, False)
+        )
+    assert isinstance(local, LocalCentroid)
+    assert torch.equal(local.mean, plain)
+    again, chunk = torch.Generator().manual_seed(seed), max(1, max_rows // rows)
+    samples = torch.cat(
+        [
+            lch.sample_neighbourhood(
+                x, n_samples=min(chunk, n_samples - start), generator=again, **options
+            )
+            for start in range(0, n_samples, chunk)
+        ]
+    )
+    mu = lch.centroid(fn, samples, v)
+    tight = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(local.mean, mu.mean(0), **tight)
+    torch.testing.assert_close(local.variance, mu.var(0), **tight)
+    torch.testing.assert_close(local.standard_error, mu.std(0) / n_samples**0.5, **tight)
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 4096])
+def test_variance_in_float32_survives_a_large_mean(
+    max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The centroid of this fn at x is 4096 + x: a sum of squares in float32 would leave noise.
+    monkeypatch.setattr(centroids, "_MAX_ROWS", max_rows)
+    seen: list[torch.Tensor] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        seen.append(4096 + x.detach())
+        return 4096 * x + x.square() / 2
+
+    x = torch.zeros(1, 3)
+    generator = torch.Generator().manual_seed(0)
+    local = lch.local_centroid(
+        fn, x, radius=0.5, n_samples=2000, generator=generator, statistics=True
+    )
+    expected = torch.cat(seen).double().var(0)
+    torch.testing.assert_close(local.variance.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_standard_error_shrinks_with_the_root_of_the_samples_and_covers_the_mean() -> None:
+    torch.manual_seed(0)
+    fn, x = _network(), torch.randn(4, 5, dtype=torch.float64)
+    few, many = (
+        lch.local_centroid(
+            fn,
+            x,
+            radius=1.0,
+            n_samples=n,
+            generator=torch.Generator().manual_seed(n),
+            statistics=True,
+        )
+        for n in (500, 50_000)
+    )
+    ratio = few.standard_error / many.standard_error
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 10), rtol=0.2, atol=0)
+    # As good as the mean over the whole neighbourhood, next to the error of the few.
+    z = (few.mean - many.mean) / few.standard_error
+    assert z.abs().max() < 4
+    assert 0.5 < z.square().mean() < 2
+
+
+def test_no_neighbourhood_has_no_variance() -> None:
+    torch.manual_seed(0)
+    fn, x = _network(), torch.randn(3, 5, dtype=torch.float64)
+    local = lch.local_centroid(fn, x, radius=0.0, n_samples=5, statistics=True)
+    torch.testing.assert_close(local.mean, lch.centroid(fn, x))
+    # Up to the rounding by which a matrix product may differ from row to row.
+    assert local.variance.max() < 1e-30
+    assert local.standard_error.max() < 1e-15
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_in_half_precision_are_kept_in_float32(dtype: torch.dtype) -> None:
+    # Sampled centroids x / 1024 have variances near 1e-8, zero in float16.
+    x = torch.zeros(2, 4, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    local = lch.local_centroid(
+        lambda x: x.square() / 2048,
+        x,
+        radius=0.2,
+        n_samples=2000,
+        generator=generator,
+        statistics=True,
+        neighbourhood="gaussian",
+    )
+    assert local.mean.dtype == dtype
+    assert local.variance.dtype == local.standard_error.dtype == torch.float32
+    expected = torch.full_like(local.variance, (0.1 / 1024) ** 2)
+    torch.testing.assert_close(local.variance, expected, rtol=0.15, atol=0)
+
+
+@pytest.mark.parametrize("neighbourhood", ["ball", "gaussian"])
+def test_a_generator_is_the_only_source_of_randomness(neighbourhood: str) -> None:
+    fn, x = _network(), torch.randn(2, 5, dtype=torch.float64)
+    before = torch.get_rng_state()
+    for statistics in (False, True):
+        lch.local_centroid(
+            fn,
+            x,
+            radius=0.1,
+            n_samples=3,
+            neighbourhood=neighbourhood,
+            generator=torch.Generator().manual_seed(0),
+            statistics=statistics,
+        )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused_with_the_reason() -> None:
     fn, x = _network(), torch.randn(2, 5, dtype=torch.float64)
@@ -154,3 +293,5 @@ def test_bad_input_is_refused_with_the_reason() -> None:
             lch.local_centroid(fn, x, **{"radius": 0.1, "n_samples": 2, **bad})
     with pytest.raises(lch.InputError, match="cube"):
         lch.local_centroid(fn, x, radius=0.1, n_samples=2, neighbourhood="cube")
+    with pytest.raises(lch.InputError, match="n_samples=1 has no variance"):
+        lch.local_centroid(fn, x, radius=0.1, n_samples=1, statistics=True)

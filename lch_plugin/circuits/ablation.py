@@ -14,10 +14,10 @@ from lch_plugin.adapters.transformer_lens import (
     LensModel,
     as_tokens,
     check_token_ids,
-    integers,
     locate_mlps,
 )
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.sites import integers
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def ablation_check(
         raise InputError("neurons is empty: there is nothing to remove.")
     names, removed, others = {}, {}, {}
     for layer, indices in neurons.items():
-        (site,) = locate_mlps(model, layer)
-        d_mlp = site.weights.W_out.shape[0]
+        (parts,) = locate_mlps(model, layer)
+        d_mlp = parts.weights.W_out.shape[0]
         listed = integers(indices)
         if (
             not listed
@@ -106,9 +106,9 @@ def ablation_check(
                 f"neurons {indices} of layer {layer}: distinct indices from 0 to {d_mlp - 1} are "
                 "needed, at least one and at most half of them, to draw as many others."
             )
-        names[site.layer] = site.post_activation_name
-        removed[site.layer] = torch.tensor(listed)
-        others[site.layer] = torch.tensor(sorted(set(range(d_mlp)) - set(listed)))
+        names[parts.layer] = parts.post_activation_name
+        removed[parts.layer] = torch.tensor(listed)
+        others[parts.layer] = torch.tensor(sorted(set(range(d_mlp)) - set(listed)))
 
     def metric(chosen: Mapping[int, Tensor]) -> float:
         fired: set[int] = set()

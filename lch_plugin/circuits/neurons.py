@@ -17,11 +17,12 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     as_tokens,
+    disagreements,
     locate_mlps,
     mlp_inputs,
-    self_check,
 )
 from lch_plugin.centroids import sample_neighbourhood
+from lch_plugin.cotangents import Vector, evaluate
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import neuron_scores
 
@@ -126,20 +127,24 @@ def neuron_attribution(
         InputError: tokens, position, radius, n_samples or cotangent cannot be used.
         SiteError, VanishingCentroidError: as `lch_plugin.attach`.
     """
-    sites = locate_mlps(model, layers, cotangent)
+    mlps = locate_mlps(model, layers)
+    if cotangent is not None:
+        cotangent = evaluate(Vector(cotangent), cotangent.new_empty(1, model.cfg.d_model))
     tokens = as_tokens(model, tokens)
     n_pos = tokens.shape[-1]
     if not -n_pos <= position < n_pos:
         raise InputError(f"position={position} is outside the prompt's {n_pos} tokens.")
-    for site in sites:
-        site.check_cotangent()
-    self_check(model, sites)
+    for parts in mlps:
+        parts.check_cotangent(cotangent)
+    for problem in disagreements(model, mlps).values():
+        if problem is not None:
+            raise problem
     scores = {}
-    for site, x in zip(sites, mlp_inputs(model, tokens, sites), strict=True):
+    for parts, x in zip(mlps, mlp_inputs(model, tokens, mlps), strict=True):
         samples = sample_neighbourhood(
             x[:, position], radius=radius, n_samples=n_samples, generator=generator
         )
-        mlp = site.weights
+        mlp = parts.weights
         per_prompt = [neuron_scores(mlp, samples[:, i], cotangent) for i in range(len(tokens))]
-        scores[site.layer] = torch.stack(per_prompt).mean(0)
+        scores[parts.layer] = torch.stack(per_prompt).mean(0)
     return NeuronAttribution(scores, position % n_pos, radius, n_samples)

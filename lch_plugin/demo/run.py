@@ -365,15 +365,15 @@ def describe_neurons(
     model: TransformerBridge, attribution: circuits.NeuronAttribution, tokens: Tensor
 ) -> list[dict[str, Any]]:
     """The top neurons, the tokens each writes towards, and the text that excites it."""
-    sites = {site.layer: site for site in locate_mlps(model)}
+    mlps = {parts.layer: parts for parts in locate_mlps(model)}
     top = attribution.top(N_NEURONS)
-    hooks = {n.layer: sites[n.layer].post_activation_name for n in top}
+    hooks = {n.layer: mlps[n.layer].post_activation_name for n in top}
     values = values_at(model, tokens, list(hooks.values()))
     text = to_text(model, tokens)
     described = []
     for neuron in top:
         # Direct logit attribution, through the final norm's gain and up to its scale.
-        writes = sites[neuron.layer].weights.W_out[neuron.index] * model.ln_final.weight
+        writes = mlps[neuron.layer].weights.W_out[neuron.index] * model.ln_final.weight
         promoted = ((writes - writes.mean()) @ model.W_U).topk(5).indices
         described.append(
             {

@@ -25,21 +25,22 @@ from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 
 from lch_plugin.adapters.transformer_lens import (
-    CentroidSite,
     LensModel,
+    Reader,
     attach,
-    attached_sites,
+    attached_readers,
     check_token_ids,
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import check_new_directory, new_directory
+from lch_plugin.sites import Site
 
 _DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 # Columns that SAELens reads, in its order.
 _TOKEN_COLUMNS = ("tokens", "input_ids")
 _COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
-_CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_centroid")
+_CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
 
 
 def train(
@@ -80,15 +81,19 @@ def train(
             "Wrap a list of texts as datasets.Dataset.from_dict({'text': texts})."
         )
     match = _CENTROID_HOOK.fullmatch(config.hook_name)
-    needs_attaching = match is not None and config.hook_name not in attached_sites(model)
-    handle = attach(model, int(match[1])) if match and needs_attaching else nullcontext()
+    needs_attaching = match is not None and config.hook_name not in attached_readers(model)
+    handle = (
+        attach(model, site=Site(match[2] or "block", int(match[1])))  # type: ignore[arg-type]
+        if match and needs_attaching
+        else nullcontext()
+    )
     with handle, torch.enable_grad():
         _check(model, dataset, config)
-        site = attached_sites(model).get(config.hook_name)
+        reader = attached_readers(model).get(config.hook_name)
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             # A shallow copy: SAELens sets the format of the dataset it is given.
-            return _Runner(config, copy.copy(dataset), model, site).run()
+            return _Runner(config, copy.copy(dataset), model, reader).run()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -102,11 +107,11 @@ class _Runner(LanguageModelSAETrainingRunner):
         config: LanguageModelSAERunnerConfig[Any],
         dataset: Any,
         model: LensModel,
-        site: CentroidSite | None,
+        reader: Reader | None,
     ) -> None:
         super().__init__(config, override_dataset=dataset, override_model=model)
-        self.site = site
-        if site is not None:
+        self.reader = reader
+        if reader is not None:
             self.evaluator = self._evaluate
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
@@ -120,8 +125,8 @@ class _Runner(LanguageModelSAETrainingRunner):
                     data_provider=trainer.data_provider,
                     n_batches_for_norm_estimate=trainer.cfg.n_batches_for_norm_estimate,
                 )
-        if self.site is not None:
-            sae.cfg.metadata.lch_centroid = _provenance(self.model, self.site, scaler)
+        if self.reader is not None:
+            sae.cfg.metadata.lch_centroid = _provenance(self.model, self.reader, scaler)
         try:
             return super().run_trainer_with_interruption_handling(trainer)
         except (KeyboardInterrupt, InterruptedException) as interrupt:
@@ -161,12 +166,10 @@ class _Runner(LanguageModelSAETrainingRunner):
         return metrics
 
 
-def _provenance(model: LensModel, site: CentroidSite, scaler: Any) -> dict[str, Any]:
+def _provenance(model: LensModel, reader: Reader, scaler: Any) -> dict[str, Any]:
     return {
-        "site": "mlp",
-        "layer": site.layer,
-        "cotangent": "ones" if site.cotangent is None else site.cotangent.tolist(),
-        "weight_processing": weight_processing(model, site),
+        **reader.record(),
+        "weight_processing": weight_processing(model, reader.layer or 0),
         "scale": scaler.scaling_factor,
         "lch_plugin_version": version("lch-plugin"),
     }
@@ -182,7 +185,7 @@ def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[
             f"hook_name={hook!r} is no hook point of this model. Beside it are {known}; centroids "
             "are at blocks.L.mlp.hook_centroid."
         )
-    if hook in attached_sites(model) and config.hook_head_index is not None:
+    if hook in attached_readers(model) and config.hook_head_index is not None:
         raise InputError(
             f"hook_head_index={config.hook_head_index}: a centroid has no heads. Set it to None."
         )

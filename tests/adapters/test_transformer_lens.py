@@ -16,9 +16,8 @@ from transformer_lens.hook_points import HookPoint
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import (
-    attached_sites,
-    locate_mlps,
-    sites,
+    attached_readers,
+    readers,
     weight_processing,
 )
 from lch_plugin.mlp import activation_and_derivative
@@ -55,12 +54,12 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a centroid is computed."""
     calls: list[int] = []
 
-    def counted(*args: Any) -> Tensor:
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
-        return original(*args)
+        return original(*args, **kwargs)
 
-    original = sites.mlp_centroid
-    monkeypatch.setattr(sites, "mlp_centroid", counted)
+    original = readers.centroid_of_neurons
+    monkeypatch.setattr(readers, "centroid_of_neurons", counted)
     return calls
 
 
@@ -218,8 +217,8 @@ def test_nothing_is_computed_when_nobody_listens(model: Any, computed: list) -> 
         model(IDS)
         cached(model, lambda name: name.endswith("hook_post"))
         assert not computed
-        for site in attached_sites(model).values():
-            assert not any(point._forward_hooks for point in site.pre_activation_points)
+        for site in attached_readers(model).values():
+            assert not any(point._forward_hooks for point in site.parts.pre_activation_points)
 
 
 def test_generation_fires_at_every_step() -> None:
@@ -308,7 +307,7 @@ def test_interventions_on_gated_mlps_are_seen(family: str, point: str) -> None:
         plain = cached(model, NAMES[1])[NAMES[1]]
         with model.hooks(fwd_hooks=[(name, shift)]):
             cache = cached(model, [*names, NAMES[1]])
-        mlp = attached_sites(model)[NAMES[1]].weights
+        mlp = attached_readers(model)[NAMES[1]].parts.weights
         value, derivative = activation_and_derivative(mlp.act, cache[names[0]])
         s = mlp.W_out.sum(-1)
         expected = (derivative * cache[names[1]] * s) @ mlp.W_gate.T + (value * s) @ mlp.W_in.T
@@ -417,8 +416,8 @@ def test_a_deep_copy_is_attached_on_its_own(model: Any) -> None:
         other.blocks[0].mlp.W_in.mul_(2)
     changed = cached(other)
     assert not torch.equal(changed[NAMES[0]], expected[NAMES[0]])
-    assert not attached_sites(model)
-    assert set(attached_sites(other)) == set(NAMES)
+    assert not attached_readers(model)
+    assert set(attached_readers(other)) == set(NAMES)
 
 
 def test_detaching_from_within_a_forward_pass(model: Any) -> None:
@@ -429,7 +428,7 @@ def test_detaching_from_within_a_forward_pass(model: Any) -> None:
         (pre_activation_name(model), lambda value, hook: handle.detach()),
     ]
     assert torch.equal(model.run_with_hooks(IDS, fwd_hooks=hooks), logits)
-    assert not attached_sites(model)
+    assert not attached_readers(model)
 
 
 def test_layers_attach_and_detach_separately(model: Any) -> None:
@@ -512,15 +511,13 @@ def test_weights_centered_in_place_after_attaching_are_refused_too() -> None:
 def test_what_is_known_of_weight_processing_is_recorded() -> None:
     for build in (models.hooked, lambda: models.bridge("gpt2")):
         model = build()
-        (site,) = locate_mlps(model, 1)
-        assert weight_processing(model, site) == {
+        assert weight_processing(model, 1) == {
             "processed": False,
             "writing_weights_centered": False,
         }
     model = models.hooked()
     model.load_and_process_state_dict(model.state_dict(), fold_ln=True)
-    (site,) = locate_mlps(model, 1)
-    assert weight_processing(model, site) == {"processed": True, "writing_weights_centered": True}
+    assert weight_processing(model, 1) == {"processed": True, "writing_weights_centered": True}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -536,32 +533,36 @@ def test_compatibility_mode_without_centering_keeps_working(family: str) -> None
     assert not [n for n in after.hook_dict if "centroid" in n]
 
 
-def test_self_check_refuses_an_mlp_that_computes_something_else(model: Any) -> None:
+def test_an_mlp_that_computes_something_else_is_differentiated(model: Any) -> None:
+    with lch.attach(model):
+        plain = cached(model)[NAMES[1]]
     mlp = model.blocks[1].mlp
     inner = mlp if isinstance(model, HookedTransformer) else mlp.original_component
     original = inner.forward
     inner.forward = lambda x: 1.1 * original(x)
     before = snapshot(model)
-    with pytest.raises(lch.SiteError, match=r"self-check of blocks\.1\.mlp"):
-        lch.attach(model)
+    with lch.attach(model) as handle:
+        assert list(handle.methods.values()) == ["closed form", "VJP", "closed form"]
+        torch.testing.assert_close(cached(model)[NAMES[1]], 1.1 * plain)
     assert snapshot(model) == before
-    with lch.attach(model, layers=[0, 2]):
-        cached(model, [NAMES[0]])
+    with pytest.raises(lch.SiteError, match=r"self-check of blocks\.1\.mlp"):
+        lch.attach(model, site=lch.Site("neuron", 1, 3))
+    assert snapshot(model) == before
 
 
-def test_self_check_refuses_a_wrong_activation() -> None:
+def test_a_wrong_activation_is_noticed() -> None:
     model = models.bridge("gpt2")
     model.blocks[1].mlp.original_component.act.forward = nn.functional.silu
     model.blocks[1].mlp.original_component.act_fn = nn.functional.gelu
-    with pytest.raises(lch.SiteError, match=r"self-check of blocks\.1\.mlp"):
-        lch.attach(model)
+    with lch.attach(model) as handle:
+        assert handle.methods[NAMES[1]] == "VJP"
 
 
 def test_a_layer_without_an_mlp_is_named() -> None:
     model = models.bridge("gpt2")
     del model.blocks[1]._modules["mlp"]
     model.blocks[1].original_component.mlp = None
-    with pytest.raises(lch.SiteError, match="block 1 has no MLP"):
+    with pytest.raises(lch.SiteError, match=r"blocks\.1\.mlp does not exist"):
         lch.attach(model)
 
 
@@ -603,9 +604,18 @@ def test_gated_mlps_of_hooked_transformers_equal_autograd() -> None:
     assert models.relative_error(mu, truth) < 1e-10
 
 
-def test_layer_norm_activations_are_refused() -> None:
-    with pytest.raises(lch.SiteError, match="block 0 has a MLP"):
-        lch.attach(lens_model(act_fn="solu_ln", normalization_type="LN"))
+def test_an_mlp_with_a_layer_norm_for_an_activation_is_differentiated() -> None:
+    model = lens_model(act_fn="solu_ln", normalization_type="LN")
+    inputs: list[Tensor] = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with lch.attach(model) as handle:
+        assert set(handle.methods.values()) == {"VJP"}
+        inputs.clear()
+        cache = cached(model)
+    x = inputs[0].detach().requires_grad_()
+    y = model.blocks[0].mlp(x)
+    (truth,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(cache[NAMES[0]], truth)
 
 
 # ---------------------------------------------------------------- SAELens

@@ -21,7 +21,7 @@ from sae_lens import (
 from sae_lens.training.prefetch import PrefetchingIterator
 
 import lch_plugin as lch
-from lch_plugin.adapters.transformer_lens import attached_sites
+from lch_plugin.adapters.transformer_lens import attached_readers
 from tests import models
 
 HOOK = "blocks.1.mlp.hook_centroid"
@@ -72,7 +72,7 @@ def test_a_trained_sae_saves_loads_and_reconstructs(architecture: str, tmp_path:
         DATA,
         config(architecture=architecture, output_path=str(out), training_tokens=40_000),
     )
-    assert not attached_sites(model)
+    assert not attached_readers(model)
     loaded = SAE.load_from_disk(out)
     with lch.attach(model, layers=1):
         mu = model.run_with_cache(models.tokens(16, 16), names_filter=HOOK)[1][HOOK][:, 1:]
@@ -90,7 +90,7 @@ def test_metadata_say_what_the_sae_was_trained_on(tmp_path: Path) -> None:
     v = torch.linspace(-1, 1, models.D_MODEL)
     with lch.attach(model, layers=1, cotangent=v):
         lch.saes.train(model, DATA, config(output_path=str(out)))
-        assert attached_sites(model)  # The caller's own attachment stays.
+        assert attached_readers(model)  # The caller's own attachment stays.
     metadata = SAE.load_from_disk(out).cfg.metadata
     assert metadata.hook_name == HOOK
     record = metadata.lch_centroid
@@ -191,7 +191,7 @@ def test_an_interrupted_run_leaves_finished_files_valid_and_resumes(
         with pytest.raises(KeyboardInterrupt):
             lch.saes.train(model, DATA, config(**settings))
     assert {p.name for p in tmp_path.iterdir()} == {"first", "checkpoints"}
-    assert not attached_sites(model)
+    assert not attached_readers(model)
     SAE.load_from_disk(tmp_path / "first")
     (checkpoint,) = tmp_path.glob("checkpoints/*/*")
     done = int(checkpoint.name)
@@ -232,5 +232,5 @@ def test_bad_configurations_are_refused_before_work_starts(tmp_path: Path) -> No
     for error, match, data, kw in cases:
         with pytest.raises(error, match=match):
             lch.saes.train(model, data, config(**kw))
-        assert not attached_sites(model)
+        assert not attached_readers(model)
     assert (tmp_path / "taken" / "file").read_text() == "keep me"

@@ -1,14 +1,16 @@
 """Centroids as ordinary TransformerLens hook points.
 
-`attach` adds a `HookPoint` called ``hook_centroid`` to each MLP of a TransformerBridge or
-HookedTransformer (SAELens' subclasses of both included). It is a read-out that nothing
-downstream consumes: ``run_with_cache``, ``run_with_hooks`` and SAELens see a centroid under a
-hook name like any other, editing it never changes the logits, and it is computed only when
+`attach` adds a `HookPoint`, ``hook_centroid``, to each component that a `lch_plugin.Site` names, on
+a TransformerBridge or HookedTransformer (SAELens' subclasses of both included). It is a read-out
+that nothing downstream consumes: ``run_with_cache``, ``run_with_hooks`` and SAELens see a centroid
+under a hook name like any other, editing it never changes the logits, and it is computed only when
 something listens.
 
-Modules: `sites`, where each MLP keeps its parts, and the hooks that compute its centroid;
-`attaching`, making these part of a model and undoing it; `self_check`, the proof on three tokens;
-`inputs`, token ids and what the MLPs read on them.
+Modules, each knowing those before it: `gates`, where a tensor goes by; `anatomy`, where a model
+keeps its parts; `points`, hook points of ours; `passes`, gradients during one forward pass;
+`readers`, how the centroid of one component comes about; `tracker`, the readers of one model
+together; `self_check`, the proof on three tokens; `attaching`; and `inputs`, token ids and what the
+MLPs read on them.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
@@ -17,28 +19,29 @@ Private attributes used, for want of a public way:
     ``Module._forward_hooks`` (torch): whether a hook point has listeners of any kind.
 """
 
-from lch_plugin.adapters.transformer_lens.attaching import Handle, attach, attached_sites
-from lch_plugin.adapters.transformer_lens.inputs import as_tokens, check_token_ids, mlp_inputs
-from lch_plugin.adapters.transformer_lens.self_check import self_check
-from lch_plugin.adapters.transformer_lens.sites import (
-    CentroidSite,
+from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
-    integers,
+    MLPParts,
     locate_mlps,
     weight_processing,
 )
+from lch_plugin.adapters.transformer_lens.attaching import Handle, attach
+from lch_plugin.adapters.transformer_lens.inputs import as_tokens, check_token_ids, mlp_inputs
+from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.transformer_lens.self_check import disagreements
+from lch_plugin.adapters.transformer_lens.tracker import attached_readers
 
 __all__ = [
-    "CentroidSite",
     "Handle",
     "LensModel",
+    "MLPParts",
+    "Reader",
     "as_tokens",
     "attach",
-    "attached_sites",
+    "attached_readers",
     "check_token_ids",
-    "integers",
+    "disagreements",
     "locate_mlps",
     "mlp_inputs",
-    "self_check",
     "weight_processing",
 ]

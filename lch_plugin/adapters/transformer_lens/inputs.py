@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.sites import CentroidSite, LensModel
+from lch_plugin.adapters.transformer_lens.anatomy import LensModel, MLPParts
 from lch_plugin.errors import InputError
 
 
@@ -58,7 +58,7 @@ def check_token_ids(model: LensModel, lowest: int, highest: int) -> None:
 
 
 def mlp_inputs(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], sites: Sequence[CentroidSite]
+    model: LensModel, tokens: Int[Tensor, "batch pos"], mlps: Sequence[MLPParts]
 ) -> list[Float[Tensor, "batch pos d_model"]]:
     """What each MLP reads on these tokens, at least in float32, from one forward pass.
 
@@ -67,14 +67,17 @@ def mlp_inputs(
     inputs: dict[int, Tensor] = {}
 
     def record(layer: int, x: Tensor) -> None:
-        inputs[layer] = x.detach().reshape(*tokens.shape, -1)
+        # The first: a local centroid that somebody listens to runs the MLP again.
+        inputs.setdefault(layer, x.detach().reshape(*tokens.shape, -1))
 
-    handles = [site.watch_input(partial(record, site.layer)) for site in sites]
+    gates = [mlp.input_gate for mlp in mlps]
     try:
+        for mlp, gate in zip(mlps, gates, strict=True):
+            gate.install(lambda: True, partial(record, mlp.layer))
         with torch.no_grad():
             model(tokens, return_type=None)
     finally:
-        for handle in handles:
-            handle.remove()
-    found = [inputs[site.layer] for site in sites]
+        for gate in gates:
+            gate.remove()
+    found = [inputs[mlp.layer] for mlp in mlps]
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in found]

@@ -1,8 +1,16 @@
-"""Prove on three tokens that every site is what it is taken for."""
+"""Prove on three tokens that every site is what it is taken for.
+
+Closed forms are compared with autograd through the model's own modules; an MLP that computes
+something else is differentiated instead, a head that does is refused. Then every hook point has to
+fire, with a centroid that is more than rounding noise, and every detached linearisation has to be
+affine: with its fixed factors it must map another input exactly where its centroid says.
+
+The passes run in evaluation mode with all hooks on hook points silenced: those belong to the user's
+own forward passes.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,13 +18,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
-from lch_plugin.adapters.transformer_lens.sites import CentroidSite, LensModel
-from lch_plugin.errors import SiteError
+from lch_plugin.adapters.transformer_lens.anatomy import (
+    LensModel,
+    MLPParts,
+    attention_input,
+    heads_output,
+)
+from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.readers import (
+    HeadReader,
+    MLPReader,
+    Reader,
+    VJPReader,
+)
+from lch_plugin.adapters.transformer_lens.tracker import Trial, silenced, tracker_of
+from lch_plugin.cotangents import Cotangent, evaluate
+from lch_plugin.errors import SiteError, VanishingCentroidError
+from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import mlp_centroid
 
-# Largest relative distance between the closed form and autograd that is accepted: well above
+# Largest relative distance between a closed form and autograd that is accepted: well above
 # rounding, and far below what a wrong activation or layout gives.
 _TOLERANCE = {
     torch.float64: 1e-9,
@@ -24,90 +46,324 @@ _TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
+# The same for the detached linearisation: HuggingFace's norms compute in float32 at best.
+_AFFINE_TOLERANCE = {**_TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
+# A centroid this much smaller than one through a random cotangent is rounding noise.
+_VANISHING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
-def self_check(model: LensModel, sites: Sequence[CentroidSite]) -> None:
-    """Compare every site's closed form with autograd through the model's own MLP.
+def disagreements(model: LensModel, parts: Sequence[MLPParts]) -> dict[str, SiteError | None]:
+    """For each MLP, why its closed form is not what the model computes, or None.
 
-    Three tokens run through the model, in evaluation mode, with all hooks on hook points silenced:
-    those belong to the user's own forward passes. Of an attached site, what its hook point gives is
-    compared too.
-
-    Gradients are on only between an MLP's entry and its exit. So one forward pass serves all
-    sites, and no module outside sees a tensor with a graph (a bridge that kept one could no
-    longer be deep-copied).
-
-    Raises:
-        SiteError: a site is not run, or computes something other than its closed form.
+    Gradients are on only between an MLP's entry and its exit. So one forward pass serves all, and
+    no module outside sees a tensor with a graph (a bridge that kept one could no longer be
+    deep-copied).
     """
-    inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Any] = {}
-    centroids: dict[int, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Any] = {}
 
-    def enter(layer: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def enter(name: str, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         torch.set_grad_enabled(True)
-        inputs[layer] = args[0].detach().requires_grad_()
-        return (inputs[layer], *args[1:])
+        inputs[name] = args[0].detach().requires_grad_()
+        return (inputs[name], *args[1:])
 
-    def leave(layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+    def leave(name: str, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         torch.set_grad_enabled(False)
-        outputs[layer] = output
+        outputs[name] = output
         return output.detach() if isinstance(output, Tensor) else output
 
-    def listen(layer: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        centroids[layer] = output
+    parts = list({p.name: p for p in parts}.values())
+    if not parts:
+        return {}
+    hooks = [
+        hook
+        for p in parts
+        for hook in (
+            p.entry.register_forward_pre_hook(partial(enter, p.name)),
+            p.exit.register_forward_hook(partial(leave, p.name)),
+        )
+    ]
+    try:
+        with trial_pass(model):
+            run(model)
+            return {
+                p.name: _disagreement(p, inputs.get(p.name), outputs.get(p.name)) for p in parts
+            }
+    finally:
+        for hook in hooks:
+            hook.remove()
 
+
+def _disagreement(parts: MLPParts, x: Tensor | None, y: Any) -> SiteError | None:
+    kind = type(parts.component).__name__
+    if x is None or not isinstance(y, Tensor):
+        return SiteError(
+            f"self-check of {parts.name}: a forward pass of three tokens did not run this {kind} "
+            "the way its closed form expects (its input or output never passed the hook points). "
+            "Pass layers=[...] without it."
+        )
+    # Not all ones, which centered writing weights are orthogonal to.
+    v = torch.randn(y.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    v = v.to(y)
+    with torch.enable_grad():
+        (truth,) = torch.autograd.grad(y, x, v.expand_as(y))
+    try:
+        mlp = parts.weights
+        mu = mlp_centroid(mlp, mlp.pre_activations(x.detach()), v)
+    except (SiteError, AttributeError) as error:
+        return SiteError(f"self-check of {parts.name}: {error}")
+    return _distance_error(parts.name, kind, mu, truth, x.dtype)
+
+
+def _distance_error(
+    name: str, kind: str, mu: Tensor, truth: Tensor, dtype: torch.dtype
+) -> SiteError | None:
+    error, norm = float((mu - truth.to(mu)).norm()), float(truth.to(mu).norm())
+    tolerance = _TOLERANCE[dtype]
+    if error <= tolerance * norm:  # Not `>` and the other way round: NaN has to fail as well.
+        return None
+    return SiteError(
+        f"self-check of {name}: the closed form and autograd through this {kind} are {error:.1e} "
+        f"apart, at a norm of {norm:.1e}; {tolerance:.0e} of it is allowed in {dtype}. The {kind} "
+        "computes something other than its closed form, or a hook on one of its modules changes "
+        "what it does. Pass layers=[...] without it."
+    )
+
+
+def check_readers(model: LensModel, readers: Sequence[Reader]) -> None:
+    """Let readers that have been attached fire once, and look at what comes.
+
+    Raises:
+        SiteError: a hook point does not fire, a head is not what its closed form says, or a
+            detached linearisation is not affine.
+        VanishingCentroidError: a centroid is rounding noise.
+    """
+    with trial_pass(model):
+        _check_heads(model, [r for r in readers if isinstance(r, HeadReader)])
+        plain = [r for r in readers if not (isinstance(r, VJPReader) and r.is_detached)]
+        _check_firing(model, plain)
+        for reader in readers:
+            if isinstance(reader, VJPReader) and reader.is_detached:
+                _check_affine(model, reader)
+
+
+def _check_firing(model: LensModel, readers: Sequence[Reader]) -> Trial:
+    fired: dict[str, Tensor] = {}
+
+    def listen(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        fired[name] = output
+
+    trial, inputs = Trial(), dict[Any, Tensor]()
+    mlps = [r for r in readers if type(r) is MLPReader]
+    hooks = [
+        point.module.register_forward_hook(partial(listen, point.name))
+        for reader in readers
+        for point in reader.points.values()
+    ]
+    gates: list[Gate] = [reader.parts.input_gate for reader in mlps]
+    tracker = tracker_of(model)
+    tracker.trial = trial
+    try:
+        for mlp, gate in zip(mlps, gates, strict=True):
+            gate.install(lambda: True, partial(_keep, inputs, mlp))
+        if readers:
+            run(model)
+    finally:
+        tracker.trial = None
+        for hook in hooks:
+            hook.remove()
+        for gate in gates:
+            gate.remove()
+    for reader in readers:
+        silent = [p.name for p in reader.points.values() if p.name not in fired]
+        if silent:
+            raise SiteError(
+                f"self-check: a forward pass of three tokens ran to its end and {silent} did not "
+                f"fire, so the model does not run this {reader.site.kind} as its hook points say. "
+                "Pass layers=[...] without it."
+            )
+        _check_noise(reader, trial)
+    for mlp in mlps:
+        _check_hooked(mlp, inputs[mlp], fired[mlp.name])
+    return trial
+
+
+def _keep(inputs: dict[Any, Tensor], reader: MLPReader, x: Tensor) -> None:
+    inputs.setdefault(reader, x.detach())  # A local centroid may run the MLP again afterwards.
+
+
+def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
+    """Hold what the hook point gave to the closed form at what the MLP read."""
+    v = reader.site.v
+    if reader.site.radius is not None or not isinstance(v, Cotangent):
+        return
+    mlp = reader.parts.weights
+    y = mlp.activations(mlp.pre_activations(x)) @ mlp.W_out.to(x.dtype)
+    mu = mlp_centroid(mlp, mlp.pre_activations(x), evaluate(v, y), dtype=hooked.dtype)
+    error = _distance_error(reader.name, type(reader.parts.component).__name__, hooked, mu, x.dtype)
+    if error is not None:
+        raise error
+
+
+def _check_noise(reader: Reader, trial: Trial) -> None:
+    for mu, typical, dtype in trial.norms.get(reader, ()):
+        if mu <= _VANISHING[dtype] * typical:
+            raise VanishingCentroidError(
+                f"{reader.name}: the cotangent reads next to nothing of what this "
+                f"{reader.site.kind} writes ({mu:.1e}, where a random one reads {typical:.1e}), so "
+                "its centroid would be rounding noise (of a block: the cotangent itself). "
+                "TransformerLens' center_writing_weights and center_unembed do this to all ones. "
+                "Load the model without weight processing, or pass another cotangent."
+            )
+
+
+def _check_affine(model: LensModel, reader: VJPReader) -> None:
+    trial = _check_firing(model, [reader])
+    if reader not in trial.experts:
+        return
+    x, y, mu, v = trial.experts[reader]
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) * x.std()
+    tracker = tracker_of(model)
+    replay = tracker.trial = Trial(shift=shift, replay=trial.recorded)
+    hook = reader.points[""].module.register_forward_hook(lambda *_: None)
+    try:
+        run(model)
+        _, shifted, _, _ = replay.experts[reader]
+    except (StopIteration, RuntimeError) as error:
+        raise SiteError(
+            f"{reader.name}: no detached linearisation of this model: {error}"
+        ) from None
+    finally:
+        hook.remove()
+        tracker.trial = None
+    change = (shifted - y).double()
+    off = float((v.double() * change).sum() - (mu.double() * shift.double()).sum())
+    if not abs(off) <= _AFFINE_TOLERANCE[x.dtype] * float(v.norm()) * float(change.norm()):
+        raise SiteError(
+            f"{reader.name}: with its factors fixed the {reader.site.kind} is not affine (off by "
+            f"{abs(off):.1e} on another input), so it has no exact expert of this kind. Some "
+            "function in it is not among those of lch_plugin.linearization. Use the Jacobian."
+        )
+
+
+def _check_heads(model: LensModel, readers: Sequence[HeadReader]) -> None:
+    """Hold heads to autograd from what attention reads to their values, the pattern fixed."""
+    trials = [_HeadTrial(attn, readers) for attn in {r.attn: None for r in readers}]
+    try:
+        for trial in trials:
+            trial.start()
+        if trials:
+            run(model)
+    finally:
+        for trial in trials:
+            trial.stop()
+    for reader in readers:
+        (problem,) = (t.problems.get(reader, _unseen(reader)) for t in trials if t.has(reader))
+        if problem is not None:
+            raise problem
+
+
+def _unseen(reader: HeadReader) -> SiteError:
+    return SiteError(
+        f"self-check of {reader.name}: attention ran without passing its pattern and its values "
+        'through hook points. Load the model with attn_implementation="eager".'
+    )
+
+
+class _HeadTrial:
+    """One attention during the pass that checks its heads."""
+
+    def __init__(self, attn: Any, readers: Sequence[HeadReader]) -> None:
+        self.problems: dict[HeadReader, SiteError | None] = {}
+        self._attn = attn
+        self._readers = [r for r in readers if r.attn is attn]
+        self._gates = attention_input(attn), heads_output(attn)
+        self._values: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._mode: DetachedMode | None = None
+
+    def has(self, reader: HeadReader) -> bool:
+        return reader in self._readers
+
+    def start(self) -> None:
+        before, after = self._gates
+        before.install(lambda: True, self._enter)
+        after.install(lambda: True, self._leave)
+        for i, point in enumerate(self._readers[0].value_points()):
+            self._hooks.append(point.register_forward_hook(partial(self._keep, i)))
+
+    def stop(self) -> None:
+        self._close()
+        for hook in self._hooks:
+            hook.remove()
+        for gate in self._gates:
+            gate.remove()
+
+    def _enter(self, x: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        self._mode = DetachedMode()
+        self._mode.__enter__()
+        self._x = self._mode.follow(x.detach().requires_grad_())
+        return self._x.clone()
+
+    def _keep(self, i: int, _module: nn.Module, _args: Any, value: Tensor) -> None:
+        self._values[i] = value
+
+    def _leave(self, y: Tensor) -> Tensor:
+        self._close()
+        if len(self._values) == 2:
+            with torch.enable_grad():
+                for reader in self._readers:
+                    self.problems[reader] = self._compare(reader)
+        return y.detach()
+
+    def _close(self) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
+            self._mode = None
+            torch.set_grad_enabled(False)
+
+    def _compare(self, reader: HeadReader) -> SiteError | None:
+        pattern, z = self._values[0].detach(), self._values[1]
+        W_O = reader.weights(z.dtype)[1]
+        heads = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, list(reader.site.members)]
+        y = torch.einsum("bthe,hed->btd", heads, W_O)
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y)
+        (truth,) = torch.autograd.grad(y, self._x, v, retain_graph=True)
+        kind, mu = type(reader.attn).__name__, reader.centroid(pattern, v)
+        return _distance_error(reader.name, kind, mu, truth, truth.dtype)
+
+
+@contextmanager
+def trial_pass(model: LensModel) -> Iterator[None]:
+    """Conditions of a pass of ours: no gradients, no hooks, no dropout, no trace afterwards."""
     device = next(model.parameters()).device
-    tokens = torch.arange(3, device=device)[None] % model.cfg.d_vocab
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
         _evaluating(model),
-        _silenced(model),
+        silenced(model),
     ):
-        hooks = [
-            hook
-            for s in sites
-            for hook in (
-                s.entry.register_forward_pre_hook(partial(enter, s.layer)),
-                s.exit.register_forward_hook(partial(leave, s.layer)),
-            )
-        ]
-        hooks += [
-            s.point.register_forward_hook(partial(listen, s.layer)) for s in sites if s.installed
-        ]
-        try:
-            model(tokens, return_type=None)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for s in sites:
-            _compare(s, inputs.get(s.layer), outputs.get(s.layer), centroids.get(s.layer))
+        yield
 
 
-def _compare(site: CentroidSite, x: Tensor | None, y: Any, hooked: Tensor | None) -> None:
-    kind = type(site.component).__name__
-    if x is None or not isinstance(y, Tensor) or (site.installed and hooked is None):
-        raise SiteError(
-            f"self-check of {site.name}: a forward pass of three tokens did not run this {kind} "
-            "the way its closed form expects (its input, pre-activations or output never passed "
-            "the hook points). Pass layers=[...] without it."
-        )
-    v = torch.ones_like(y) if site.cotangent is None else site.cotangent.to(y).expand_as(y)
-    (truth,) = torch.autograd.grad(y, x, v)
-    mlp = site.weights
-    closed = mlp_centroid(mlp, mlp.pre_activations(x), site.cotangent)
-    tolerance = _TOLERANCE[x.dtype]
-    for mu in (closed,) if hooked is None else (closed, hooked):
-        error, norm = float((mu - truth.to(mu)).norm()), float(truth.to(mu).norm())
-        if not error <= tolerance * norm:  # Not `>`: NaN has to fail as well.
-            raise SiteError(
-                f"self-check of {site.name}: the closed form and autograd through this {kind} are "
-                f"{error:.1e} apart, at a norm of {norm:.1e}; {tolerance:.0e} of it is allowed in "
-                f"{x.dtype}. The {kind} computes something other than a plain or gated MLP, or a "
-                "hook on one of its modules changes what it does. Pass layers=[...] without it."
-            )
+def run(model: LensModel) -> None:
+    """A forward pass of three tokens, or of noise for an image."""
+    parameter = next(model.parameters())
+    if getattr(model.cfg, "is_visual_model", False):
+        config = model.original_model.config
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (1, getattr(config, "num_channels", 3), height, width)
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(shape, generator=generator).to(parameter)
+        model(image)
+    else:
+        tokens = torch.arange(3, device=parameter.device)[None] % model.cfg.d_vocab
+        model(tokens)
 
 
 @contextmanager
@@ -120,17 +376,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _silenced(model: nn.Module) -> Iterator[None]:
-    """No hook on any hook point fires inside."""
-    points = [module for module in model.modules() if isinstance(module, HookPoint)]
-    saved = [(point._forward_hooks, point._backward_hooks) for point in points]
-    for point in points:
-        point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for point, (forward, backward) in zip(points, saved, strict=True):
-            point._forward_hooks, point._backward_hooks = forward, backward

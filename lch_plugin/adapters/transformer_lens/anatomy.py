@@ -1,0 +1,492 @@
+"""Where TransformerLens models keep their parts: blocks, MLPs, attention, embeddings and logits.
+
+Everything is looked up when it is needed: weights may be processed or moved, and SAELens swaps hook
+points for others. What computes centroids asks here and knows neither toolkit class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+from transformer_lens.components import MLP as HookedMLP
+from transformer_lens.components import GatedMLP as HookedGatedMLP
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
+
+from lch_plugin.adapters.transformer_lens.gates import Gate, ModuleGate, OutputGate, PointGate
+from lch_plugin.errors import InputError, SiteError, VanishingCentroidError
+from lch_plugin.mlp import MLP, GatedMLP, PlainMLP, is_vanishing
+from lch_plugin.sites import integers
+
+LensModel: TypeAlias = TransformerBridge | HookedTransformer
+
+# Lists of blocks, by the name TransformerLens gives them; encoder-decoders have two.
+_STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
+# Names under which blocks keep their attention.
+_ATTENTION_NAMES = ("attn", "self_attn")
+# Names under which the MLPs of HuggingFace models keep their activation function.
+_ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "activation_func", "gelu_impl")
+# Hook points within an MLP: with an SAE in its place one changes what the MLP computes.
+_SPLICED = ("hook_in", "hook_out", "hook_pre", "hook_pre_linear", "hook_post")
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no TransformerLens model.
+
+    Raises:
+        InputError: of any other class.
+    """
+    if not isinstance(model, LensModel):
+        raise InputError(
+            f"this takes a TransformerBridge or HookedTransformer, not {type(model).__name__}. "
+            "Wrap a HuggingFace model with TransformerBridge.boot_transformers(name, "
+            "hf_model=model, tokenizer=tokenizer); pass the original of a compiled module."
+        )
+
+
+def stacks(model: LensModel) -> dict[str, nn.ModuleList]:
+    """The model's lists of blocks, by name.
+
+    Raises:
+        SiteError: it has none.
+    """
+    found = {name: getattr(model, name) for name in _STACKS if hasattr(model, name)}
+    found = {name: blocks for name, blocks in found.items() if len(blocks)}
+    if not found:
+        raise SiteError(f"{type(model).__name__} has no `blocks`: no layer to attach to.")
+    return found
+
+
+def layer_indices(
+    blocks: nn.ModuleList, layers: int | Sequence[int] | None, *, keep_order: bool = False
+) -> list[int]:
+    """Layers as indices from zero, sorted and without repetition unless their order matters.
+
+    Raises:
+        SiteError: no such layer.
+    """
+    n_layers = len(blocks)
+    if layers is None:
+        return list(range(n_layers))
+    wanted = integers(layers)
+    if not wanted:
+        raise SiteError(f"layers={layers!r} names no layer; pass integers, or None for all.")
+    unknown = [layer for layer in wanted if not -n_layers <= layer < n_layers]
+    if unknown:
+        raise SiteError(
+            f"layers {unknown} do not exist: this model has layers 0 to {n_layers - 1}."
+        )
+    indices = [layer % n_layers for layer in wanted]
+    return indices if keep_order else sorted(set(indices))
+
+
+def weight_processing(model: LensModel, layer: int) -> dict[str, bool]:
+    """What is known of TransformerLens' weight processing, which changes a centroid's meaning.
+
+    Folding the layer norm moves the MLP's input space; centering the writing weights takes the
+    all-ones direction out of what it writes. SAEs and probes do not carry over. A bridge says only
+    whether its weights were processed in any way, a HookedTransformer whether the norm was folded.
+    """
+    if isinstance(model, TransformerBridge):
+        processed = bool(model._weights_processed)
+    else:
+        processed = str(model.cfg.normalization_type).endswith("Pre")
+    try:
+        centered = is_vanishing(locate_mlp(model, "blocks", layer).weights)
+    except SiteError:
+        centered = False
+    return {"processed": processed, "writing_weights_centered": centered}
+
+
+def hook_points(module: nn.Module) -> Iterator[HookPoint]:
+    """Every hook point within."""
+    return (m for m in module.modules() if isinstance(m, HookPoint))
+
+
+# ------------------------------------------------------------------- where tensors pass
+
+
+def block_input(block: Any) -> Gate:
+    """The residual stream as a block reads it."""
+    return PointGate(block, "hook_resid_pre" if _is_hooked(block) else "hook_in", last=True)
+
+
+def block_output(block: Any) -> Gate:
+    """The residual stream as a block leaves it."""
+    return PointGate(block, "hook_resid_post" if _is_hooked(block) else "hook_out", last=False)
+
+
+def attention(block: Any, path: str) -> tuple[Any, str]:
+    """A block's self-attention, and its name there.
+
+    Raises:
+        SiteError: it has none (recurrent and state-space blocks).
+    """
+    for attribute in _ATTENTION_NAMES:
+        found = getattr(block, "_modules", {}).get(attribute)
+        if found is not None and getattr(found, "original_component", found) is not None:
+            return found, attribute
+    raise SiteError(f"{path} has no attention. Pass layers=[...] without it.")
+
+
+def check_heads(attn: Any, path: str) -> None:
+    """Refuse attention that does not show its heads.
+
+    Raises:
+        SiteError: no readable ``W_V`` and ``W_O``, or no hook points at pattern and values.
+    """
+    try:
+        W_V, W_O = attn.W_V, attn.W_O
+        shown = hasattr(attn, "hook_pattern") and (hasattr(attn, "hook_z") or attn.o.hook_in)
+        fits = W_V.ndim == W_O.ndim == 3 and W_O.shape[0] % W_V.shape[0] == 0
+    except Exception as error:
+        raise SiteError(
+            f"{path} has a {type(attn).__name__}, whose heads cannot be read: {error}"
+        ) from error
+    if not (shown and fits):
+        raise SiteError(f"{path} has a {type(attn).__name__}, whose heads cannot be read.")
+
+
+def attention_input(attn: Any) -> Gate:
+    """What attention reads, after the layer norm."""
+    if _is_hooked(attn):
+        return ModuleGate(attn, "input", ("query_input", "key_input", "value_input"))
+    return PointGate(attn, "hook_in", last=True)
+
+
+def attention_output(attn: Any) -> Gate:
+    """What attention writes."""
+    if _is_hooked(attn):
+        return ModuleGate(attn, "output")
+    return PointGate(attn, "hook_out", last=False)
+
+
+def heads_output(attn: Any) -> Gate:
+    """What attention returns, by when its pattern has passed a hook point too."""
+    return ModuleGate(attn, "output")
+
+
+def embedding_output(model: LensModel) -> Gate:
+    """Token embeddings.
+
+    Raises:
+        SiteError: the model has no token embedding.
+    """
+    if isinstance(model, HookedTransformer):
+        return PointGate(model, "hook_embed", last=True)
+    embed = model._modules.get("embed")
+    if embed is None:
+        raise SiteError(
+            f"{type(model).__name__} has no `embed`, so there are no token embeddings to "
+            "differentiate with respect to. Use a span from block 0."
+        )
+    return PointGate(embed, "hook_out", last=True)
+
+
+def final_norm(model: LensModel) -> tuple[Gate, Gate]:
+    """Before and after the final norm.
+
+    Raises:
+        SiteError: the model has none.
+    """
+    norm = getattr(model, "ln_final", None)
+    if norm is None:
+        raise SiteError("this model has no `ln_final`: a Logit cotangent needs it. Use a Metric.")
+    if isinstance(model, HookedTransformer):
+        return ModuleGate(norm, "input"), ModuleGate(norm, "output")
+    return PointGate(norm, "hook_in", last=True), PointGate(norm, "hook_out", last=False)
+
+
+def post_norm(block: Any, kind: str) -> Callable[[Tensor], Tensor] | None:
+    """The norm between what attention or an MLP writes and the residual stream, if there is one.
+
+    Raises:
+        SiteError: what is written reaches the residual stream in some other indirect way.
+    """
+    norm = getattr(block, "_modules", {}).get(
+        "ln1_post" if kind in ("attn", "head") else "ln2_post"
+    )
+    if norm is not None:
+        return norm.original_component if not _is_hooked(norm) else norm
+    scale = getattr(block, "residual_contribution_scale", 1.0)
+    if scale != 1.0 or getattr(block, "mlp_reads_resid_directly", False):
+        raise SiteError(
+            f"a {type(block).__name__} scales or normalises what its {kind} writes on the way to "
+            "the residual stream, so a Logit cotangent is not its own. Use a Metric, or a block."
+        )
+    return None
+
+
+def logits_of(model: LensModel, output: Any) -> Tensor | None:
+    """Logits, from what the module that computes them returned."""
+    if isinstance(model, HookedTransformer):
+        cap = model.cfg.output_logits_soft_cap
+        if isinstance(output, Tensor) and cap is not None and cap > 0:
+            return cap * torch.tanh(output / cap)
+    for attribute in ("logits", "last_hidden_state"):
+        output = getattr(output, attribute, output)
+    output = output[0] if isinstance(output, tuple) and output else output
+    return output if isinstance(output, Tensor) else None
+
+
+def logits(model: LensModel) -> Gate:
+    """What the model says."""
+    return OutputGate(logits_module(model), partial(logits_of, model))
+
+
+def logits_module(model: LensModel) -> nn.Module:
+    """The module whose return value holds the logits."""
+    found = model.unembed if isinstance(model, HookedTransformer) else model.original_model
+    assert isinstance(found, nn.Module)
+    return found
+
+
+# ------------------------------------------------------------------------------- MLPs
+
+
+def locate_mlps(model: LensModel, layers: int | Sequence[int] | None = None) -> list[MLPParts]:
+    """The MLPs of a model that have a closed form, in layer order.
+
+    Raises:
+        InputError: the model is of no supported class.
+        SiteError: no such layer, or one without a plain or gated MLP.
+    """
+    check_model(model)
+    found = [
+        locate_mlp(model, stack, layer)
+        for stack, blocks in stacks(model).items()
+        for layer in layer_indices(blocks, layers)
+    ]
+    for parts in found:
+        parts.check_readable()
+    return found
+
+
+def locate_mlp(model: LensModel, stack: str, layer: int) -> MLPParts:
+    """The MLP of one block, or a `SiteError` that says what is there instead."""
+    component = getattr(getattr(model, stack)[layer], "mlp", None)
+    parts: MLPParts
+    if (
+        isinstance(component, MLPBridge)
+        and not isinstance(component, MoEBridge)
+        and {"in", "out"} <= component.submodules.keys()
+    ):
+        parts = BridgeMLP(stack, layer, component)
+    elif (
+        isinstance(component, HookedMLP | HookedGatedMLP)
+        # A layer norm for an activation mixes neurons: the Jacobian has no diagonal in it.
+        and not component.cfg.is_layer_norm_activation()
+    ):
+        parts = HookedMLPParts(stack, layer, component)
+    else:
+        found = "no MLP" if component is None else f"a {type(component).__name__}"
+        raise SiteError(
+            f"block {layer} has {found} where a plain or gated MLP (an input and an output "
+            "projection around an elementwise activation) is needed. Pass layers=[...] without it."
+        )
+    return parts
+
+
+class MLPParts:
+    """One MLP of a model: where its parts are. Subclasses know where a toolkit keeps them."""
+
+    def __init__(self, stack: str, layer: int, component: Any) -> None:
+        self.layer = layer
+        self.name = f"{stack}.{layer}.mlp"
+        self.component = component
+        self._checked: tuple[tuple[int, int], bytes] | None = None
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module whose first argument is what the MLP reads."""
+        raise NotImplementedError
+
+    @property
+    def exit(self) -> nn.Module:
+        """The module whose output is what the MLP writes."""
+        raise NotImplementedError
+
+    @property
+    def pre_activation_points(self) -> tuple[nn.Module, ...]:
+        """Hook points of the pre-activations, in the order `MLP.pre_activations` gives them."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> MLP:
+        """The MLP's weights as they are now."""
+        raise NotImplementedError
+
+    @property
+    def post_activation_name(self) -> str:
+        """Name of the hook point of the neurons' activations, what ``W_out`` reads."""
+        raise NotImplementedError
+
+    @property
+    def input_gate(self) -> Gate:
+        """What the projections read, after every hook of the user's."""
+        raise NotImplementedError
+
+    def check_readable(self) -> None:
+        """Raise for weights that are not loaded, or quantised, and for SAEs within the MLP."""
+        check_loaded(self.component, self.name)
+        for name, module in self.component.named_modules():
+            point = name.rpartition(".")[2]
+            if point in _SPLICED and not isinstance(module, HookPoint):
+                raise SiteError(
+                    f"an SAE stands at {name} of the MLP at layer {self.layer}, so the MLP is not "
+                    "what its weights say. Call reset_saes() first, and add it again afterwards."
+                )
+
+    def check_cotangent(self, cotangent: Float[Tensor, " d_out"] | None = None) -> None:
+        """Raise `VanishingCentroidError` if the cotangent reads nothing of what the MLP writes."""
+        if is_vanishing(self.weights, cotangent):
+            read = "the all-ones cotangent" if cotangent is None else "this cotangent"
+            raise VanishingCentroidError(
+                f"{read} is orthogonal to everything the MLP at layer {self.layer} writes, so its "
+                "centroid would be rounding noise. TransformerLens' center_writing_weights does "
+                "this to all ones. Load without weight processing: "
+                "TransformerBridge.boot_transformers(...) without enable_compatibility_mode(), "
+                "or with enable_compatibility_mode(center_writing_weights=False), or "
+                "HookedTransformer.from_pretrained_no_processing(...); or pass another cotangent."
+            )
+
+
+class HookedMLPParts(MLPParts):
+    """An MLP of a HookedTransformer."""
+
+    @property
+    def entry(self) -> nn.Module:
+        return self.component
+
+    exit = entry
+
+    @property
+    def input_gate(self) -> Gate:
+        return ModuleGate(self.component, "input")
+
+    @property
+    def pre_activation_points(self) -> tuple[nn.Module, ...]:
+        c = self.component
+        return (c.hook_pre, c.hook_pre_linear) if isinstance(c, HookedGatedMLP) else (c.hook_pre,)
+
+    @property
+    def weights(self) -> MLP:
+        c = self.component
+        if isinstance(c, HookedGatedMLP):
+            # Its b_in is added after the product, where no pre-activation sees it.
+            return GatedMLP(c.W_gate, None, c.W_in, None, c.W_out, c.act_fn)
+        return PlainMLP(c.W_in, c.b_in, c.W_out, c.act_fn)
+
+    @property
+    def post_activation_name(self) -> str:
+        return f"{self.name}.hook_post"
+
+
+class BridgeMLP(MLPParts):
+    """An MLP of a TransformerBridge.
+
+    Where a family keeps ``fc1`` and ``fc2`` on the decoder layer (OPT), the bridge's MLP is
+    never called and its two projections stand for it.
+    """
+
+    @property
+    def entry(self) -> nn.Module:
+        return self.component if self._is_module else self._part("in")
+
+    @property
+    def exit(self) -> nn.Module:
+        return self.component if self._is_module else self._part("out")
+
+    @property
+    def pre_activation_points(self) -> tuple[nn.Module, ...]:
+        parts = ("gate", "in") if self._is_gated else ("in",)
+        return tuple(self._part(name).hook_out for name in parts)
+
+    @property
+    def weights(self) -> MLP:
+        c, b_in, act = self.component, self._part("in").bias, self._activation()
+        if self._is_gated:
+            return GatedMLP(c.W_gate, self._part("gate").bias, c.W_in, b_in, c.W_out, act)
+        return PlainMLP(c.W_in, b_in, c.W_out, act)
+
+    @property
+    def post_activation_name(self) -> str:
+        # Not its alias hook_post, which SAELens' bridge does not list.
+        return f"{self.name}.out.hook_in"
+
+    @property
+    def input_gate(self) -> Gate:
+        if not self._is_module:
+            return PointGate(self._part("in"), "hook_in", last=True)
+        # A plain MLP's projection has an input point of its own, behind the MLP's; the two
+        # projections of a gated one have one each, and share the MLP's.
+        return PointGate(self.component, "hook_in" if self._is_gated else "in.hook_in", last=True)
+
+    @property
+    def _is_module(self) -> bool:
+        return self.component.name is not None
+
+    @property
+    def _is_gated(self) -> bool:
+        return "gate" in self.component.submodules
+
+    def _part(self, name: str) -> Any:
+        return getattr(self.component, name)
+
+    def _activation(self) -> Callable[[Tensor], Tensor]:
+        original = self.component.original_component
+        for name in _ACTIVATION_NAMES:
+            act = getattr(original, name, None)
+            if isinstance(act, nn.Module):
+                return act.forward  # Not the module: hooks on it belong to the model's own call.
+            if callable(act):
+                return act
+        raise SiteError(
+            f"the MLP at layer {self.layer} ({type(original).__name__}) keeps its activation "
+            f"function under none of {_ACTIVATION_NAMES}, so its derivative is unknown."
+        )
+
+
+def check_loaded(component: Any, path: str) -> None:
+    """Refuse a component that is not there, or whose weights are not.
+
+    Raises:
+        SiteError: so it is.
+    """
+    if component is None:
+        raise SiteError(f"{path} does not exist. Pass layers=[...] without it.")
+    for name, parameter in component.named_parameters():
+        if parameter.is_meta or parameter.dtype not in _READABLE:
+            raise SiteError(
+                f"{name} of {path} has dtype {parameter.dtype} on device {parameter.device}: "
+                "loaded floating-point weights are needed. Load the model with its weights, "
+                "unquantised."
+            )
+
+
+def mlp_gates(component: Any) -> tuple[Gate, Gate]:
+    """What an MLP of any kind reads, and what it writes."""
+    if not hasattr(component, "hook_out") or not hasattr(component, "hook_in"):  # HookedTransformer
+        return ModuleGate(component, "input"), ModuleGate(component, "output")
+    first, last = component, component
+    if getattr(component, "name", None) is None:  # OPT
+        first, last = getattr(component, "in"), component.out
+    return PointGate(first, "hook_in", last=True), PointGate(last, "hook_out", last=False)
+
+
+def is_module(component: Any) -> bool:
+    """Whether an MLP is called as a module, and does not merely stand for two (OPT)."""
+    return getattr(component, "name", "") is not None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether this is a component of a HookedTransformer rather than of a bridge."""
+    return not hasattr(module, "original_component")

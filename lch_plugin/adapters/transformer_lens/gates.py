@@ -1,0 +1,167 @@
+"""Places in a forward pass where a tensor goes by and can be replaced.
+
+A gate on a hook point registers its hook anew at each call, when the module around the point is
+entered. So it comes after every hook of the user's on the same point (``last``, for what a
+component reads: interventions are seen), or before all of them (for what it writes: edits of an
+output replace what the component computes, and are not part of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lch_plugin.errors import SiteError
+
+Wanted = Callable[[], bool]
+# Sees the tensor; returns another to go on with, or None.
+Act = Callable[[Tensor], Tensor | None]
+
+
+class Gate:
+    """Where a tensor goes by. Installed on the model, it calls ``act`` whenever it is ``wanted``.
+
+    Attributes:
+        readers: those who meet here.
+    """
+
+    def __init__(self) -> None:
+        self.readers: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
+        self._wanted: Wanted = lambda: False
+        self._act: Act = lambda tensor: None
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for gates at the same place."""
+        raise NotImplementedError
+
+    def install(self, wanted: Wanted, act: Act) -> None:
+        """Start watching. ``wanted`` is asked before the tensor is there."""
+        self._wanted, self._act = wanted, act
+        self._hooks = self._register()
+
+    def remove(self) -> None:
+        """Take the gate off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _register(self) -> list[RemovableHandle]:
+        raise NotImplementedError
+
+
+class PointGate(Gate):
+    """At a hook point, found by its path from the module ``owner`` within whose call it fires."""
+
+    def __init__(self, owner: Any, path: str, *, last: bool) -> None:
+        super().__init__()
+        self._owner, self._path, self._last = owner, path, last
+        # One for each call under way: a user's hook may run the model again.
+        self._calls: list[RemovableHandle | None] = []
+
+    @property
+    def key(self) -> Hashable:
+        return id(self._owner), self._path, self._last
+
+    def remove(self) -> None:
+        super().remove()
+        while self._calls:
+            self._leave(None, None, None)
+
+    def _register(self) -> list[RemovableHandle]:
+        return [
+            self._owner.register_forward_pre_hook(self._enter),
+            self._owner.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, _module: Any, _args: Any) -> None:
+        if not self._wanted():
+            self._calls.append(None)
+            return
+        point = attrgetter(self._path)(self._owner)
+        hook = partial(self._pass, len(self._calls))
+        self._calls.append(point.register_forward_hook(hook, prepend=not self._last))
+
+    def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
+        if self._calls:  # Not if we were removed within the call.
+            hook = self._calls.pop()
+            if hook is not None:
+                hook.remove()
+
+    def _pass(self, depth: int, _module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+        if depth != len(self._calls) - 1 or not isinstance(output, Tensor):
+            return None  # A call within this one.
+        return self._act(output)
+
+
+class ModuleGate(Gate):
+    """At the input or the output of a module that has no hook point there.
+
+    ``names`` are keyword arguments that all hold the input; the first argument if none is given.
+    """
+
+    def __init__(self, module: nn.Module, side: str, names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self._module, self._side, self._names = module, side, names
+
+    @property
+    def key(self) -> Hashable:
+        return id(self._module), self._side
+
+    def _register(self) -> list[RemovableHandle]:
+        if self._side == "output":
+            return [self._module.register_forward_hook(self._on_output)]
+        return [self._module.register_forward_pre_hook(self._on_input, with_kwargs=True)]
+
+    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if not self._wanted():
+            return None
+        if isinstance(output, tuple):
+            replaced = self._act(output[0])
+            return None if replaced is None else (replaced, *output[1:])
+        return self._act(output)
+
+    def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not self._wanted():
+            return None
+        names = [name for name in self._names if name in kwargs]
+        x = kwargs[names[0]] if names else args[0]
+        if any(kwargs[n].shape != x.shape or not torch.equal(kwargs[n], x) for n in names[1:]):
+            raise SiteError(
+                f"{type(module).__name__} reads different values as {names}, so it has no one "
+                "input to take a centroid in. Turn off use_split_qkv_input and use_attn_in."
+            )
+        replaced = self._act(x)
+        if replaced is None:
+            return None
+        if names:
+            return args, {**kwargs, **dict.fromkeys(names, replaced)}
+        return (replaced, *args[1:]), kwargs
+
+
+class OutputGate(Gate):
+    """At what ``extract`` finds in the output of a module. What is found cannot be replaced."""
+
+    def __init__(self, module: nn.Module, extract: Callable[[Any], Tensor | None]) -> None:
+        super().__init__()
+        self._module, self._extract = module, extract
+
+    @property
+    def key(self) -> Hashable:
+        return id(self._module), "extract"
+
+    def _register(self) -> list[RemovableHandle]:
+        # First, so that the pass is not over yet.
+        return [self._module.register_forward_hook(self._on_output, prepend=True)]
+
+    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        found = self._extract(output) if self._wanted() else None
+        if found is not None:
+            self._act(found)

@@ -1,0 +1,170 @@
+"""One forward pass: gradients on where a centroid needs them, and nowhere else.
+
+Vector-Jacobian products are taken on the model's own graph, built while it runs: at a component's
+input the tensor becomes one that gradients can be asked for, at its output they are asked for, and
+what flows on is detached again. So the user's hooks within are part of the component, no module
+runs twice, and components that overlap share one graph. While such a stretch is open gradients are
+on, whatever the caller's mode; hooks on the points inside see tensors that carry gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lch_plugin.errors import SiteError
+from lch_plugin.linearization import DetachedMode
+
+
+@dataclass(frozen=True, eq=False)
+class Late:
+    """A centroid that waits for its cotangent.
+
+    Attributes:
+        y: the component's output.
+        finish: computes and shows the centroid, given ``v`` of the shape of ``y``.
+    """
+
+    y: Float[Tensor, "batch pos d_out"]
+    finish: Callable[[Tensor], None]
+
+
+class Pass:
+    """State of one forward pass.
+
+    Attributes:
+        mask: which positions are tokens and not padding, if the model was told.
+        inputs: by reader, what its component has read and not yet turned into an output.
+        captured: by reader, tensors it has put aside.
+        late: by reader, centroids that wait for a cotangent.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Bool[Tensor, "batch pos"] | None = None
+        self.inputs: dict[Any, Tensor] = {}
+        self.captured: dict[Any, Any] = {}
+        self.late: dict[Any, Late] = {}
+        # Whether gradients were ever on, and the key-value caches that may have seen them.
+        self.has_graph = False
+        self.caches: list[Any] = []
+        self._holders: dict[Hashable, bool] = {}
+        self._caller_grad = False
+        self._mode: DetachedMode | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any stretch is."""
+        return bool(self._holders)
+
+    def is_held_besides(self, holders: Sequence[Hashable]) -> bool:
+        """Whether anybody else has a stretch open."""
+        return any(holder not in holders for holder in self._holders)
+
+    @property
+    def caller_grad(self) -> bool:
+        """The caller's grad mode."""
+        return self._caller_grad if self._holders else torch.is_grad_enabled()
+
+    @property
+    def mode(self) -> DetachedMode | None:
+        """The detached linearisation, while a stretch that uses it is open."""
+        return self._mode
+
+    def hold(
+        self, holder: Hashable, *, detached: bool = False, replay: list[Tensor] | None = None
+    ) -> None:
+        """Open a stretch: gradients on.
+
+        Raises:
+            SiteError: under inference_mode, or beside a stretch with another linearisation.
+        """
+        if torch.is_inference_mode_enabled():
+            raise SiteError(
+                f"{holder} needs gradients, which torch.inference_mode() rules out. Run the model "
+                "under torch.no_grad()."
+            )
+        if any(other != detached for other in self._holders.values()):
+            raise SiteError(
+                f"{holder} and {next(iter(self._holders))} overlap, and only one of them is "
+                "detached: the linearisation is that of the whole pass. Listen to one at a time."
+            )
+        if not self._holders:
+            self._caller_grad = torch.is_grad_enabled()
+            torch.set_grad_enabled(True)
+            if detached:
+                self._mode = DetachedMode(replay)
+                self._mode.__enter__()
+        self.has_graph = True
+        self._holders[holder] = detached
+
+    def release(self, holder: Hashable) -> None:
+        """Close a stretch; with the last one the caller's grad mode comes back."""
+        if self._holders.pop(holder, None) is not None and not self._holders:
+            if self._mode is not None:
+                self._mode.__exit__(None, None, None)
+                self._mode = None
+            torch.set_grad_enabled(self._caller_grad)
+
+    def abandon(self) -> None:
+        """Close every stretch."""
+        for holder in list(self._holders):
+            self.release(holder)
+        self.inputs.clear()
+        self.captured.clear()
+        self.late.clear()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """As if no stretch were open: for what is not the component's own computation."""
+        with torch.set_grad_enabled(self.caller_grad):
+            if self._mode is None:
+                yield
+            else:
+                with self._mode.paused():
+                    yield
+
+    def variable(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` as something to differentiate by, and what the model is to go on with."""
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+            x._lch_ours = True  # type: ignore[attr-defined]
+        if self._mode is not None:
+            self._mode.follow(x)
+        # A copy, so that a hook of the user's may write to it in place.
+        return x, x.clone()
+
+    def is_ours(self, x: Tensor) -> bool:
+        """Whether `variable` made this, where the caller had no gradients."""
+        return hasattr(x, "_lch_ours")
+
+    def weigh(self, v: Tensor, y: Tensor, positions: list[int] | None) -> Tensor:
+        """A cotangent spread over the output positions that count.
+
+        Args:
+            v: broadcasts to ``y``.
+            y: output, of shape ``(batch, pos, d_out)``.
+            positions: those that count; all but padding if None.
+
+        Raises:
+            SiteError: no such position.
+        """
+        v = v.to(y).expand_as(y)
+        n_pos = y.shape[-2]
+        if positions is not None:
+            outside = [p for p in positions if not -n_pos <= p < n_pos]
+            if outside:
+                raise SiteError(f"output_positions {outside} do not exist among {n_pos}.")
+            chosen = torch.zeros(n_pos, 1, dtype=y.dtype, device=y.device)
+            chosen[positions] = 1
+            v = v * chosen
+        if self.mask is not None and self.mask.shape[-1] >= n_pos and y.ndim == 3:
+            mask = self.mask[:, -n_pos:].to(y.device)
+            if not bool(mask.all()) and mask.shape[0] == y.shape[0]:
+                v = v * mask[..., None].to(y.dtype)
+        return v

@@ -1,0 +1,123 @@
+"""Hook points of ours on a model: there under their full names, and gone without a trace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from lch_plugin.adapters.transformer_lens.anatomy import LensModel
+from lch_plugin.errors import AttachError
+
+
+class CentroidPoint:
+    """A hook point called ``name``, an attribute of a component or of the model itself.
+
+    What stands there may be our HookPoint or SAELens' SAE in its place, so it is looked up anew
+    each time.
+    """
+
+    def __init__(self, owner: Any, path: str, attribute: str) -> None:
+        self.owner = owner
+        self.attribute = attribute
+        self.name = f"{path}.{attribute}" if path else attribute
+        # OPT flattens batch and position inside its blocks; its points undo that for users.
+        neighbour = getattr(getattr(owner, "in", None), "hook_in", None)
+        self._conversion = getattr(neighbour, "hook_conversion", None)
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands there now."""
+        module = self.owner._modules[self.attribute]
+        assert isinstance(module, nn.Module)
+        return module
+
+    @property
+    def has_listener(self) -> bool:
+        """Whether anybody would see a value."""
+        module = self.module
+        return not isinstance(module, HookPoint) or bool(module._forward_hooks)
+
+    def fire(self, value: Tensor) -> None:
+        """Show a value to whoever listens. What they make of it goes nowhere."""
+        batch_pos = getattr(self._conversion, "batch_seq", None)
+        if value.ndim == 1 and batch_pos is not None and value.numel() == math.prod(batch_pos):
+            value = value.view(batch_pos)
+        self.module(value)
+
+    def publish(self, model: LensModel) -> None:
+        """Make the point part of the model.
+
+        Raises:
+            AttachError: something of that name is there.
+        """
+        if self.attribute in self.owner._modules:
+            raise AttachError(
+                f"{self.name} is already attached. Detach the earlier handle first, attach other "
+                "layers, or give the site a label."
+            )
+        registers = isinstance(model, TransformerBridge) and self.owner is not model
+        if registers:
+            _full_names(self.owner)[self.attribute] = self
+        setattr(self.owner, self.attribute, HookPoint())
+        if isinstance(model, TransformerBridge):
+            model._hook_registry[self.name] = self.module
+
+    def reset_sae(self, model: LensModel) -> None:
+        """Take an SAE out of the place, if one stands there."""
+        if self.name in getattr(model, "acts_to_saes", {}):
+            model.reset_saes(self.name)
+
+    def withdraw(self, model: LensModel) -> None:
+        """Undo `publish`."""
+        self.owner._modules.pop(self.attribute, None)
+        if not isinstance(model, TransformerBridge):
+            return
+        model._hook_registry.pop(self.name, None)
+        if self.owner is model:
+            return
+        self.owner._hook_registry.pop(self.attribute, None)
+        names = _full_names(self.owner)
+        names.pop(self.attribute, None)
+        if not names.points:
+            vars(self.owner).pop("_register_hook")
+
+    def named(self, hook: HookPoint) -> None:
+        """Give a hook point that has come to stand here what ours had."""
+        hook.name = self.name
+        hook.hook_conversion = self._conversion
+
+
+class _FullNames:
+    """Stands in for a component's ``_register_hook`` while it has points of ours.
+
+    The component gives a hook point assigned to it its bare attribute name. SAELens assigns one
+    whenever an SAE is reset, and with the full name lost ``run_with_hooks`` takes the point for an
+    alias of a hook that is not there, and silently never fires.
+    """
+
+    def __init__(self, component: Any) -> None:
+        self.component = component
+        self.points: dict[str, CentroidPoint] = {}
+
+    def __call__(self, attribute: str, hook: HookPoint) -> None:
+        type(self.component)._register_hook(self.component, attribute, hook)
+        if attribute in self.points:
+            self.points[attribute].named(hook)
+
+    def __setitem__(self, attribute: str, point: CentroidPoint) -> None:
+        self.points[attribute] = point
+
+    def pop(self, attribute: str, default: None = None) -> CentroidPoint | None:
+        return self.points.pop(attribute, default)
+
+
+def _full_names(component: Any) -> _FullNames:
+    present = vars(component).get("_register_hook")
+    if present is None:
+        present = component._register_hook = _FullNames(component)
+    assert isinstance(present, _FullNames)
+    return present

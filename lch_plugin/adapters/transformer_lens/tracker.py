@@ -1,0 +1,463 @@
+"""What holds the readers of one model together: its forward passes, and who meets where.
+
+Readers that start or end at the same place share one gate, and those that end at the same place
+with the same cotangent share one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformer_lens import HookedTransformer
+
+from lch_plugin.adapters.transformer_lens.anatomy import (
+    LensModel,
+    final_norm,
+    hook_points,
+    logits_module,
+    logits_of,
+    post_norm,
+)
+from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.passes import Late, Pass
+from lch_plugin.adapters.transformer_lens.readers import Reader, VJPReader
+from lch_plugin.cotangents import Logit, Metric
+from lch_plugin.errors import InputError, NotDifferentiableError, SiteError
+
+_ATTRIBUTE = "_centroid_tracker"
+
+
+@dataclass(eq=False)
+class Trial:
+    """Makes a pass an experiment on the readers that listen.
+
+    Attributes:
+        shift: added to what the first component that is read reads.
+        replay: factors of a detached linearisation to use instead of the pass's own.
+        norms: by reader, how much its cotangent and a random one read, and the dtype.
+        experts: by reader, ``x``, ``y``, ``mu`` and ``v``.
+        recorded: factors the detached linearisation held fixed.
+    """
+
+    shift: Tensor | None = None
+    replay: list[Tensor] | None = None
+    norms: dict[Reader, list[tuple[float, float, torch.dtype]]] = field(default_factory=dict)
+    experts: dict[Reader, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    recorded: list[Tensor] = field(default_factory=list)
+
+    def note(self, reader: VJPReader, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
+        """Compare a centroid with that of a random cotangent of the same norm."""
+        generator = torch.Generator().manual_seed(0)
+        r = torch.randn(v.shape, dtype=torch.float64, generator=generator).to(v)
+        r = r * (v.norm() / r.norm())
+        (typical,) = _gradients([reader], y, [x], r, keep=True)
+        norms = [(float(mu.norm()), float(typical.norm()), x.dtype)]
+        if reader.site.kind in ("block", "span") and y.shape == x.shape:
+            # The residual stream itself passes a cotangent on as it is.
+            norms.append((float((mu - v).norm()), float((typical - r).norm()), x.dtype))
+        self.norms[reader] = norms
+        self.experts[reader] = x.detach(), y.detach(), mu.detach(), v.detach()
+
+
+class Tracker:
+    """Readers of one model, and the forward passes under way.
+
+    Attributes:
+        readers: by the name of their hook point.
+        paused: True while the model runs for our own sake.
+        trial: what the pass is an experiment in, if it is one.
+    """
+
+    def __init__(self, model: LensModel) -> None:
+        self.model = model
+        self.readers: dict[str, Reader] = {}
+        self.paused = False
+        self.trial: Trial | None = None
+        # The first stands for calls of a component by itself, outside any pass of the model.
+        self._passes = [Pass()]
+        self._gates: dict[Hashable, Gate] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._norm_gates: tuple[Gate, Gate] | None = None
+        self._norm_input: Tensor | None = None
+
+    @property
+    def current(self) -> Pass:
+        """The innermost forward pass."""
+        return self._passes[-1]
+
+    @property
+    def in_model(self) -> bool:
+        """Whether the whole model is running."""
+        return len(self._passes) > 1
+
+    def add(self, reader: Reader) -> None:
+        """Let a reader start, whose hook points are in place."""
+        if not self._hooks:
+            self._hook_model()
+        self.readers[reader.name] = reader
+        reader.install(self)
+        if isinstance(reader.site.v, Logit) and self._norm_gates is None:
+            before, after = self._norm_gates = final_norm(self.model)
+            before.install(self._awaits_norm, self._before_norm)
+            after.install(self._awaits_norm, self._after_norm)
+
+    def watch(self, gate: Gate, reader: Reader) -> None:
+        """Call ``reader.at`` when a tensor passes there and somebody listens to the reader."""
+        gate = self._gates.setdefault(gate.key, gate)
+        gate.readers.append(reader)
+        if len(gate.readers) == 1:
+            gate.install(partial(self._is_wanted, gate), partial(self._at, gate))
+
+    def forget(self, reader: Reader) -> None:
+        """Undo `add`."""
+        self.readers.pop(reader.name, None)
+        for key, gate in list(self._gates.items()):
+            gate.readers = [r for r in gate.readers if r is not reader]
+            if not gate.readers:
+                gate.remove()
+                del self._gates[key]
+        if not self.readers:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            for gate in self._norm_gates or ():
+                gate.remove()
+            self._norm_gates = None
+            vars(self.model).pop(_ATTRIBUTE, None)
+
+    @contextmanager
+    def silence(self, module: nn.Module) -> Iterator[None]:
+        """No hook on any hook point within fires, and no reader reads."""
+        before, self.paused = self.paused, True
+        try:
+            with silenced(module):
+                yield
+        finally:
+            self.paused = before
+
+    # ------------------------------------------------------------------ at a gate
+
+    def _is_wanted(self, gate: Gate) -> bool:
+        return any(reader.is_wanted() for reader in gate.readers)
+
+    def _at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        seen = tensor
+        for reader in gate.readers:
+            if not isinstance(reader, VJPReader) and reader.is_wanted():
+                tensor = _or(reader.at(gate, tensor), tensor)
+        vjps = [r for r in gate.readers if isinstance(r, VJPReader)]
+        ending = [r for r in vjps if r.end_gate.key == gate.key and r in self.current.inputs]
+        if ending:
+            tensor = _or(self._close(ending, tensor), tensor)
+        starting = [r for r in vjps if r.start_gate.key == gate.key and r.is_wanted()]
+        starting = [r for r in starting if r.can_start()]
+        if starting:
+            tensor = self._open(starting, tensor)
+        return None if tensor is seen else tensor
+
+    def _open(self, readers: list[VJPReader], x: Tensor) -> Tensor:
+        replay = None if self.trial is None else self.trial.replay
+        for reader in readers:
+            self.current.hold(reader, detached=reader.is_detached, replay=replay)
+        if self.trial is not None and self.trial.shift is not None:
+            x = x.detach() + self.trial.shift
+        variable, passed_on = self.current.variable(x)
+        for reader in readers:
+            self.current.inputs[reader] = variable
+        return passed_on
+
+    def _close(self, readers: list[VJPReader], y: Tensor) -> Tensor | None:
+        current = self.current
+        inputs = {r: current.inputs.pop(r) for r in readers}
+        try:
+            self._finish_now(readers, inputs, y)
+            for reader in readers:
+                if reader.site.is_late:
+                    self.postpone(reader, y, _Finish(reader, inputs[reader], y))
+        finally:
+            for reader in readers:
+                if not (reader.site.is_late and isinstance(reader.site.v, Metric)):
+                    current.release(reader)
+        if current.is_open or self._caller_differentiates(inputs):
+            return None
+        return y.detach()
+
+    def _finish_now(
+        self, readers: list[VJPReader], inputs: dict[VJPReader, Tensor], y: Tensor
+    ) -> None:
+        """Centroids whose cotangent is known: one backward pass for each cotangent."""
+        groups: dict[Hashable, list[VJPReader]] = {}
+        for reader in readers:
+            if not reader.site.is_late:
+                groups.setdefault(reader.cotangent_key, []).append(reader)
+        shared = (
+            self.current.is_held_besides(readers)
+            or self.current.caller_grad
+            or any(r.site.is_late for r in readers)
+        )
+        for i, group in enumerate(groups.values(), 1):
+            v = group[0].weighed(y)
+            keep = shared or i < len(groups) or self.trial is not None
+            mus = _gradients(group, y, [inputs[r] for r in group], v, keep=keep)
+            for reader, mu in zip(group, mus, strict=True):
+                if self.trial is not None:
+                    self.trial.note(reader, inputs[reader], y, mu, v)
+                    if self.current.mode is not None:
+                        self.trial.recorded = list(self.current.mode.recorded)
+                reader.finish(inputs[reader], y, mu, v)
+
+    def _caller_differentiates(self, inputs: dict[VJPReader, Tensor]) -> bool:
+        """Whether what flows on would carry gradients without us."""
+        return self.current.caller_grad and (
+            any(not self.current.is_ours(x) for x in inputs.values())
+            or any(p.requires_grad for p in self.model.parameters())
+        )
+
+    # --------------------------------------------------------- cotangents that come late
+
+    def postpone(
+        self, reader: Reader, y: Tensor, finish: Callable[[Tensor], None]
+    ) -> Tensor | None:
+        """Keep a centroid until its cotangent is known; returns what the model is to go on with."""
+        current = self.current
+        if not self.in_model:
+            raise SiteError(
+                f"{reader.name} needs the logits: run the whole model, not the component alone."
+            )
+        replaced = None
+        if isinstance(reader.site.v, Metric):
+            current.hold(reader, detached=isinstance(reader, VJPReader) and reader.is_detached)
+            if not y.requires_grad:
+                y, replaced = current.variable(y)
+        current.late[reader] = Late(y, finish)
+        return replaced
+
+    def _waiting(self, kind: type) -> dict[Reader, Late]:
+        return {r: late for r, late in self.current.late.items() if isinstance(r.site.v, kind)}
+
+    def _awaits_norm(self) -> bool:
+        return not self.paused and self.in_model and bool(self._waiting(Logit))
+
+    def _before_norm(self, x: Tensor) -> Tensor:
+        self.current.hold(self)
+        self._norm_input, passed_on = self.current.variable(x)
+        return passed_on
+
+    def _after_norm(self, y: Tensor) -> Tensor | None:
+        current, x = self.current, self._norm_input
+        self._norm_input = None
+        assert x is not None
+        vs: dict[Logit, Tensor] = {}
+        try:
+            for cotangent in {r.site.v for r in self._waiting(Logit)}:
+                assert isinstance(cotangent, Logit)
+                v = self._through_unembedding(cotangent, y)
+                (vs[cotangent],) = torch.autograd.grad(y, x, v, retain_graph=True)
+        finally:
+            current.release(self)
+        for reader, late in self._waiting(Logit).items():
+            del current.late[reader]
+            assert isinstance(reader.site.v, Logit)
+            self._finish_logit(reader, late, vs[reader.site.v])
+        return None if current.is_open or current.caller_grad else y.detach()
+
+    def _through_unembedding(self, cotangent: Logit, y: Tensor) -> Tensor:
+        W_U = self.model.W_U
+        ids = [cotangent.token] + ([] if cotangent.foil is None else [cotangent.foil])
+        if any(not 0 <= i < W_U.shape[-1] for i in ids):
+            raise InputError(f"{cotangent} names a token outside 0 to {W_U.shape[-1] - 1}.")
+        v = W_U[:, cotangent.token]
+        v = v if cotangent.foil is None else v - W_U[:, cotangent.foil]
+        positions = None if cotangent.position is None else [cotangent.position]
+        return self.current.weigh(v.detach(), y, positions)
+
+    def _finish_logit(self, reader: Reader, late: Late, v: Tensor) -> None:
+        kind = reader.site.kind
+        norm = None
+        if kind in ("mlp", "neuron", "attn", "head"):
+            assert reader.layer is not None
+            norm = post_norm(self.model.blocks[reader.layer], kind)
+        if norm is not None:
+            with self.current.outside(), torch.enable_grad(), self.silence(self.model):
+                y = late.y.detach().requires_grad_()
+                (v,) = torch.autograd.grad(norm(y), y, v)
+        late.finish(v.reshape_as(late.y))
+
+    def _on_logits(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        waiting = self._waiting(Metric)
+        if self.paused or not waiting:
+            return None
+        logits = logits_of(self.model, output)
+        if logits is None:
+            raise SiteError(f"{[r.name for r in waiting]} need logits, and the model gave none.")
+        by_metric: dict[int, list[Reader]] = {}
+        for reader in waiting:
+            by_metric.setdefault(id(reader.site.v), []).append(reader)
+        for readers in by_metric.values():
+            metric = readers[0].site.v
+            assert isinstance(metric, Metric)
+            ys = [waiting[r].y for r in readers]
+            vs = torch.autograd.grad(metric.value(logits), ys, retain_graph=True, allow_unused=True)
+            for reader, v in zip(readers, vs, strict=True):
+                if v is None:
+                    raise NotDifferentiableError(
+                        f"metric {metric.name!r} does not depend on what {reader.path} writes."
+                    )
+                with self.current.outside():
+                    waiting[reader].finish(v)
+        for reader in waiting:
+            self.current.late.pop(reader, None)
+            self.current.release(reader)
+        return None
+
+    # ------------------------------------------------------------------- the model's passes
+
+    def _hook_model(self) -> None:
+        model = self.model
+        self._hooks += [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+            logits_module(model).register_forward_hook(self._on_logits),
+        ]
+        if isinstance(model, HookedTransformer):
+            for block in model.blocks:
+                self._hooks.append(
+                    block.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+                )
+        else:
+            # Generation by HuggingFace calls the original model, and not the bridge.
+            original = model.original_model
+            self._hooks += [
+                original.register_forward_pre_hook(self._enter_original, with_kwargs=True),
+                original.register_forward_hook(self._leave_original, always_call=True),
+            ]
+
+    def _enter(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
+        self._passes.append(Pass())
+        self.current.caches = [kwargs.get("past_kv_cache")]
+
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if not self.in_model:
+            return None  # Attached within the call.
+        current = self._passes.pop()
+        current.abandon()
+        if not current.has_graph or torch.is_grad_enabled():
+            return None
+        for cache in (*current.caches, getattr(output, "past_key_values", None)):
+            _detach_cache(cache)
+        return _detached(output)
+
+    def _enter_original(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._enter(module, args, kwargs)
+        mask = kwargs.get("decoder_attention_mask", kwargs.get("attention_mask"))
+        self._set_mask(mask)
+        self.current.caches = [kwargs.get("past_key_values")]
+
+    def _leave_original(self, module: nn.Module, args: Any, output: Any) -> Any:
+        has_graph = self.current.has_graph
+        result = self._leave(module, args, output)
+        # The bridge returns something made of this output, or a tensor from where it stopped.
+        self.current.has_graph = self.current.has_graph or has_graph
+        return result
+
+    def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
+        self._set_mask(kwargs.get("attention_mask"))
+
+    def _set_mask(self, mask: Any) -> None:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self.current.mask = mask.bool()
+
+
+class _Finish:
+    """Completes a VJP once its cotangent is known."""
+
+    def __init__(self, reader: VJPReader, x: Tensor, y: Tensor) -> None:
+        self._reader, self._x, self._y = reader, x, y
+
+    def __call__(self, v: Tensor) -> None:
+        v = v.to(self._y)
+        with torch.enable_grad():
+            (mu,) = _gradients([self._reader], self._y, [self._x], v, keep=True)
+        self._reader.finish(self._x, self._y, mu, v)
+
+
+def tracker_of(model: LensModel) -> Tracker:
+    """The model's tracker, made at need."""
+    tracker = vars(model).get(_ATTRIBUTE)
+    if tracker is None:
+        tracker = Tracker(model)
+        vars(model)[_ATTRIBUTE] = tracker
+    assert isinstance(tracker, Tracker)
+    return tracker
+
+
+def attached_readers(model: LensModel) -> dict[str, Reader]:
+    """The readers a model carries now, by the name of their hook point."""
+    tracker = vars(model).get(_ATTRIBUTE)
+    return {} if tracker is None else dict(tracker.readers)
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """No hook on any hook point within fires."""
+    points = list(hook_points(module))
+    saved = [(point._forward_hooks, point._backward_hooks) for point in points]
+    for point in points:
+        point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for point, (forward, backward) in zip(points, saved, strict=True):
+            point._forward_hooks, point._backward_hooks = forward, backward
+
+
+def _or(replacement: Tensor | None, tensor: Tensor) -> Tensor:
+    return tensor if replacement is None else replacement
+
+
+def _gradients(
+    readers: list[VJPReader], y: Tensor, xs: list[Tensor], v: Tensor, *, keep: bool
+) -> list[Tensor]:
+    if not y.requires_grad:
+        raise NotDifferentiableError(_no_path(readers))
+    mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+    if any(mu is None for mu in mus):
+        raise NotDifferentiableError(_no_path(readers))
+    return list(mus)
+
+
+def _no_path(readers: list[VJPReader]) -> str:
+    return (
+        f"{[r.name for r in readers]}: no gradient path leads from the output back to the input. "
+        "Either the model computes it where gradients do not go, or a hook replaced everything on "
+        "the way."
+    )
+
+
+def _detached(output: Any) -> Any:
+    """The same output without a graph. Containers that can be changed are changed in place."""
+    if isinstance(output, Tensor):
+        return output.detach() if output.requires_grad else output
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(map(_detached, output))
+    if isinstance(output, dict):
+        for key in list(output):
+            output[key] = _detached(output[key])
+    return output
+
+
+def _detach_cache(cache: Any) -> None:
+    """Keys and values kept for the next token must not keep this pass's graph alive."""
+    for entry in getattr(cache, "layers", getattr(cache, "entries", None)) or ():
+        for name in ("keys", "values", "past_keys", "past_values"):
+            value = getattr(entry, name, None)
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(entry, name, value.detach())
