@@ -17,8 +17,9 @@ gradients alone:
   gates, constant as a whole
 - a product of two tensors that both depend on ``x``: the gate (whatever came out of an activation)
   is a constant, or the first of the two where neither is one
+- ``topk`` and ``clamp``: which entries are taken, or within the bounds
 
-Other piecewise-linear functions (max, clamp) keep their Jacobians, which are exact within a piece.
+Other piecewise-linear functions (max, sort) keep their Jacobians, which are exact within a piece.
 """
 
 from __future__ import annotations
@@ -252,6 +253,19 @@ def _attention(
     return func(mode.fix(q), mode.fix(k), *args, **kwargs)
 
 
+def _topk(
+    mode: DetachedMode, func: Any, x: Tensor, k: int, dim: int = -1, *rest: Any, **kw: Any
+) -> Any:
+    indices = mode.fix(func(x, k, dim, *rest, **kw).indices)
+    return torch.return_types.topk((x.gather(dim, indices), indices))
+
+
+def _clamp(mode: DetachedMode, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    value = func(x, *args, **kwargs)
+    inside, bound = mode.fix(value == x), mode.fix(value)
+    return torch.where(inside, x, bound)
+
+
 def _glu(mode: DetachedMode, func: Any, x: Tensor, dim: int = -1) -> Tensor:
     value = func(x, dim)
     a, b = x.chunk(2, dim)
@@ -299,6 +313,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     ),
     F.rms_norm: _rms_norm,
     F.normalize: _normalize,
+    **dict.fromkeys((torch.topk, _T.topk), _topk),
+    **dict.fromkeys((torch.clamp, _T.clamp), _clamp),
     F.scaled_dot_product_attention: _attention,
     F.glu: _glu,
 }

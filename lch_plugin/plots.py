@@ -3,21 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from lch_plugin.circuits import AblationCheck, NeuronAttribution
 
 CENTROIDS, ACTIVATIONS, GREY = "#c2410c", "#1d4ed8", "#9ca3af"
 
+# Colour and marker of each kind of site; the colours of Okabe & Ito, told apart by anyone.
+SITES = {
+    "mlp": ("#d55e00", "o"),
+    "attn": ("#0072b2", "s"),
+    "block": ("#009e73", "D"),
+    "span": ("#cc79a7", "^"),
+    "model": ("#000000", "v"),
+}
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """The centroids of one component, over many tokens.
+
+    Attributes:
+        kind: of the site: mlp, attn, block, span (to the last block) or model.
+        layer: the block; of a span the first; of the model None.
+        norms: norm of each centroid over that of the cotangent.
+        alignments: cosine of each centroid and the activation it belongs to.
+        dimensions: effective dimension of the centroids, and of the activations.
+        errors: linearity error at each radius.
+    """
+
+    kind: str
+    layer: int | None
+    norms: Float[Tensor, " n"]
+    alignments: Float[Tensor, " n"]
+    dimensions: tuple[float, float]
+    errors: Float[Tensor, " n_radii"]
+
+
+def _figure(
+    width: float, height: float, columns: int = 1, rows: int = 1
+) -> tuple[Figure, list[Any]]:
     # Figure, not pyplot: nothing global, no display, and no figure kept open.
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
@@ -98,3 +133,95 @@ def ablation_effects(checks: Mapping[str, AblationCheck]) -> Figure:
         title="Top neurons (diamonds), random sets (dots)",
     )
     return figure
+
+
+def centroids_by_site(statistics: Sequence[SiteStatistics], radii: Sequence[float]) -> Figure:
+    """Norm, alignment and effective dimension by layer, and linearity error by radius.
+
+    Args:
+        statistics: one a component; the model, if among them, gets a column of its own.
+        radii: of the linearity errors, relative to the norm of the inputs.
+    """
+    kinds = [kind for kind in SITES if any(s.kind == kind for s in statistics)]
+    layers = sorted({s.layer for s in statistics if s.layer is not None})
+    columns = [*map(str, layers), *(["model"] if "model" in kinds else [])]
+    in_blocks = [kind for kind in kinds if kind != "model"]
+    figure, axes = _figure(9.0, 7.4, columns=2, rows=2)
+    figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
+    norm, cosine, dimension, linearity = axes
+
+    for s in statistics:
+        beside = 0.0 if s.layer is None else _beside(s.kind, in_blocks)
+        x = beside + (len(layers) if s.layer is None else layers.index(s.layer))
+        _interval(norm, s.kind, x, s.norms, (0.25, 0.5, 0.75))
+        _interval(cosine, s.kind, x, s.alignments, (0.25, 0.5, 0.75))
+        _pair(dimension, s.kind, x, s.dimensions)
+    for kind in kinds:
+        errors = torch.stack([s.errors for s in statistics if s.kind == kind])
+        for column in range(len(radii)):
+            x = column + _beside(kind, kinds)
+            _interval(linearity, kind, x, errors[:, column], (0.0, 0.5, 1.0))
+
+    for axis in (norm, cosine, dimension):
+        _columns(axis, columns)
+        axis.set_xlabel("layer (of a span: its first)")
+    _columns(linearity, [f"{radius:g}" for radius in radii])
+    for axis, level in ((norm, 1), (cosine, 0), (linearity, 1)):
+        axis.axhline(level, color="black", linewidth=0.8, zorder=1)
+    norm.set(yscale="log", ylabel="norm of centroid / norm of cotangent")
+    cosine.set(ylabel="cosine of centroid and input")
+    dimension.set(ylabel="effective dimension", ylim=(0, None))
+    linearity.set(yscale="log", ylabel="relative error of the predicted change")
+    linearity.set_ylim(top=max(2.5, 1.5 * max(float(s.errors.max()) for s in statistics)))
+    linearity.set(xlabel="size of the displacement / norm of the input")
+    note: Any = {"fontsize": 8, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
+    linearity.text(-0.35, 1.15, "no better than predicting no change", va="bottom", **note)
+    norm.text(len(columns) - 0.6, 0.88, "identity", ha="right", va="top", **note)
+    titles = (
+        "(a) Norm: median and quartiles over tokens",
+        "(b) Alignment: median and quartiles over tokens",
+        "(c) Effective dimension: centroids (filled), inputs (open)",
+        "(d) Linearity error: median and range over layers",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10, loc="left")
+    handles = []
+    for kind in kinds:
+        colour, marker = SITES[kind]
+        label = "span (to the last block)" if kind == "span" else kind
+        handles.append(Line2D([], [], color=colour, marker=marker, linewidth=2, label=label))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False)
+    return figure
+
+
+def _columns(axis: Any, labels: Sequence[str]) -> None:
+    """Named columns, with lines between them."""
+    axis.set_xticks(range(len(labels)), labels)
+    axis.set_xlim(-0.5, len(labels) - 0.5)
+    axis.tick_params(axis="x", length=0)
+    axis.grid(visible=False, axis="x")
+    for boundary in range(len(labels) - 1):
+        axis.axvline(boundary + 0.5, color=GREY, linewidth=0.6, alpha=0.5)
+
+
+def _beside(kind: str, kinds: Sequence[str]) -> float:
+    """Offset of a kind within a column that several kinds share."""
+    return 0.8 * ((kinds.index(kind) + 0.5) / len(kinds) - 0.5)
+
+
+def _interval(
+    axis: Any, kind: str, x: float, values: Tensor, quantiles: tuple[float, float, float]
+) -> None:
+    colour, marker = SITES[kind]
+    low, middle, high = torch.quantile(values, values.new_tensor(quantiles)).tolist()
+    axis.plot([x, x], [low, high], color=colour, linewidth=2, solid_capstyle="butt")
+    axis.plot([x], [middle], color=colour, marker=marker, markersize=5)
+
+
+def _pair(axis: Any, kind: str, x: float, dimensions: tuple[float, float]) -> None:
+    colour, marker = SITES[kind]
+    centroids, inputs = dimensions
+    axis.plot([x, x], dimensions, color=colour, linewidth=1, alpha=0.6, zorder=1)
+    # The open marker is the larger, so that both are seen where they coincide.
+    axis.plot([x], [inputs], color=colour, marker=marker, markersize=7, markerfacecolor="white")
+    axis.plot([x], [centroids], color=colour, marker=marker, markersize=4)

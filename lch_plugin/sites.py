@@ -65,6 +65,8 @@ class Site:
         n_samples, neighbourhood, generator: as `lch_plugin.local_centroid`. Without a generator
             every forward pass draws the same points, and the global random state is not used.
         compute_dtype: of closed forms (`mlp`, `neuron`, `head`); at least float32 if None.
+        stack: of an encoder-decoder, ``"encoder_blocks"`` or ``"decoder_blocks"``; both if None.
+            Hook names begin with it.
         label: ends the hook names. Two sites that differ in nothing but the cotangent need it.
 
     Raises:
@@ -84,6 +86,7 @@ class Site:
     neighbourhood: Neighbourhood = "ball"
     generator: torch.Generator | None = None
     compute_dtype: torch.dtype | None = None
+    stack: str | None = None
     label: str = ""
 
     def __post_init__(self) -> None:

@@ -217,7 +217,7 @@ FAMILIES: dict[str, Family] = {
     "arcee": Family(_HEAD),
     "audio-spectrogram-transformer": Family(
         {
-            **_PATCHES,
+            **{k: v for k, v in _PATCHES.items() if k != "image_size"},
             "frequency_stride": 4,
             "time_stride": 4,
             "max_length": 16,
@@ -1018,6 +1018,8 @@ def inputs(
         return {"input": signal(16, 16)}
     if model_type == "hubert":
         return {"input": signal(20 * pos + 10)}
+    if model_type == "led":
+        pos = 8  # Whole attention windows: gradients through a padded one are NaN.
     if AutoConfig.for_model(model_type).is_encoder_decoder:
         return {"input": ids(pos), "decoder_input_ids": ids(4)}
     return {"input": ids(pos)}

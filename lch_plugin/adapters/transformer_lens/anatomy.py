@@ -6,8 +6,8 @@ points for others. What computes centroids asks here and knows neither toolkit c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -32,7 +32,10 @@ _STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
 # Names under which blocks keep their attention.
 _ATTENTION_NAMES = ("attn", "self_attn")
 # Names under which the MLPs of HuggingFace models keep their activation function.
-_ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation", "activation_func", "gelu_impl")
+_ACTIVATION_NAMES = (
+    *("act_fn", "act", "activation_fn", "activation", "activation_func", "gelu_impl"),
+    *("intermediate_act_fn", "intermediate.intermediate_act_fn"),
+)
 # Hook points within an MLP: with an SAE in its place one changes what the MLP computes.
 _SPLICED = ("hook_in", "hook_out", "hook_pre", "hook_pre_linear", "hook_post")
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -52,17 +55,21 @@ def check_model(model: Any) -> None:
         )
 
 
-def stacks(model: LensModel) -> dict[str, nn.ModuleList]:
-    """The model's lists of blocks, by name.
+def stacks(model: LensModel, name: str | None = None) -> dict[str, nn.ModuleList]:
+    """The model's lists of blocks by name, or the one of that name.
 
     Raises:
         SiteError: it has none.
     """
-    found = {name: getattr(model, name) for name in _STACKS if hasattr(model, name)}
-    found = {name: blocks for name, blocks in found.items() if len(blocks)}
+    found = {stack: getattr(model, stack) for stack in _STACKS if hasattr(model, stack)}
+    found = {stack: blocks for stack, blocks in found.items() if len(blocks)}
     if not found:
         raise SiteError(f"{type(model).__name__} has no `blocks`: no layer to attach to.")
-    return found
+    if name is None:
+        return found
+    if name not in found:
+        raise SiteError(f"stack={name!r} is none of this model's: {list(found)}.")
+    return {name: found[name]}
 
 
 def layer_indices(
@@ -169,6 +176,18 @@ def attention_output(attn: Any) -> Gate:
     return PointGate(attn, "hook_out", last=False)
 
 
+def score_points(model: LensModel) -> list[Gate]:
+    """Attention scores before the softmax, wherever a block shows them."""
+    found: list[Gate] = []
+    for blocks in stacks(model).values():
+        for block in blocks:
+            for name in _ATTENTION_NAMES:
+                attn = block._modules.get(name)
+                if attn is not None and "hook_attn_scores" in attn._modules:
+                    found.append(PointGate(attn, "hook_attn_scores", last=True))
+    return found
+
+
 def heads_output(attn: Any) -> Gate:
     """What attention returns, by when its pattern has passed a hook point too."""
     return ModuleGate(attn, "output")
@@ -239,7 +258,7 @@ def logits_of(model: LensModel, output: Any) -> Tensor | None:
 
 def logits(model: LensModel) -> Gate:
     """What the model says."""
-    return OutputGate(logits_module(model), partial(logits_of, model))
+    return OutputGate(logits_module(model), functools.partial(logits_of, model))
 
 
 def logits_module(model: LensModel) -> nn.Module:
@@ -444,7 +463,9 @@ class BridgeMLP(MLPParts):
     def _activation(self) -> Callable[[Tensor], Tensor]:
         original = self.component.original_component
         for name in _ACTIVATION_NAMES:
-            act = getattr(original, name, None)
+            act = functools.reduce(
+                lambda owner, part: getattr(owner, part, None), name.split("."), original
+            )
             if isinstance(act, nn.Module):
                 return act.forward  # Not the module: hooks on it belong to the model's own call.
             if callable(act):

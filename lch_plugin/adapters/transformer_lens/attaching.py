@@ -174,7 +174,7 @@ def _readers(model: LensModel, site: Site) -> list[Reader]:
     if site.kind == "model":
         return [_model_reader(model, site)]
     readers: list[Reader] = []
-    for stack, blocks in anatomy.stacks(model).items():
+    for stack, blocks in anatomy.stacks(model, site.stack).items():
         if site.is_late and stack != "blocks":
             raise SiteError(f"{site.v.name}: cotangents from the logits need a decoder-only model.")
         if site.kind == "span":
@@ -231,11 +231,11 @@ def _mlp_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
         parts = anatomy.locate_mlp(model, stack, layer)
         mlp = parts.weights
     except SiteError:
-        if site.kind == "neuron" or not anatomy.is_module(component):
+        if site.kind == "neuron":
             raise
         return _differentiated_mlp(model, site, stack, layer)
     parts.check_readable()
-    region = isinstance(mlp, PlainMLP) and is_piecewise_linear(mlp.act)
+    region = site.expert and isinstance(mlp, PlainMLP) and is_piecewise_linear(mlp.act)
     points = _points(model, site, layer, component, path, site.suffix, region=region)
     cls = NeuronReader if site.kind == "neuron" else MLPReader
     gate = anatomy.mlp_gates(component)[1]
@@ -299,7 +299,7 @@ def _model_reader(model: LensModel, site: Site) -> Reader:
             "a Logit cotangent lies in the residual stream, and the model's output is the logits: "
             "use lch.cotangents.logit_difference, or a one-hot vector."
         )
-    if "blocks" not in anatomy.stacks(model):
+    if hasattr(model, "encoder_blocks"):
         raise SiteError("an encoder-decoder has two inputs: use spans of its stacks.")
     points = _points(model, site, None, model, "", site.suffix)
     start, end = anatomy.embedding_output(model), anatomy.logits(model)

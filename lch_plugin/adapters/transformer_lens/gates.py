@@ -123,9 +123,9 @@ class ModuleGate(Gate):
     def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if not self._wanted():
             return None
-        if isinstance(output, tuple):
+        if isinstance(output, tuple | list):
             replaced = self._act(output[0])
-            return None if replaced is None else (replaced, *output[1:])
+            return None if replaced is None else type(output)((replaced, *output[1:]))
         return self._act(output)
 
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

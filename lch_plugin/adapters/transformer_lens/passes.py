@@ -52,6 +52,8 @@ class Pass:
         self.late: dict[Any, Late] = {}
         # Whether gradients were ever on, and the key-value caches that may have seen them.
         self.has_graph = False
+        # Whether what the first component read was part of a graph of the caller's.
+        self.began_in_graph = False
         self.caches: list[Any] = []
         self._holders: dict[Hashable, bool] = {}
         self._caller_grad = False
@@ -77,9 +79,14 @@ class Pass:
         return self._mode
 
     def hold(
-        self, holder: Hashable, *, detached: bool = False, replay: list[Tensor] | None = None
+        self,
+        holder: Hashable,
+        x: Tensor,
+        *,
+        detached: bool = False,
+        replay: list[Tensor] | None = None,
     ) -> None:
-        """Open a stretch: gradients on.
+        """Open a stretch that begins with ``x``: gradients on.
 
         Raises:
             SiteError: under inference_mode, or beside a stretch with another linearisation.
@@ -96,6 +103,7 @@ class Pass:
             )
         if not self._holders:
             self._caller_grad = torch.is_grad_enabled()
+            self.began_in_graph = self.began_in_graph or x.requires_grad
             torch.set_grad_enabled(True)
             if detached:
                 self._mode = DetachedMode(replay)
@@ -133,15 +141,10 @@ class Pass:
         """``x`` as something to differentiate by, and what the model is to go on with."""
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-            x._lch_ours = True  # type: ignore[attr-defined]
         if self._mode is not None:
             self._mode.follow(x)
         # A copy, so that a hook of the user's may write to it in place.
         return x, x.clone()
-
-    def is_ours(self, x: Tensor) -> bool:
-        """Whether `variable` made this, where the caller had no gradients."""
-        return hasattr(x, "_lch_ours")
 
     def weigh(self, v: Tensor, y: Tensor, positions: list[int] | None) -> Tensor:
         """A cotangent spread over the output positions that count.

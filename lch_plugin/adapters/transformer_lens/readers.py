@@ -23,12 +23,16 @@ from lch_plugin.adapters.transformer_lens.passes import Pass
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.centroids import centroid, mean_over_neighbourhood
 from lch_plugin.cotangents import Cotangent, Metric, Ones, Random, Vector, evaluate
-from lch_plugin.errors import NonFiniteError, SiteError
+from lch_plugin.errors import InputError, NonFiniteError, SiteError
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.sites import Site, integers
 
 if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens.tracker import Tracker
+
+
+# Cotangents that are the same in every pass.
+_FIXED = (Ones, Vector, Random)
 
 
 class Reader:
@@ -125,7 +129,21 @@ class Reader:
     @property
     def _positions(self) -> list[int] | None:
         positions = self.site.output_positions
+        if positions is not None and self.tracker is not None and self.tracker.trial is not None:
+            return [-1]  # Three tokens need not have the positions that the user's will.
         return None if positions is None else integers(positions)
+
+    def _at(self, y: Tensor) -> Tensor:
+        """A cotangent that is known by now."""
+        v = self.site.v
+        assert isinstance(v, Cotangent)
+        try:
+            return evaluate(v, y)
+        except InputError:
+            # What fits the user's sequences need not fit the three tokens of a trial.
+            if isinstance(v, _FIXED) or self.tracker is None or self.tracker.trial is None:
+                raise
+            return torch.ones_like(y)
 
     def _show(self, values: dict[str, Callable[[], Tensor]]) -> None:
         """Hand values to whoever listens, computing only those."""
@@ -322,10 +340,6 @@ class MLPReader(Reader):
         like = W_out.new_empty(1, W_out.shape[-1], dtype=at_least_float32(W_out))
         return self._at(like) if isinstance(self.site.v, _FIXED) else None
 
-    def _at(self, y: Tensor) -> Tensor:
-        assert isinstance(self.site.v, Cotangent)
-        return evaluate(self.site.v, y)
-
 
 class NeuronReader(MLPReader):
     """Neurons of an MLP: the gradient of their weighted activations in what the MLP reads.
@@ -449,8 +463,7 @@ class HeadReader(Reader):
         z = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, heads].to(dtype)
         y = torch.einsum("bthe,hed->btd", z, W_O)
         if v is None:
-            assert isinstance(self.site.v, Cotangent)
-            v = self._pass.weigh(evaluate(self.site.v, y), y, self._positions)
+            v = self._pass.weigh(self._at(y), y, self._positions)
         mu = self.centroid(pattern, v.to(dtype))
         self._show(self._expert(mu, mu if x is None else x, y, v.to(dtype)))
 
@@ -510,8 +523,7 @@ class VJPReader(Reader):
             leaf = y.detach().requires_grad_()
             (v,) = torch.autograd.grad(self.site.v.value(leaf), leaf)
             return v
-        assert isinstance(self.site.v, Cotangent)
-        v = evaluate(self.site.v, y)
+        v = self._at(y)
         if self.site.mixes_positions:
             return self._pass.weigh(v, y, self._positions)
         return v.to(y).expand_as(y)
@@ -550,9 +562,8 @@ class LocalReader(Reader):
         if x is None or call is None:
             return None
         y = tensor.detach()
-        assert isinstance(self.site.v, Cotangent)
         assert self.tracker is not None
-        v = evaluate(self.site.v, y)
+        v = self._at(y)
         v = self._pass.weigh(v, y, self._positions) if self.site.mixes_positions else v
         args, kwargs = call
 
@@ -585,7 +596,6 @@ class LocalReader(Reader):
         )
 
 
-_FIXED = (Ones, Vector, Random)
 _INPUTS = ("query_input", "key_input", "value_input", "hidden_states")
 
 

@@ -11,6 +11,7 @@ own forward passes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +34,7 @@ from lch_plugin.adapters.transformer_lens.readers import (
     VJPReader,
 )
 from lch_plugin.adapters.transformer_lens.tracker import Trial, silenced, tracker_of
-from lch_plugin.cotangents import Cotangent, evaluate
+from lch_plugin.cotangents import Ones, Random, Vector, evaluate
 from lch_plugin.errors import SiteError, VanishingCentroidError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import mlp_centroid
@@ -110,8 +111,11 @@ def _disagreement(parts: MLPParts, x: Tensor | None, y: Any) -> SiteError | None
     try:
         mlp = parts.weights
         mu = mlp_centroid(mlp, mlp.pre_activations(x.detach()), v)
-    except (SiteError, AttributeError) as error:
-        return SiteError(f"self-check of {parts.name}: {error}")
+    except (SiteError, AttributeError, TypeError, RuntimeError) as error:
+        return SiteError(
+            f"self-check of {parts.name}: this {kind} cannot be read as a plain or gated MLP "
+            f"({str(error).splitlines()[0]}). Pass layers=[...] without it."
+        )
     return _distance_error(parts.name, kind, mu, truth, x.dtype)
 
 
@@ -195,7 +199,7 @@ def _keep(inputs: dict[Any, Tensor], reader: MLPReader, x: Tensor) -> None:
 def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
     """Hold what the hook point gave to the closed form at what the MLP read."""
     v = reader.site.v
-    if reader.site.radius is not None or not isinstance(v, Cotangent):
+    if reader.site.radius is not None or not isinstance(v, Ones | Vector | Random):
         return
     mlp = reader.parts.weights
     y = mlp.activations(mlp.pre_activations(x)) @ mlp.W_out.to(x.dtype)
@@ -351,19 +355,28 @@ def trial_pass(model: LensModel) -> Iterator[None]:
 
 
 def run(model: LensModel) -> None:
-    """A forward pass of three tokens, or of noise for an image."""
+    """A forward pass of three tokens, or of noise for a model of images or sound."""
     parameter = next(model.parameters())
-    if getattr(model.cfg, "is_visual_model", False):
-        config = model.original_model.config
+    shape = _noise_shape(model)
+    if shape is None:
+        model(torch.arange(3, device=parameter.device)[None] % model.cfg.d_vocab)
+    else:
+        model(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter))
+
+
+def _noise_shape(model: LensModel) -> tuple[int, ...] | None:
+    """Shape of an input that is no tokens."""
+    kinds = ("is_visual_model", "is_audio_model")
+    if not any(getattr(model.cfg, kind, False) for kind in kinds):
+        return None
+    config = model.original_model.config
+    if hasattr(config, "image_size"):
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (1, getattr(config, "num_channels", 3), height, width)
-        generator = torch.Generator().manual_seed(0)
-        image = torch.randn(shape, generator=generator).to(parameter)
-        model(image)
-    else:
-        tokens = torch.arange(3, device=parameter.device)[None] % model.cfg.d_vocab
-        model(tokens)
+        return 1, getattr(config, "num_channels", 3), height, width
+    if hasattr(config, "num_mel_bins"):
+        return 1, config.max_length, config.num_mel_bins
+    return 1, 20 * math.prod(config.conv_stride)
 
 
 @contextmanager

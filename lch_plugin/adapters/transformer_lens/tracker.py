@@ -6,6 +6,7 @@ with the same cotangent share one backward pass.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
@@ -25,6 +27,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     logits_module,
     logits_of,
     post_norm,
+    score_points,
 )
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.passes import Late, Pass
@@ -86,6 +89,7 @@ class Tracker:
         self._gates: dict[Hashable, Gate] = {}
         self._hooks: list[RemovableHandle] = []
         self._norm_gates: tuple[Gate, Gate] | None = None
+        self._score_gates: list[Gate] = []
         self._norm_input: Tensor | None = None
 
     @property
@@ -128,7 +132,7 @@ class Tracker:
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
-            for gate in self._norm_gates or ():
+            for gate in (*(self._norm_gates or ()), *self._score_gates):
                 gate.remove()
             self._norm_gates = None
             vars(self.model).pop(_ATTRIBUTE, None)
@@ -166,7 +170,7 @@ class Tracker:
     def _open(self, readers: list[VJPReader], x: Tensor) -> Tensor:
         replay = None if self.trial is None else self.trial.replay
         for reader in readers:
-            self.current.hold(reader, detached=reader.is_detached, replay=replay)
+            self.current.hold(reader, x, detached=reader.is_detached, replay=replay)
         if self.trial is not None and self.trial.shift is not None:
             x = x.detach() + self.trial.shift
         variable, passed_on = self.current.variable(x)
@@ -186,7 +190,7 @@ class Tracker:
             for reader in readers:
                 if not (reader.site.is_late and isinstance(reader.site.v, Metric)):
                     current.release(reader)
-        if current.is_open or self._caller_differentiates(inputs):
+        if current.is_open or self._caller_differentiates(current):
             return None
         return y.detach()
 
@@ -214,11 +218,10 @@ class Tracker:
                         self.trial.recorded = list(self.current.mode.recorded)
                 reader.finish(inputs[reader], y, mu, v)
 
-    def _caller_differentiates(self, inputs: dict[VJPReader, Tensor]) -> bool:
+    def _caller_differentiates(self, current: Pass) -> bool:
         """Whether what flows on would carry gradients without us."""
-        return self.current.caller_grad and (
-            any(not self.current.is_ours(x) for x in inputs.values())
-            or any(p.requires_grad for p in self.model.parameters())
+        return current.caller_grad and (
+            current.began_in_graph or any(p.requires_grad for p in self.model.parameters())
         )
 
     # --------------------------------------------------------- cotangents that come late
@@ -234,7 +237,8 @@ class Tracker:
             )
         replaced = None
         if isinstance(reader.site.v, Metric):
-            current.hold(reader, detached=isinstance(reader, VJPReader) and reader.is_detached)
+            detached = isinstance(reader, VJPReader) and reader.is_detached
+            current.hold(reader, y, detached=detached)
             if not y.requires_grad:
                 y, replaced = current.variable(y)
         current.late[reader] = Late(y, finish)
@@ -247,7 +251,7 @@ class Tracker:
         return not self.paused and self.in_model and bool(self._waiting(Logit))
 
     def _before_norm(self, x: Tensor) -> Tensor:
-        self.current.hold(self)
+        self.current.hold(self, x)
         self._norm_input, passed_on = self.current.variable(x)
         return passed_on
 
@@ -267,7 +271,8 @@ class Tracker:
             del current.late[reader]
             assert isinstance(reader.site.v, Logit)
             self._finish_logit(reader, late, vs[reader.site.v])
-        return None if current.is_open or current.caller_grad else y.detach()
+        differentiates = current.is_open or self._caller_differentiates(current)
+        return None if differentiates else y.detach()
 
     def _through_unembedding(self, cotangent: Logit, y: Tensor) -> Tensor:
         W_U = self.model.W_U
@@ -276,7 +281,8 @@ class Tracker:
             raise InputError(f"{cotangent} names a token outside 0 to {W_U.shape[-1] - 1}.")
         v = W_U[:, cotangent.token]
         v = v if cotangent.foil is None else v - W_U[:, cotangent.foil]
-        positions = None if cotangent.position is None else [cotangent.position]
+        position = cotangent.position if self.trial is None else None
+        positions = None if position is None else [position]
         return self.current.weigh(v.detach(), y, positions)
 
     def _finish_logit(self, reader: Reader, late: Late, v: Tensor) -> None:
@@ -290,6 +296,14 @@ class Tracker:
                 y = late.y.detach().requires_grad_()
                 (v,) = torch.autograd.grad(norm(y), y, v)
         late.finish(v.reshape_as(late.y))
+
+    def _metric(self, metric: Metric, logits: Tensor) -> Tensor:
+        try:
+            return metric.value(logits)
+        except (IndexError, RuntimeError):
+            if self.trial is None:
+                raise
+            return logits.sum()  # Three tokens need not have the positions that the metric reads.
 
     def _on_logits(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         waiting = self._waiting(Metric)
@@ -305,7 +319,9 @@ class Tracker:
             metric = readers[0].site.v
             assert isinstance(metric, Metric)
             ys = [waiting[r].y for r in readers]
-            vs = torch.autograd.grad(metric.value(logits), ys, retain_graph=True, allow_unused=True)
+            vs = torch.autograd.grad(
+                self._metric(metric, logits), ys, retain_graph=True, allow_unused=True
+            )
             for reader, v in zip(readers, vs, strict=True):
                 if v is None:
                     raise NotDifferentiableError(
@@ -321,55 +337,49 @@ class Tracker:
     # ------------------------------------------------------------------- the model's passes
 
     def _hook_model(self) -> None:
+        # A bridge's run_with_cache and generation by HuggingFace call the original model alone.
         model = self.model
+        hooked = isinstance(model, HookedTransformer)
+        root = model if hooked else model.original_model
         self._hooks += [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
+            root.register_forward_pre_hook(self._enter, with_kwargs=True),
             logits_module(model).register_forward_hook(self._on_logits),
+            root.register_forward_hook(self._leave, always_call=True),
         ]
-        if isinstance(model, HookedTransformer):
-            for block in model.blocks:
-                self._hooks.append(
-                    block.register_forward_pre_hook(self._note_mask, with_kwargs=True)
-                )
-        else:
-            # Generation by HuggingFace calls the original model, and not the bridge.
-            original = model.original_model
+        if hooked:
             self._hooks += [
-                original.register_forward_pre_hook(self._enter_original, with_kwargs=True),
-                original.register_forward_hook(self._leave_original, always_call=True),
+                block.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+                for block in model.blocks
             ]
+        self._score_gates = score_points(model)
+        for gate in self._score_gates:
+            gate.install(self._has_padding, _guard_masked_rows)
 
     def _enter(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
         self._passes.append(Pass())
-        self.current.caches = [kwargs.get("past_kv_cache")]
+        self.current.caches = [kwargs.get("past_kv_cache"), kwargs.get("past_key_values")]
+        self._set_mask(kwargs.get("decoder_attention_mask", kwargs.get("attention_mask")))
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if not self.in_model:
             return None  # Attached within the call.
         current = self._passes.pop()
         current.abandon()
-        if not current.has_graph or torch.is_grad_enabled():
+        if not current.has_graph or self._caller_differentiates(current):
             return None
         for cache in (*current.caches, getattr(output, "past_key_values", None)):
             _detach_cache(cache)
+        error = sys.exc_info()[1]
+        if isinstance(error, StopAtLayerException):  # On its way to become the return value.
+            error.layer_output = _detached(error.layer_output)
         return _detached(output)
-
-    def _enter_original(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._enter(module, args, kwargs)
-        mask = kwargs.get("decoder_attention_mask", kwargs.get("attention_mask"))
-        self._set_mask(mask)
-        self.current.caches = [kwargs.get("past_key_values")]
-
-    def _leave_original(self, module: nn.Module, args: Any, output: Any) -> Any:
-        has_graph = self.current.has_graph
-        result = self._leave(module, args, output)
-        # The bridge returns something made of this output, or a tensor from where it stopped.
-        self.current.has_graph = self.current.has_graph or has_graph
-        return result
 
     def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
         self._set_mask(kwargs.get("attention_mask"))
+
+    def _has_padding(self) -> bool:
+        mask = self.current.mask
+        return self.current.is_open and mask is not None and not bool(mask.all())
 
     def _set_mask(self, mask: Any) -> None:
         if isinstance(mask, Tensor) and mask.ndim == 2:
@@ -417,6 +427,17 @@ def silenced(module: nn.Module) -> Iterator[None]:
     finally:
         for point, (forward, backward) in zip(points, saved, strict=True):
             point._forward_hooks, point._backward_hooks = forward, backward
+
+
+def _guard_masked_rows(scores: Tensor) -> None:
+    """Keep the NaN gradient of a softmax over nothing away from the keys of real tokens.
+
+    A padding position may attend to nothing at all. TransformerLens turns its NaN pattern into
+    zeros, but the gradient of that softmax is NaN whatever arrives at it.
+    """
+    nothing = torch.isneginf(scores).all(-1, keepdim=True)
+    if scores.requires_grad and bool(nothing.any()):
+        scores.register_hook(partial(torch.Tensor.masked_fill, mask=nothing, value=0.0))
 
 
 def _or(replacement: Tensor | None, tensor: Tensor) -> Tensor:
