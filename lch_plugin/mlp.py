@@ -21,10 +21,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -51,8 +54,7 @@ class PlainMLP:
     ) -> tuple[tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "d_in d_mlp"]], ...]:
         """Pairs ``(coefficients, W)`` with ``mu = sum(coefficients @ W.T)``."""
         (z,) = pre
-        _, derivative = activation_and_derivative(self.act, z)
-        return ((derivative * s, self.W_in),)
+        return ((pull_back(self.act, z, s), self.W_in),)
 
     def activations(self, pre: tuple[Tensor, ...]) -> Float[Tensor, "*batch d_mlp"]:
         """What ``W_out`` reads."""
@@ -84,8 +86,7 @@ class GatedMLP:
     ) -> tuple[tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "d_in d_mlp"]], ...]:
         """Pairs ``(coefficients, W)`` with ``mu = sum(coefficients @ W.T)``."""
         g, u = pre
-        value, derivative = activation_and_derivative(self.act, g)
-        return (derivative * u * s, self.W_gate), (value * s, self.W_in)
+        return (pull_back(self.act, g, u * s), self.W_gate), (self.act(g) * s, self.W_in)
 
     def activations(self, pre: tuple[Tensor, ...]) -> Float[Tensor, "*batch d_mlp"]:
         """What ``W_out`` reads."""
@@ -209,6 +210,20 @@ def is_vanishing(mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None) -> 
     return float(read_direction(mlp, cotangent).norm()) < _VANISHING_READ * typical
 
 
+def pull_back(
+    act: Activation, z: Float[Tensor, "*batch d_mlp"], weight: Float[Tensor, "*#batch d_mlp"]
+) -> Float[Tensor, "*batch d_mlp"]:
+    """``act'(z) * weight`` for an elementwise ``act``, in any grad mode.
+
+    Activations that torch has a backward kernel for are recognised by what they compute, whatever
+    their class: one pass over ``z``, where forward mode makes a dozen for a GELU written out.
+    """
+    kernel = _kernel(act)
+    if kernel is None:
+        return activation_and_derivative(act, z)[1] * weight
+    return kernel(weight.expand_as(z), z)
+
+
 def activation_and_derivative(
     act: Activation, z: Float[Tensor, "*batch d_mlp"]
 ) -> tuple[Float[Tensor, "*batch d_mlp"], Float[Tensor, "*batch d_mlp"]]:
@@ -216,6 +231,48 @@ def activation_and_derivative(
     # Forward mode: one pass and no graph, and unlike autograd.grad it runs in inference_mode.
     value, derivative = torch.func.jvp(act, (z,), (torch.ones_like(z),))  # type: ignore[misc]
     return value, derivative
+
+
+_aten = torch.ops.aten
+# Each activation beside its backward, (weight, z) -> act'(z) * weight.
+_KERNELS: tuple[tuple[Activation, Callable[[Tensor, Tensor], Tensor]], ...] = (
+    (
+        functools.partial(F.gelu, approximate="tanh"),
+        functools.partial(_aten.gelu_backward, approximate="tanh"),
+    ),
+    (F.gelu, _aten.gelu_backward),
+    (F.silu, _aten.silu_backward),
+    (F.relu, functools.partial(_aten.threshold_backward, threshold=0)),
+    (
+        lambda z: z * torch.sigmoid(1.702 * z),
+        lambda weight, z: _aten.silu_backward(weight, 1.702 * z),
+    ),
+)
+_recognised: WeakKeyDictionary[Any, Callable[[Tensor, Tensor], Tensor] | None] = WeakKeyDictionary()
+
+
+def _kernel(act: Activation) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Torch's backward kernel of an activation, if it has one."""
+    owner = getattr(act, "__self__", None)
+    key = owner if isinstance(owner, nn.Module) else act  # A bound method is made anew each time.
+    try:
+        if key not in _recognised:
+            _recognised[key] = _recognise(act)
+        return _recognised[key]
+    except TypeError:  # No weak reference to it, as to a functools.partial of C code.
+        return _recognise(act)
+
+
+def _recognise(act: Activation) -> Callable[[Tensor, Tensor], Tensor] | None:
+    z = torch.cat([torch.linspace(-12, 12, 241), torch.tensor([0.0, 1e-3, -1e-3])]).double()
+    try:
+        value = act(z)
+    except RuntimeError:  # With parameters of another dtype.
+        return None
+    for known, kernel in _KERNELS:
+        if torch.allclose(value, known(z), rtol=1e-12, atol=1e-14):
+            return kernel
+    return None
 
 
 def is_piecewise_linear(act: Activation) -> bool:

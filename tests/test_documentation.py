@@ -27,5 +27,6 @@ def test_examples_run(
 ) -> None:
     arguments = [str(tmp_path / "sae")] if example == "train_sae.py" else []
     monkeypatch.setattr("sys.argv", [example, *arguments])
+    monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
     assert capsys.readouterr().out.strip()

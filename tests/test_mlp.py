@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 import lch_plugin as lch
 from lch_plugin.mlp import (
@@ -18,6 +19,7 @@ from lch_plugin.mlp import (
     is_vanishing,
     mlp_centroid,
     neuron_scores,
+    pull_back,
 )
 
 D_IN, D_MLP, D_OUT = 6, 9, 5
@@ -124,3 +126,20 @@ def test_centered_weights_are_recognised_in_every_precision(dtype: torch.dtype) 
     v = torch.randn(128)
     assert not is_vanishing(PlainMLP(W_in, None, centered.to(dtype), F.gelu), v)
     assert is_vanishing(PlainMLP(W_in, None, centered.to(dtype), F.gelu), torch.full((128,), 3.0))
+
+
+@pytest.mark.parametrize("name", sorted(set(ACT2FN) - {"xielu", "prelu"}))
+def test_pull_back_is_the_derivative_of_every_activation_of_transformers(name: str) -> None:
+    act = ACT2FN[name]
+    z = torch.linspace(-9, 9, 200, dtype=torch.float64)  # None at a kink.
+    weight = torch.linspace(-2, 3, 200, dtype=torch.float64)
+    leaf = z.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(act(leaf), leaf, weight)
+    torch.testing.assert_close(pull_back(act.forward, z, weight), truth, rtol=1e-12, atol=1e-13)
+
+
+def test_activations_are_recognised_one_by_one() -> None:
+    z, one = torch.linspace(-3, 3, 13, dtype=torch.float64), torch.ones(13, dtype=torch.float64)
+    for act in (F.gelu, F.silu, F.relu, torch.tanh):  # Built-in functions, all of one module.
+        truth = activation_and_derivative(act, z)[1]
+        torch.testing.assert_close(pull_back(act, z, one), truth)
