@@ -16,7 +16,7 @@ gradients alone:
 - ``sigmoid``, ``tanh``, ``erf``, ``softplus``, ``exp``: factors of hand-written activations and
   gates, constant as a whole
 - a product of two tensors that both depend on ``x``: the gate (whatever came out of an activation)
-  is a constant, or the first of the two where neither is one
+  is a constant, or the first of the two where neither is one; of a matrix product the first
 - ``topk`` and ``clamp``: which entries are taken, or within the bounds
 
 Other piecewise-linear functions (max, sort) keep their Jacobians, which are exact within a piece.
@@ -172,6 +172,14 @@ def _product(mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> An
     return _mark(product) if marks else product
 
 
+def _contraction(mode: DetachedMode, func: Any, *args: Any, **kwargs: Any) -> Any:
+    # Scores end in a softmax that is fixed anyway; elsewhere (linear attention, state spaces) the
+    # first operand is what the second, that carries the values, is mixed by.
+    varying = [i for i, a in enumerate(args) if _varies(a)]
+    fixed = varying[:-1]
+    return func(*(mode.fix(a) if i in fixed else a for i, a in enumerate(args)), **kwargs)
+
+
 def _quotient(mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     return func(a, mode.fix(b) if _varies(b) else b, **kwargs)
 
@@ -304,6 +312,9 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (torch.div, torch.true_divide, _T.div, _T.__truediv__, _T.__itruediv__, _T.div_),
         _quotient,
+    ),
+    **dict.fromkeys(
+        (torch.matmul, _T.matmul, _T.__matmul__, torch.bmm, _T.bmm, torch.einsum), _contraction
     ),
     **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), _sum),
     **dict.fromkeys((torch.pow, _T.pow, _T.__pow__, *_SQUARES), _power),

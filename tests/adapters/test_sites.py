@@ -207,7 +207,9 @@ def test_heads_equal_autograd_with_the_pattern_fixed() -> None:
         assert_close(mus[f"blocks.1.attn.hook_centroid_head_{h}"], gradient(y, x))
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float16, 5e-3)]
+)
 def test_lower_precision_stays_near_float64(dtype: torch.dtype, limit: float) -> None:
     sites = (
         Site("attn"),
@@ -223,6 +225,38 @@ def test_lower_precision_stays_near_float64(dtype: torch.dtype, limit: float) ->
     for name, value in mus.items():
         assert value.dtype == torch.float32
         assert models.relative_error(value, truth[name]) < limit
+
+
+def test_under_autocast_vjps_differentiate_what_it_computes() -> None:
+    model = models.bridge("gpt2")
+    truth = read(model, Site("attn"), Site("block"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mus = read(model, Site("attn"), Site("block"))
+    for name, value in mus.items():
+        assert value.dtype == torch.float32
+        assert 1e-6 < models.relative_error(value, truth[name]) < 0.06
+
+
+@pytest.mark.usefixtures("as_users_run")  # The compiler cannot trace run-time type checks.
+@pytest.mark.parametrize("which", ["module", "model"])
+def test_compiled_models_give_the_same_centroids(which: str) -> None:
+    model = models.bridge("gpt2")
+    truth = read(model, Site("mlp"), Site("block"))
+    if which == "module":
+        for block in model.blocks:
+            block.original_component.mlp.compile(backend="eager")
+    with lch.attach(model, site=("mlp", "block")), torch.no_grad():
+        found: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, hook: Any) -> None:
+            found[hook.name] = value
+
+        run = torch.compile(model, backend="eager") if which == "model" else model
+        with model.hooks([(name, keep) for name in truth]):
+            run(IDS)
+        assert not torch.is_grad_enabled()
+    for name, value in truth.items():
+        assert_close(found[name], value, 1e-5)
 
 
 def test_compute_dtype_is_that_of_the_centroid() -> None:
