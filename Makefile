@@ -32,7 +32,7 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 bench: $(VENV)/ready
-	$(BIN)/python -W ignore benchmarks/mlp_centroids.py
+	$(BIN)/python -W ignore benchmarks/centroids.py
 
 # torch first and alone: with it installed, nothing else asks for a newer one.
 $(VENV)/ready: pyproject.toml constraints.txt

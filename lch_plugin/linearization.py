@@ -248,6 +248,7 @@ def _normalize(
     p: float = 2.0,
     dim: int = 1,
     eps: float = 1e-12,
+    **_out: None,
 ) -> Tensor:
     value = func(x, p, dim, eps)
     with torch.no_grad():

@@ -253,10 +253,11 @@ def row(name: str) -> dict[str, str]:
     known = truths(model, inputs)
     names = {c.name: c.kind for c in components(model)}
     assert snapshot(model) == before
+    refusals: dict[str, list[str]] = {}
     with ExitStack() as stack:
         sites = [site(kind, known, names) for kind in KINDS]
         try:
-            methods, refusals = _attach(model, sites, stack), {}
+            methods = _attach(model, sites, stack)
         except lch.LCHError:
             found = [attach(model, s, stack) for s in sites]
             methods = {name: method for m, _ in found for name, method in m.items()}
@@ -294,22 +295,45 @@ def _check_detached(
 ) -> None:
     """Without biases a block is linear once its factors are fixed: ``v . y = mu . x``.
 
-    What else it reads has to be zero as well: an encoder's output, values of an earlier block.
+    What else it reads has to be zero as well: an encoder's output, values of an earlier
+    block, the token embeddings.
     """
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             parameter.data.zero_()
     _check_linear(model, inputs, [n for n in names if n.startswith("encoder")], tolerance)
-    others = [blocks[-1].hook_out for blocks in [getattr(model, "encoder_blocks", ())] if blocks]
+    with _nothing_else_read(model):
+        _check_linear(model, inputs, [n for n in names if not n.startswith("encoder")], tolerance)
+
+
+@contextmanager
+def _nothing_else_read(model: TransformerBridge) -> Iterator[None]:
+    """What blocks read besides the residual stream before them is zero."""
+
+    def no_output(_point: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    def no_embeddings(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        zeros = torch.zeros_like(kwargs["original_hidden_states"])
+        return args, {**kwargs, "original_hidden_states": zeros}
+
+    hooks = [
+        blocks[-1].hook_out.register_forward_hook(no_output)
+        for blocks in [getattr(model, "encoder_blocks", ())]
+        if blocks
+    ]
     for block in getattr(model, "blocks", ()):
         for attn in (block._modules.get("attn"), block._modules.get("self_attn")):
             if getattr(getattr(attn, "original_component", None), "is_kv_shared_layer", False):
-                others.append(attn.hook_out)
-    for point in others:
-        point.register_forward_hook(lambda _point, _args, output: torch.zeros_like(output))
-    _check_linear(model, inputs, [n for n in names if not n.startswith("encoder")], tolerance)
-    for point in others:
-        point._forward_hooks.popitem()
+                hooks.append(attn.hook_out.register_forward_hook(no_output))
+        shared = getattr(block.original_component, "shared_transformer", None)
+        if shared is not None:
+            hooks.append(shared.register_forward_pre_hook(no_embeddings, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _check_linear(
@@ -419,6 +443,7 @@ def rows_on_page() -> dict[str, dict[str, str]]:
     }
 
 
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_every_site_of_a_family_is_right_and_as_the_page_says(name: str) -> None:

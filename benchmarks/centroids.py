@@ -1,0 +1,314 @@
+"""What centroids cost beside a forward pass: time, memory, and how near to the limit.
+
+    make bench
+
+Tasks take turns, round after round in one process, so that what slows the machine slows all of
+them; a ratio is the median of the rounds' ratios. Random weights: time does not depend on them.
+
+Every MLP of a model:
+
+- idle: attached, with nobody listening
+- limit: the pass, plus the extra matrix products alone (one a layer, two if gated)
+- centroids: the pass with a listener at every layer that keeps nothing
+- recipe: capture each MLP's input, run the MLP again on it, autograd with ones
+
+Memory is what the pass allocates at its peak above a plain pass, in buffers of (tokens, d_mlp).
+
+A span of all blocks, as time above the plain pass, beside one backward pass over the same blocks;
+and local centroids of one MLP, a point at a time, beside the matrix products they consist of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+import lch_plugin as lch
+from lch_plugin.demo import DEMO_MODEL_DIR
+
+Task = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An architecture to measure, and the input that it is measured on."""
+
+    model_type: str
+    config: dict[str, Any]
+    batch: int
+    pos: int
+
+    def input(self) -> Tensor:
+        if self.model_type == "vit":
+            return torch.randn(self.batch, 3, 224, 224)
+        return torch.randint(0, self.config["vocab_size"], (self.batch, self.pos))
+
+    def build(self) -> TransformerBridge:
+        config = AutoConfig.for_model(self.model_type, **self.config)
+        auto = AutoModelForImageClassification if self.model_type == "vit" else AutoModelForCausalLM
+        model = auto.from_config(config, attn_implementation="eager").eval()
+        model.config.architectures = [type(model).__name__]
+        # For a model of images TransformerLens asks the hub for a processor, which noise can do
+        # without.
+        with mock.patch.object(AutoProcessor, "from_pretrained", return_value=None):
+            return TransformerBridge.boot_transformers(
+                "benchmark",
+                hf_model=model,
+                tokenizer=AutoTokenizer.from_pretrained(DEMO_MODEL_DIR),
+                device="cpu",
+            )
+
+
+SHAPES = {
+    "GPT-2 small": Shape("gpt2", {"vocab_size": 5000}, 4, 128),
+    "gated, 12 x 768": Shape(
+        "llama",
+        {
+            "vocab_size": 5000,
+            "num_hidden_layers": 12,
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_attention_heads": 12,
+        },
+        4,
+        128,
+    ),
+    "ViT-base": Shape("vit", {}, 2, 197),
+}
+
+
+def listen(model: TransformerBridge, x: Tensor, names: list[str]) -> None:
+    """A forward pass with listeners that keep nothing, so that the centroids alone are timed."""
+    with model.hooks([(name, lambda value, hook: None) for name in names]):
+        model(x, return_type=None)
+
+
+def recipe(model: TransformerBridge, x: Tensor) -> None:
+    """Centroids of every MLP, as one would write them down."""
+    inputs: dict[int, Tensor] = {}
+    hooks = [
+        block.mlp.register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs.update({layer: args[0]})
+        )
+        for layer, block in enumerate(model.blocks)
+    ]
+    model(x, return_type=None)
+    for hook in hooks:
+        hook.remove()
+    with torch.enable_grad():
+        for layer, block in enumerate(model.blocks):
+            mlp_input = inputs.pop(layer).detach().requires_grad_()
+            y = block.mlp(mlp_input)
+            torch.autograd.grad(y, mlp_input, torch.ones_like(y))
+
+
+def in_turn(tasks: dict[str, Task], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each task in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for i in range(rounds + 1):
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            task()
+            if i > 0:  # The first round warms up.
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], task: str, base: str) -> float:
+    return statistics.median(t / b for t, b in zip(seconds[task], seconds[base], strict=True))
+
+
+def peak_bytes(task: Task) -> int:
+    """Most memory that a task holds at once, beyond what was there before it."""
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+        tempfile.TemporaryDirectory() as directory,
+    ):
+        task()
+        profiled.stop()
+        path = Path(directory) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
+    bare, attached = shape.build(), shape.build()
+    names = lch.attach(attached).hook_names
+    x = shape.input()
+    rows = shape.batch * shape.pos
+    weights = [
+        W
+        for block in bare.blocks
+        for W in [block.mlp.W_in] + ([block.mlp.W_gate] if "gate" in block.mlp.submodules else [])
+    ]
+    d_mlp = weights[0].shape[1]
+    buffer = torch.randn(rows, d_mlp)
+
+    def limit() -> None:
+        bare(x, return_type=None)
+        for W in weights:
+            buffer @ W.T
+
+    tasks: dict[str, Task] = {
+        "forward": lambda: bare(x, return_type=None),
+        "idle": lambda: attached(x, return_type=None),
+        "limit": limit,
+        "centroids": lambda: listen(attached, x, names),
+        "recipe": lambda: recipe(bare, x),
+    }
+    seconds = in_turn(tasks, rounds)
+    above = peak_bytes(tasks["centroids"]) - peak_bytes(tasks["forward"])
+    return [
+        label,
+        f"{statistics.median(seconds['forward']):.3f}",
+        *(f"{ratio(seconds, name, 'forward'):.3f}" for name in list(tasks)[1:]),
+        f"{ratio(seconds, 'centroids', 'limit'):.3f}",
+        f"{ratio(seconds, 'recipe', 'centroids'):.2f}",
+        f"{above / (rows * d_mlp * 4):.2f}",
+    ]
+
+
+def span(label: str, shape: Shape, rounds: int) -> list[str]:
+    bare, attached = shape.build(), shape.build()
+    last = len(bare.blocks) - 1
+    names = lch.attach(attached, site=lch.Site("span", (0, last))).hook_names
+    x, ends, backward_seconds = shape.input(), dict[str, Tensor](), list[float]()
+
+    def keep(value: Tensor, hook: Any) -> None:
+        ends[hook.name] = value
+
+    def backward() -> None:
+        points = ["blocks.0.hook_in", f"blocks.{last}.hook_out"]
+        with torch.enable_grad(), bare.hooks([(point, keep) for point in points]):
+            bare(x, return_type=None)
+            start = time.perf_counter()
+            y = ends[points[1]]
+            torch.autograd.grad(y, ends[points[0]], torch.ones_like(y))
+            backward_seconds.append(time.perf_counter() - start)
+        ends.clear()
+
+    tasks: dict[str, Task] = {
+        "forward": lambda: bare(x, return_type=None),
+        "span": lambda: listen(attached, x, names),
+        "backward": backward,
+    }
+    seconds = in_turn(tasks, rounds)
+    above = [s - f for s, f in zip(seconds["span"], seconds["forward"], strict=True)]
+    alone = backward_seconds[1:]
+    return [
+        label,
+        *(f"{statistics.median(t):.3f}" for t in (seconds["forward"], above, alone)),
+        f"{statistics.median(a / b for a, b in zip(above, alone, strict=True)):.3f}",
+        f"{ratio(seconds, 'span', 'backward'):.3f}",
+    ]
+
+
+def local(label: str, shape: Shape, rounds: int, n_samples: int = 16) -> list[str]:
+    bare, attached = shape.build(), shape.build()
+    names = lch.attach(
+        attached, site=lch.Site("mlp", 6, radius=0.25, n_samples=n_samples)
+    ).hook_names
+    x = shape.input()
+    mlp, rows = bare.blocks[6].mlp, shape.batch * shape.pos
+    into = [mlp.W_in] + ([mlp.W_gate] if "gate" in mlp.submodules else [])
+    point, activations = torch.randn(rows, mlp.W_in.shape[0]), torch.randn(rows, mlp.W_in.shape[1])
+
+    def limit() -> None:
+        for _ in range(n_samples):
+            for W in into:
+                point @ W
+                activations @ W.T
+
+    tasks: dict[str, Task] = {
+        "forward": lambda: bare(x, return_type=None),
+        "local": lambda: listen(attached, x, names),
+        "limit": limit,
+    }
+    seconds = in_turn(tasks, rounds)
+    above = [s - f for s, f in zip(seconds["local"], seconds["forward"], strict=True)]
+    return [
+        label,
+        f"{1e3 * statistics.median(above) / n_samples:.1f}",
+        f"{1e3 * statistics.median(seconds['limit']) / n_samples:.1f}",
+        f"{statistics.median(a / b for a, b in zip(above, seconds['limit'], strict=True)):.2f}",
+    ]
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    found = Table(title=title, title_justify="left")
+    for column in columns:
+        found.add_column(column, justify="right")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=["mlps", "spans", "local"])
+    options = parser.parse_args()
+    console = Console(width=140)
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformer-lens", "transformers"))
+    console.print(
+        f"{torch.get_num_threads()} threads of {cpu_name()}, {packages}, float32; "
+        + ", ".join(f"{label}: {s.batch} x {s.pos} tokens" for label, s in SHAPES.items())
+    )
+
+    def measured(measure: Callable[[str, Shape, int], list[str]]) -> list[list[str]]:
+        with torch.no_grad():
+            return [measure(label, shape, options.rounds) for label, shape in SHAPES.items()]
+
+    if options.only in (None, "mlps"):
+        columns = ["model", "forward, s", "idle", "limit", "centroids", "recipe"]
+        columns += ["centroids / limit", "recipe / centroids", "memory, buffers"]
+        console.print(table("Every MLP, as ratios to forward", columns, measured(every_mlp)))
+    if options.only in (None, "spans"):
+        columns = ["model", "forward, s", "span above it, s", "backward, s", "above / backward"]
+        columns += ["whole pass / pass with backward"]
+        console.print(table("A span of all blocks", columns, measured(span)))
+    if options.only in (None, "local"):
+        columns = ["model", "ms a point", "its matmuls alone, ms", "ratio"]
+        console.print(table("Local centroids of one MLP", columns, measured(local)))
+
+
+def cpu_name() -> str:
+    """As Linux gives it, or the architecture elsewhere."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
