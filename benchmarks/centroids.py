@@ -101,10 +101,15 @@ SHAPES = {
 }
 
 
-def listen(model: TransformerBridge, x: Tensor, names: list[str]) -> None:
-    """A forward pass with listeners that keep nothing, so that the centroids alone are timed."""
-    with model.hooks([(name, lambda value, hook: None) for name in names]):
-        model(x, return_type=None)
+def listening(shape: Shape, site: str | lch.Site = "mlp") -> TransformerBridge:
+    """A model with listeners that keep nothing, so that the centroids alone are timed.
+
+    They are added once: adding hooks by name takes TransformerLens longer than a small model runs.
+    """
+    model = shape.build()
+    for name in lch.attach(model, site=site).hook_names:
+        model.add_hook(name, lambda value, hook: None)
+    return model
 
 
 def recipe(model: TransformerBridge, x: Tensor) -> None:
@@ -162,8 +167,8 @@ def peak_bytes(task: Task) -> int:
 
 
 def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
-    bare, attached = shape.build(), shape.build()
-    names = lch.attach(attached).hook_names
+    bare, attached, listened = shape.build(), shape.build(), listening(shape)
+    lch.attach(attached)
     x = shape.input()
     rows = shape.batch * shape.pos
     weights = [
@@ -183,7 +188,7 @@ def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
         "forward": lambda: bare(x, return_type=None),
         "idle": lambda: attached(x, return_type=None),
         "limit": limit,
-        "centroids": lambda: listen(attached, x, names),
+        "centroids": lambda: listened(x, return_type=None),
         "recipe": lambda: recipe(bare, x),
     }
     seconds = in_turn(tasks, rounds)
@@ -199,18 +204,21 @@ def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
 
 
 def span(label: str, shape: Shape, rounds: int) -> list[str]:
-    bare, attached = shape.build(), shape.build()
+    bare, differentiated = shape.build(), shape.build()
     last = len(bare.blocks) - 1
-    names = lch.attach(attached, site=lch.Site("span", (0, last))).hook_names
+    listened = listening(shape, lch.Site("span", (0, last)))
     x, ends, backward_seconds = shape.input(), dict[str, Tensor](), list[float]()
 
     def keep(value: Tensor, hook: Any) -> None:
         ends[hook.name] = value
 
+    points = ["blocks.0.hook_in", f"blocks.{last}.hook_out"]
+    for point in points:
+        differentiated.add_hook(point, keep)
+
     def backward() -> None:
-        points = ["blocks.0.hook_in", f"blocks.{last}.hook_out"]
-        with torch.enable_grad(), bare.hooks([(point, keep) for point in points]):
-            bare(x, return_type=None)
+        with torch.enable_grad():
+            differentiated(x, return_type=None)
             start = time.perf_counter()
             y = ends[points[1]]
             torch.autograd.grad(y, ends[points[0]], torch.ones_like(y))
@@ -219,7 +227,7 @@ def span(label: str, shape: Shape, rounds: int) -> list[str]:
 
     tasks: dict[str, Task] = {
         "forward": lambda: bare(x, return_type=None),
-        "span": lambda: listen(attached, x, names),
+        "span": lambda: listened(x, return_type=None),
         "backward": backward,
     }
     seconds = in_turn(tasks, rounds)
@@ -234,10 +242,8 @@ def span(label: str, shape: Shape, rounds: int) -> list[str]:
 
 
 def local(label: str, shape: Shape, rounds: int, n_samples: int = 16) -> list[str]:
-    bare, attached = shape.build(), shape.build()
-    names = lch.attach(
-        attached, site=lch.Site("mlp", 6, radius=0.25, n_samples=n_samples)
-    ).hook_names
+    bare = shape.build()
+    listened = listening(shape, lch.Site("mlp", 6, radius=0.25, n_samples=n_samples))
     x = shape.input()
     mlp, rows = bare.blocks[6].mlp, shape.batch * shape.pos
     into = [mlp.W_in] + ([mlp.W_gate] if "gate" in mlp.submodules else [])
@@ -251,7 +257,7 @@ def local(label: str, shape: Shape, rounds: int, n_samples: int = 16) -> list[st
 
     tasks: dict[str, Task] = {
         "forward": lambda: bare(x, return_type=None),
-        "local": lambda: listen(attached, x, names),
+        "local": lambda: listened(x, return_type=None),
         "limit": limit,
     }
     seconds = in_turn(tasks, rounds)

@@ -179,8 +179,8 @@ def attention_output(attn: Any) -> Gate:
 def score_points(model: LensModel) -> list[Gate]:
     """Attention scores before the softmax, wherever a block shows them."""
     found: list[Gate] = []
-    for blocks in stacks(model).values():
-        for block in blocks:
+    for stack in _STACKS:
+        for block in getattr(model, stack, ()):
             for name in _ATTENTION_NAMES:
                 attn = block._modules.get(name)
                 if attn is not None and "hook_attn_scores" in attn._modules:
@@ -434,6 +434,11 @@ class BridgeMLP(MLPParts):
         c, b_in, act = self.component, self._part("in").bias, self._activation()
         if self._is_gated:
             return GatedMLP(c.W_gate, self._part("gate").bias, c.W_in, b_in, c.W_out, act)
+        if c.W_in.shape[-1] != c.W_out.shape[0]:
+            raise SiteError(
+                f"the MLP at layer {self.layer} projects to {c.W_in.shape[-1]} dimensions and from "
+                f"{c.W_out.shape[0]}: something other than an activation lies between."
+            )
         return PlainMLP(c.W_in, b_in, c.W_out, act)
 
     @property

@@ -160,7 +160,8 @@ class Reader:
                     raise NonFiniteError(
                         f"{point.name} came out with {bad} of {tensor.numel()} values NaN or "
                         f"infinite, at layer {self.layer}. Look at the activations there (half "
-                        "precision overflows at 65504), or load the model in float32."
+                        "precision overflows at 65504: load the model in float32), and at masked "
+                        "rows, whose gradients may be NaN where their values are not."
                     )
                 point.fire(tensor)
 
