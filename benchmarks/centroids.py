@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,32 @@ def local(label: str, shape: Shape, rounds: int, n_samples: int = 16) -> list[st
     ]
 
 
+def idle(rounds: int) -> list[list[str]]:
+    """What hooks that find nobody listening cost: seen best where a pass is short."""
+    x = torch.zeros(1, 4, dtype=torch.long)
+    bare = lch.load_demo_model()
+    sites = {
+        "mlp": ["mlp"],
+        "mlp, attn, block, model": ["mlp", "attn", "block", "model"],
+    }
+    rows = []
+    for label, attached in sites.items():
+        model = lch.load_demo_model()
+        lch.attach(model, site=attached)  # type: ignore[arg-type]
+        seconds = in_turn(
+            {
+                "forward": lambda: bare(x, return_type=None),
+                "idle": partial(model, x, return_type=None),
+            },
+            rounds,
+        )
+        above = statistics.median(
+            i - f for i, f in zip(seconds["idle"], seconds["forward"], strict=True)
+        )
+        rows.append([label, f"{1e6 * above / len(bare.blocks):.0f}"])
+    return rows
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     found = Table(title=title, title_justify="left")
     for column in columns:
@@ -282,7 +309,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["mlps", "spans", "local"])
+    parser.add_argument("--only", choices=["mlps", "idle", "spans", "local"])
     options = parser.parse_args()
     console = Console(width=140)
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformer-lens", "transformers"))
@@ -299,6 +326,11 @@ def main() -> None:
         columns = ["model", "forward, s", "idle", "limit", "centroids", "recipe"]
         columns += ["centroids / limit", "recipe / centroids", "memory, buffers"]
         console.print(table("Every MLP, as ratios to forward", columns, measured(every_mlp)))
+    if options.only in (None, "idle"):
+        with torch.no_grad():
+            rows = idle(20 * options.rounds)
+        title = "Attached and nobody listening (demo model, 4 tokens)"
+        console.print(table(title, ["sites", "microseconds a layer"], rows))
     if options.only in (None, "spans"):
         columns = ["model", "forward, s", "span above it, s", "backward, s", "above / backward"]
         columns += ["whole pass / pass with backward"]

@@ -47,7 +47,7 @@ REASONS = {
     r"has no attention": "no attention",
     r"mlp does not exist": "no MLP",
     r"a \w*MoE\w* where a plain or gated MLP": "mixture of experts",
-    r"cannot be read as a plain or gated MLP": "no plain or gated MLP",
+    r"cannot be read as a plain or gated MLP|other than an activation": "no plain or gated MLP",
     r"keeps its activation function under none": "activation not found",
     r"heads cannot be read": "heads not readable",
     r"the closed form and autograd": "closed form does not hold",
