@@ -86,6 +86,10 @@ class Random:
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"seed={self.seed!r} must be an integer.")
+
     @property
     def name(self) -> str:
         return f"random{self.seed}"
@@ -109,11 +113,20 @@ class Logit:
         token: id of the token.
         foil: id of the token to compare it with; none if None.
         position: the sequence position whose logits count; None for each position's own.
+
+    Raises:
+        InputError: the foil is the token itself.
     """
 
     token: int
     foil: int | None = None
     position: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.token, *(n for n in (self.foil, self.position) if n is not None))
+        if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in numbers):
+            raise InputError(f"{self} takes token ids and a position, all of them integers.")
+        _check_foil(self.token, self.foil)
 
     @property
     def name(self) -> str:
@@ -134,6 +147,10 @@ class Metric:
     fn: Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]]
     name: str = "metric"
 
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise InputError(f"a Metric takes a function of the logits, not {self.fn!r}.")
+
     def value(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, ""]:
         """The metric summed over sequences, which are independent of each other.
 
@@ -151,7 +168,12 @@ class Metric:
 
 
 def logit_difference(answer: int, foil: int, position: int = -1) -> Metric:
-    """Logit of ``answer`` minus logit of ``foil`` at a position, as a `Metric`."""
+    """Logit of ``answer`` minus logit of ``foil`` at a position, as a `Metric`.
+
+    Raises:
+        InputError: the foil is the answer itself.
+    """
+    _check_foil(answer, foil)
 
     def difference(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         return logits[:, position, answer] - logits[:, position, foil]
@@ -186,7 +208,7 @@ def as_cotangent(value: Float[Tensor, " d_out"] | AnyCotangent | None) -> AnyCot
         return Ones()
     if isinstance(value, Tensor):
         return Vector(value)
-    if isinstance(value, Logit | Metric | Cotangent):
+    if isinstance(value, Logit | Metric | Cotangent) and not isinstance(value, type):
         return value
     raise InputError(
         f"cotangent is a {type(value).__name__}; pass a tensor of shape (d_out,), one of "
@@ -200,7 +222,14 @@ def evaluate(cotangent: Cotangent, y: Float[Tensor, "*batch d_out"]) -> Float[Te
     Raises:
         InputError: it does not broadcast to ``y``, is not finite or all zeros.
     """
-    v = cotangent.at(y.detach()).detach()
+    ours = isinstance(cotangent, Ones | Vector | Random)
+    # A copy for others, which may write to it.
+    v = cotangent.at(y.detach() if ours else y.detach().clone())
+    if not isinstance(v, Tensor):
+        raise InputError(
+            f"cotangent {cotangent.name!r}: at(y) gave a {type(v).__name__}, not a tensor."
+        )
+    v = v.detach()
     try:
         fits = torch.broadcast_shapes(v.shape, y.shape) == y.shape
     except RuntimeError:
@@ -211,9 +240,14 @@ def evaluate(cotangent: Cotangent, y: Float[Tensor, "*batch d_out"]) -> Float[Te
             f"output space of the component: shape ({y.shape[-1]},), or one that broadcasts to "
             "its output."
         )
-    if not isinstance(cotangent, Ones | Vector | Random):
+    if not ours:
         _check_direction(v)
     return v
+
+
+def _check_foil(token: int, foil: int | None) -> None:
+    if token == foil:
+        raise InputError(f"token and foil are both {token}: their logits do not differ.")
 
 
 def _check_direction(v: Tensor) -> None:

@@ -203,11 +203,16 @@ def is_vanishing(mlp: MLP, cotangent: Float[Tensor, " d_out"] | None = None) -> 
     So it is for all ones after ``center_writing_weights``, which makes each row of ``W_out``
     sum to zero: what is left of the centroid is rounding noise.
     """
-    W_out = _promote(mlp.W_out.detach())
-    d_out = W_out.shape[-1]
-    norm = math.sqrt(d_out) if cotangent is None else float(cotangent.norm())
-    typical = float(W_out.norm()) * norm / math.sqrt(d_out)
-    return float(read_direction(mlp, cotangent).norm()) < _VANISHING_READ * typical
+    W_out = mlp.W_out.detach()
+    return reads_nothing(W_out, W_out.new_ones(W_out.shape[-1]) if cotangent is None else cotangent)
+
+
+def reads_nothing(W: Float[Tensor, "n d_out"], v: Float[Tensor, " d_out"]) -> bool:
+    """Whether a cotangent is numerically orthogonal to every row of a writing weight."""
+    W = _promote(W)
+    v = v.to(W)
+    typical = float(W.norm() * v.norm()) / math.sqrt(W.shape[-1])
+    return float((W @ v).norm()) < _VANISHING_READ * typical
 
 
 def pull_back(

@@ -93,6 +93,7 @@ class Site:
         if self.kind not in get_args(Kind):
             raise SiteError(f"site {self.kind!r} is not known; use one of {get_args(Kind)}.")
         object.__setattr__(self, "cotangent", as_cotangent(self.cotangent))
+        self._check_types()
         self._check_indices()
         self._check_options()
 
@@ -151,6 +152,8 @@ class Site:
             )
         if self.index is not None and (not self.members or min(self.members) < 0):
             raise InputError(f"index={self.index!r} must be integers, zero or more.")
+        if len(set(self.members)) < len(self.members):
+            raise InputError(f"index={self.index!r} names one of its {self.kind}s twice.")
         if len(self.members) > _MAX_SPELLED and not self.label:
             raise InputError(
                 f"a group of {len(self.members)} {self.kind}s needs a label to name its hook point."
@@ -162,6 +165,19 @@ class Site:
             )
         if self.output_positions is not None and not integers(self.output_positions):
             raise InputError(f"output_positions={self.output_positions!r} must be integers.")
+
+    def _check_types(self) -> None:
+        for name, value, kinds in (
+            ("radius", self.radius, (int, float, type(None))),
+            ("n_samples", self.n_samples, (int,)),
+            ("generator", self.generator, (torch.Generator, type(None))),
+            ("compute_dtype", self.compute_dtype, (torch.dtype, type(None))),
+            ("label", self.label, (str,)),
+            ("stack", self.stack, (str, type(None))),
+        ):
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                wanted = " or ".join(k.__name__ for k in kinds)
+                raise InputError(f"{name}={value!r} must be {wanted}.")
 
     def _check_options(self) -> None:
         if self.linearization not in get_args(Linearization):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -466,6 +467,24 @@ def test_output_positions_choose_what_counts(model: Any) -> None:
     assert_close(last, (whole * ratio).detach())
 
 
+@pytest.mark.parametrize("cotangent", [Logit(3, 4), logit_difference(3, 4, position=2)])
+def test_output_positions_choose_among_late_cotangents_too(gpt2: Any, cotangent: Any) -> None:
+    mus = read(
+        gpt2,
+        *(
+            Site(k, 1, cotangent=cotangent, output_positions=2, label="o")
+            for k in ("attn", "block")
+        ),
+        Site("head", 1, 0, cotangent=cotangent, output_positions=2, label="o"),
+        Site("block", 1, cotangent=cotangent),
+    )
+    whole = mus.pop("hook_centroid_block_1")
+    assert whole[:, 3:].any() == isinstance(cotangent, Logit)
+    for mu in mus.values():
+        assert mu[:, :3].any()
+        assert not mu[:, 3:].any()
+
+
 def test_the_first_position_does_not_see_outputs_before_a_token(gpt2: Any) -> None:
     mu = read(gpt2, Site("block", 1, output_positions=2))["blocks.1.hook_centroid"]
     assert not mu[:, 3:].any()
@@ -569,7 +588,6 @@ def test_local_centroids_equal_those_of_a_callable(gpt2: Any, kind: str) -> None
         generator=generator,  # type: ignore[arg-type]
     )
     with lch.attach(gpt2, site=site) as handle:
-        generator.manual_seed(5)  # Attaching drew from it.
         with torch.no_grad():
             _, cache = gpt2.run_with_cache(IDS, names_filter=lambda n: "centroid" in n)
     (name,) = handle.hook_names
@@ -587,6 +605,10 @@ def test_without_a_generator_the_same_points_are_drawn_and_the_global_state_is_l
     for name, value in first.items():
         assert torch.equal(value, second[name])
     assert torch.equal(torch.get_rng_state(), state)
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with lch.attach(gpt2, site=Site("mlp", radius=0.3, n_samples=3, generator=generator)):
+        assert torch.equal(generator.get_state(), before)
 
 
 def test_local_centroids_see_interventions_before_and_run_no_hook_twice(gpt2: Any) -> None:
@@ -838,32 +860,61 @@ def test_a_caller_who_differentiates_still_can(model: Any) -> None:
     assert_close(found, expected)
 
 
-def test_frozen_models_keep_giving_outputs_without_a_graph() -> None:
-    model = models.bridge("gpt2", F64).requires_grad_(False)
-    with lch.attach(model, site=SITES) as handle:
-        logits, _ = model.run_with_cache(IDS, names_filter=handle.hook_names)
-        assert torch.is_grad_enabled()
-        assert not logits.requires_grad
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_steering_vector_on_a_frozen_model_keeps_its_gradient(name: str, layer: int) -> None:
+    model = BUILDS[name]().requires_grad_(False)
+    v = torch.zeros(models.D_MODEL, dtype=F64, requires_grad=True)
+    steer = (names(model)["resid_pre"].format(layer), lambda x, hook: x + v)
+
+    def run() -> Tensor:
+        with model.hooks([steer]):
+            return torch.autograd.grad(model(IDS)[..., 3].sum(), v)[0]
+
+    expected = run()
+    with lch.attach(model, site=(Site("block"), Site("span", (0, 1)), Site("attn"))) as handle:
+        with model.hooks([(n, lambda value, hook: None) for n in handle.hook_names]):
+            assert_close(run(), expected)
 
 
+@pytest.mark.parametrize("linearization", ["jacobian", "detached"])
+def test_detaching_within_a_component_leaves_no_mode_behind(gpt2: Any, linearization: Any) -> None:
+    expected = gpt2(IDS).detach()
+    handle = lch.attach(gpt2, site=Site("block", linearization=linearization))
+    hooks = [(name, lambda value, hook: None) for name in handle.hook_names]
+    with torch.no_grad():
+        inside = ("blocks.1.mlp.hook_out", lambda x, hook: handle.detach())
+        logits = gpt2.run_with_hooks(IDS, fwd_hooks=[*hooks, inside])
+        assert not torch.is_grad_enabled()
+    assert torch.equal(logits, expected)
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(
     "point", ["blocks.0.attn.hook_out", "blocks.1.hook_in", "ln_final.hook_in"]
 )
-def test_the_grad_mode_comes_back_when_the_forward_raises(gpt2: Any, point: str) -> None:
+@pytest.mark.parametrize("linearization", ["jacobian", "detached"])
+def test_the_grad_mode_comes_back_when_the_forward_raises(
+    gpt2: Any, point: str, error: type[BaseException], linearization: Any
+) -> None:
     def fail(x: Tensor, hook: Any) -> None:
-        raise RuntimeError("on purpose")
+        raise error("on purpose")
 
-    with lch.attach(gpt2, site=SITES) as handle:
+    sites = [Site(s.kind, s.layers, linearization=linearization) for s in SITES]
+    with lch.attach(gpt2, site=sites) as handle:
         listening = [(name, lambda value, hook: None) for name in handle.hook_names]
         torch.set_grad_enabled(False)  # Not a context, which would restore it by itself.
         try:
-            with pytest.raises(RuntimeError, match="on purpose"):
+            with pytest.raises(error, match="on purpose"):
                 gpt2.run_with_hooks(IDS, fwd_hooks=[*listening, (point, fail)])
             assert not torch.is_grad_enabled()
+            assert torch._C._len_torch_function_stack() == 0
         finally:
             torch.set_grad_enabled(True)
         expected = read_names(gpt2, handle.hook_names)
-    again = read(gpt2, *SITES)
+    again = read(gpt2, *sites)
     for name, value in expected.items():
         assert torch.equal(value, again[name])
 
@@ -871,6 +922,97 @@ def test_the_grad_mode_comes_back_when_the_forward_raises(gpt2: Any, point: str)
 def read_names(model: Any, hook_names: list[str]) -> dict[str, Tensor]:
     with torch.no_grad():
         return dict(model.run_with_cache(IDS, names_filter=hook_names)[1])
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+def test_every_way_to_run_a_model_fires_every_site(name: str) -> None:
+    model = BUILDS[name]()
+    sites = (
+        *SITES,
+        *(Site("head", index=0), Site("neuron", index=0), Site("mlp", cotangent=Logit(3))),
+        Site("block", cotangent=logit_difference(3, 4)),
+    )
+    with lch.attach(model, site=sites) as handle, torch.no_grad():
+        expected = read_names(model, handle.hook_names)
+        seen: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, hook: Any) -> None:
+            seen[hook.name] = value
+
+        listening = [(n, keep) for n in handle.hook_names]
+
+        def run_with_hooks() -> None:
+            model.run_with_hooks(IDS, fwd_hooks=listening)
+
+        def call() -> None:
+            with model.hooks(listening):
+                model(IDS)
+
+        def forward() -> None:
+            with model.hooks(listening):
+                model.forward(IDS)
+
+        for run in (run_with_hooks, call, forward):
+            seen.clear()
+            run()
+            assert seen.keys() == expected.keys(), run.__name__
+            assert all(torch.equal(seen[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+@pytest.mark.parametrize("point", ["blocks.1.attn.hook_pattern", "ln_final.hook_scale"])
+def test_a_pass_within_a_pass_disturbs_no_site(name: str, point: str) -> None:
+    model = BUILDS[name]()
+    other = models.tokens(1, 4, seed=9)
+
+    def nest(x: Tensor, hook: Any) -> None:
+        if x.shape[0] != 1:
+            model(other)
+
+    sites = (
+        *SITES,
+        Site("mlp", cotangent=Logit(3)),
+        Site("attn", cotangent=logit_difference(3, 4)),
+    )
+    expected = read(model, *sites)
+    found: dict[str, Tensor] = {}
+
+    def keep(value: Tensor, hook: Any) -> None:
+        if value.shape[0] == 2:  # Of the outer pass: the inner one fires its own.
+            found[hook.name] = value
+
+    with lch.attach(model, site=sites), torch.no_grad():
+        with model.hooks([(point, nest), *((n, keep) for n in expected)]):
+            model(IDS)
+    for hook, value in expected.items():
+        assert_close(found[hook], value, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2"])
+def test_an_attached_model_can_be_copied_also_after_use(name: str) -> None:
+    model = BUILDS[name]()
+    with lch.attach(model, site=SITES) as handle:
+        expected = read_names(model, handle.hook_names)
+        twin = copy.deepcopy(model)
+        for hook, value in read_names(twin, handle.hook_names).items():
+            assert torch.equal(value, expected[hook])
+    assert handle.hook_names[0] in twin.hook_dict
+    found = read_names(twin, handle.hook_names)
+    assert all(torch.equal(found[hook], expected[hook]) for hook in expected)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_padding_is_found_in_masks_by_query(gpt2: Any, additive: bool) -> None:
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    by_query = (mask[:, None, None] & torch.ones(6, 6).tril().bool()).expand(2, 1, 6, 6)
+    if additive:
+        by_query = torch.zeros(2, 1, 6, 6, dtype=F64).masked_fill(~by_query, torch.finfo(F64).min)
+    mu = read(gpt2, Site("block", 1), attention_mask=by_query)["blocks.1.hook_centroid"]
+    assert not mu[1, 4:].any()
+    assert_close(
+        mu, read(gpt2, Site("block", 1), attention_mask=mask.long())["blocks.1.hook_centroid"], 1e-6
+    )
 
 
 def test_stop_at_layer_returns_a_tensor_without_a_graph(gpt2: Any) -> None:
@@ -974,6 +1116,13 @@ def test_hidden_graphs_do_not_leak_into_a_cache_of_keys_and_values(gpt2: Any) ->
         (lch.InputError, "not finite|finite", {"cotangent": torch.tensor([1.0, float("inf")])}),
         (lch.InputError, "zeros", {"cotangent": torch.zeros(4)}),
         (lch.InputError, r"\(d_out,\)", {"cotangent": torch.ones(2, 2)}),
+        (lch.InputError, "method `at", {"cotangent": Random}),
+        (lch.InputError, "n_samples=2.5", {"radius": 0.1, "n_samples": 2.5}),
+        (lch.InputError, "radius='a'", {"radius": "a"}),
+        (lch.InputError, "generator=3", {"radius": 0.1, "generator": 3}),
+        (lch.InputError, "compute_dtype='float32'", {"compute_dtype": "float32"}),
+        (lch.InputError, "label=None", {"label": None}),
+        (lch.InputError, "twice", {"kind": "head", "index": [1, 1]}),
     ],
 )
 def test_sites_that_mean_nothing_are_refused(error: Any, match: str, kw: dict[str, Any]) -> None:
@@ -996,6 +1145,8 @@ def test_sites_that_do_not_fit_a_model_are_refused(gpt2: Any) -> None:
         (lch.InputError, "outside 0 to 49", Site("mlp", cotangent=Logit(50))),
         (lch.InputError, "differentiable", Site("mlp", cotangent=Metric(lambda x: x.argmax()))),
         (lch.InputError, r"\(1, 3\)", Site("mlp", cotangent=Metric(lambda x: x.sum(-1)))),
+        (lch.NonFiniteError, "metric", Site("mlp", cotangent=Metric(lambda x: (x / 0).sum()))),
+        (lch.SiteError, "'decoder_blocks' is none", Site("mlp", stack="decoder_blocks")),
     ]:
         with pytest.raises(error, match=match):
             lch.attach(gpt2, site=site)
@@ -1015,12 +1166,64 @@ def test_sites_that_do_not_fit_a_model_are_refused(gpt2: Any) -> None:
 def test_centered_weights_make_a_block_read_nothing_and_are_refused() -> None:
     model = models.bridge("gpt2")
     model.enable_compatibility_mode(disable_warnings=True)
-    for kind in ("attn", "block", "span", "model"):
-        layers = (0, 2) if kind == "span" else None
+    refused = [
+        *(Site("attn"), Site("head", index=1), Site("block"), Site("span", (0, 2)), Site("model")),
+        *(Site("attn", radius=0.1, n_samples=2), Site("block", radius=0.1, n_samples=2)),
+    ]
+    for site in refused:
         with pytest.raises(lch.VanishingCentroidError, match="another cotangent"):
-            lch.attach(model, site=Site(kind, layers))  # type: ignore[arg-type]
+            lch.attach(model, site=site)
     with lch.attach(model, site=Site("block", cotangent=Random(0))):
         pass
+
+
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
+@pytest.mark.parametrize("kind", ["attn", "head"])
+def test_attention_that_reads_by_head_is_refused(flag: str, kind: Any) -> None:
+    model = models.hooked(F64)
+    getattr(model, f"set_{flag}")(True)
+    with pytest.raises(lch.SiteError, match="Turn off"):
+        lch.attach(model, site=Site(kind, index=0 if kind == "head" else None))
+
+
+def test_weights_edited_through_data_are_seen() -> None:
+    model = models.hooked(F64)
+    with lch.attach(model) as handle:
+        before = read_names(model, handle.hook_names)["blocks.1.mlp.hook_centroid"]
+        model.blocks[1].mlp.W_out.data.mul_(2)
+        after = read_names(model, handle.hook_names)["blocks.1.mlp.hook_centroid"]
+    assert_close(after, 2 * before)
+
+
+def test_a_logit_less_itself_is_refused() -> None:
+    for make in (Logit, logit_difference):
+        with pytest.raises(lch.InputError, match="both 3"):
+            make(3, 3)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_cotangents_of_other_types_are_refused() -> None:
+    for make, match in (
+        (lambda: Logit("a"), "integers"),  # type: ignore[arg-type]
+        (lambda: Metric(3), "function of the logits"),  # type: ignore[arg-type]
+        (lambda: Random("x"), "must be an integer"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(lch.InputError, match=match):
+            make()
+
+
+def test_a_cotangent_that_writes_to_the_output_changes_nothing(gpt2: Any) -> None:
+    class Vandal:
+        name = "vandal"
+
+        def at(self, y: Tensor) -> Tensor:
+            return y.mul_(0) + 1
+
+    with torch.no_grad():
+        expected = gpt2(IDS)
+        with lch.attach(gpt2, site=Site("block", 1, cotangent=Vandal())) as handle:
+            logits, _ = gpt2.run_with_cache(IDS, names_filter=handle.hook_names)
+    assert torch.equal(logits, expected)
 
 
 def test_non_finite_centroids_name_hook_layer_and_number() -> None:

@@ -20,7 +20,14 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
 
-from lch_plugin.adapters.transformer_lens.gates import Gate, ModuleGate, OutputGate, PointGate
+from lch_plugin.adapters.transformer_lens.gates import (
+    Gate,
+    ModuleGate,
+    OutputGate,
+    PointGate,
+    RootOutputGate,
+    RootPointGate,
+)
 from lch_plugin.errors import InputError, SiteError, VanishingCentroidError
 from lch_plugin.mlp import MLP, GatedMLP, PlainMLP, is_vanishing
 from lch_plugin.sites import integers
@@ -176,9 +183,9 @@ def attention_output(attn: Any) -> Gate:
     return PointGate(attn, "hook_out", last=False)
 
 
-def score_points(model: LensModel) -> list[Gate]:
+def score_points(model: LensModel) -> list[PointGate]:
     """Attention scores before the softmax, wherever a block shows them."""
-    found: list[Gate] = []
+    found: list[PointGate] = []
     for stack in _STACKS:
         for block in getattr(model, stack, ()):
             for name in _ATTENTION_NAMES:
@@ -200,7 +207,7 @@ def embedding_output(model: LensModel) -> Gate:
         SiteError: the model has no token embedding.
     """
     if isinstance(model, HookedTransformer):
-        return PointGate(model, "hook_embed", last=True)
+        return RootPointGate(model, "hook_embed", last=True)
     embed = model._modules.get("embed")
     if embed is None:
         raise SiteError(
@@ -258,14 +265,10 @@ def logits_of(model: LensModel, output: Any) -> Tensor | None:
 
 def logits(model: LensModel) -> Gate:
     """What the model says."""
-    return OutputGate(logits_module(model), functools.partial(logits_of, model))
-
-
-def logits_module(model: LensModel) -> nn.Module:
-    """The module whose return value holds the logits."""
-    found = model.unembed if isinstance(model, HookedTransformer) else model.original_model
-    assert isinstance(found, nn.Module)
-    return found
+    extract = functools.partial(logits_of, model)
+    if isinstance(model, HookedTransformer):
+        return OutputGate(model.unembed, extract)
+    return RootOutputGate(model.original_model, extract)
 
 
 # ------------------------------------------------------------------------------- MLPs

@@ -24,6 +24,14 @@ Wanted = Callable[[], bool]
 Act = Callable[[Tensor], Tensor | None]
 
 
+def _never() -> bool:
+    return False
+
+
+def _ignore(_tensor: Tensor) -> None:
+    return None
+
+
 class Gate:
     """Where a tensor goes by. Installed on the model, it calls ``act`` whenever it is ``wanted``.
 
@@ -34,8 +42,8 @@ class Gate:
     def __init__(self) -> None:
         self.readers: list[Any] = []
         self._hooks: list[RemovableHandle] = []
-        self._wanted: Wanted = lambda: False
-        self._act: Act = lambda tensor: None
+        self._wanted: Wanted = _never
+        self._act: Act = _ignore
 
     @property
     def key(self) -> Hashable:
@@ -53,6 +61,9 @@ class Gate:
             hook.remove()
         self._hooks = []
 
+    def reset(self) -> None:
+        """Forget calls that never ended."""
+
     def _register(self) -> list[RemovableHandle]:
         raise NotImplementedError
 
@@ -62,30 +73,33 @@ class PointGate(Gate):
 
     def __init__(self, owner: Any, path: str, *, last: bool) -> None:
         super().__init__()
-        self._owner, self._path, self._last = owner, path, last
+        self.owner, self._path, self._last = owner, path, last
         # One for each call under way: a user's hook may run the model again.
         self._calls: list[RemovableHandle | None] = []
 
     @property
     def key(self) -> Hashable:
-        return id(self._owner), self._path, self._last
+        return id(self.owner), self._path, self._last
 
     def remove(self) -> None:
         super().remove()
+        self.reset()
+
+    def reset(self) -> None:
         while self._calls:
             self._leave(None, None, None)
 
     def _register(self) -> list[RemovableHandle]:
         return [
-            self._owner.register_forward_pre_hook(self._enter),
-            self._owner.register_forward_hook(self._leave, always_call=True),
+            self.owner.register_forward_pre_hook(self._enter),
+            self.owner.register_forward_hook(self._leave, always_call=True),
         ]
 
     def _enter(self, _module: Any, _args: Any) -> None:
         if not self._wanted():
             self._calls.append(None)
             return
-        point = attrgetter(self._path)(self._owner)
+        point = attrgetter(self._path)(self.owner)
         hook = partial(self._pass, len(self._calls))
         self._calls.append(point.register_forward_hook(hook, prepend=not self._last))
 
@@ -99,6 +113,21 @@ class PointGate(Gate):
         if depth != len(self._calls) - 1 or not isinstance(output, Tensor):
             return None  # A call within this one.
         return self._act(output)
+
+
+class RootPointGate(PointGate):
+    """At a hook point of the model itself, which is entered and left by who calls its forward."""
+
+    def _register(self) -> list[RemovableHandle]:
+        return []
+
+    def enter(self) -> None:
+        """The model is entered."""
+        self._enter(None, None)
+
+    def leave(self) -> None:
+        """The model is left."""
+        self._leave(None, None, None)
 
 
 class ModuleGate(Gate):
@@ -133,10 +162,10 @@ class ModuleGate(Gate):
             return None
         names = [name for name in self._names if name in kwargs]
         x = kwargs[names[0]] if names else args[0]
-        if any(kwargs[n].shape != x.shape or not torch.equal(kwargs[n], x) for n in names[1:]):
+        if names and (x.ndim != 3 or any(not torch.equal(kwargs[n], x) for n in names[1:])):
             raise SiteError(
-                f"{type(module).__name__} reads different values as {names}, so it has no one "
-                "input to take a centroid in. Turn off use_split_qkv_input and use_attn_in."
+                f"{type(module).__name__} reads {names} apart, or one for each head, so it has no "
+                "one input to take a centroid in. Turn off use_split_qkv_input and use_attn_in."
             )
         replaced = self._act(x)
         if replaced is None:
@@ -161,7 +190,18 @@ class OutputGate(Gate):
         # First, so that the pass is not over yet.
         return [self._module.register_forward_hook(self._on_output, prepend=True)]
 
-    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _on_output(self, _module: Any, _args: Any, output: Any) -> None:
         found = self._extract(output) if self._wanted() else None
         if found is not None:
             self._act(found)
+
+
+class RootOutputGate(OutputGate):
+    """At the output of the model itself, shown by who calls its forward: the pass is not over."""
+
+    def _register(self) -> list[RemovableHandle]:
+        return []
+
+    def see(self, output: Any) -> None:
+        """The model has computed this."""
+        self._on_output(None, None, output)

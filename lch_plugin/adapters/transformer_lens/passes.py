@@ -52,9 +52,8 @@ class Pass:
         self.late: dict[Any, Late] = {}
         # Whether gradients were ever on, and the key-value caches that may have seen them.
         self.has_graph = False
-        # Whether what the first component read was part of a graph of the caller's.
-        self.began_in_graph = False
         self.caches: list[Any] = []
+        self.norm_input: Tensor | None = None
         self._holders: dict[Hashable, bool] = {}
         self._caller_grad = False
         self._mode: DetachedMode | None = None
@@ -79,14 +78,9 @@ class Pass:
         return self._mode
 
     def hold(
-        self,
-        holder: Hashable,
-        x: Tensor,
-        *,
-        detached: bool = False,
-        replay: list[Tensor] | None = None,
+        self, holder: Hashable, *, detached: bool = False, replay: list[Tensor] | None = None
     ) -> None:
-        """Open a stretch that begins with ``x``: gradients on.
+        """Open a stretch: gradients on.
 
         Raises:
             SiteError: under inference_mode, or beside a stretch with another linearisation.
@@ -103,7 +97,6 @@ class Pass:
             )
         if not self._holders:
             self._caller_grad = torch.is_grad_enabled()
-            self.began_in_graph = self.began_in_graph or x.requires_grad
             torch.set_grad_enabled(True)
             if detached:
                 self._mode = DetachedMode(replay)
@@ -123,6 +116,7 @@ class Pass:
         """Close every stretch."""
         for holder in list(self._holders):
             self.release(holder)
+        self.norm_input = None
         self.inputs.clear()
         self.captured.clear()
         self.late.clear()
@@ -157,17 +151,27 @@ class Pass:
         Raises:
             SiteError: no such position.
         """
-        v = v.to(y).expand_as(y)
+        v = at_positions(v.to(y).expand_as(y), positions)
         n_pos = y.shape[-2]
-        if positions is not None:
-            outside = [p for p in positions if not -n_pos <= p < n_pos]
-            if outside:
-                raise SiteError(f"output_positions {outside} do not exist among {n_pos}.")
-            chosen = torch.zeros(n_pos, 1, dtype=y.dtype, device=y.device)
-            chosen[positions] = 1
-            v = v * chosen
         if self.mask is not None and self.mask.shape[-1] >= n_pos and y.ndim == 3:
             mask = self.mask[:, -n_pos:].to(y.device)
             if not bool(mask.all()) and mask.shape[0] == y.shape[0]:
                 v = v * mask[..., None].to(y.dtype)
         return v
+
+
+def at_positions(v: Tensor, positions: list[int] | None) -> Tensor:
+    """A cotangent with zeros at the positions that do not count.
+
+    Raises:
+        SiteError: no such position.
+    """
+    if positions is None:
+        return v
+    n_pos = v.shape[-2]
+    outside = [p for p in positions if not -n_pos <= p < n_pos]
+    if outside:
+        raise SiteError(f"positions {outside} do not exist among {n_pos}.")
+    chosen = torch.zeros(n_pos, 1, dtype=v.dtype, device=v.device)
+    chosen[positions] = 1
+    return v * chosen

@@ -56,8 +56,8 @@ class CentroidPoint:
         """
         if self.attribute in self.owner._modules:
             raise AttachError(
-                f"{self.name} is already attached. Detach the earlier handle first, attach other "
-                "layers, or give the site a label."
+                f"{self.name} is already attached, or two sites of this call have that name. "
+                "Detach the earlier handle first, attach other layers, or give the site a label."
             )
         registers = isinstance(model, TransformerBridge) and self.owner is not model
         if registers:

@@ -19,12 +19,18 @@ from torch.utils.hooks import RemovableHandle
 
 from lch_plugin.adapters.transformer_lens.anatomy import MLPParts, attention_input, heads_output
 from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.passes import Pass
+from lch_plugin.adapters.transformer_lens.passes import Pass, at_positions
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.centroids import centroid, mean_over_neighbourhood
 from lch_plugin.cotangents import Cotangent, Metric, Ones, Random, Vector, evaluate
-from lch_plugin.errors import InputError, NonFiniteError, SiteError
-from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
+from lch_plugin.errors import InputError, NonFiniteError, SiteError, VanishingCentroidError
+from lch_plugin.mlp import (
+    MLP,
+    at_least_float32,
+    centroid_of_neurons,
+    read_direction,
+    reads_nothing,
+)
 from lch_plugin.sites import Site, integers
 
 if TYPE_CHECKING:
@@ -65,6 +71,7 @@ class Reader:
         self.points = points
         self.tracker: Tracker | None = None
         self._hooks: list[RemovableHandle] = []
+        self._captures: list[Capture] = []
 
     @property
     def name(self) -> str:
@@ -84,8 +91,8 @@ class Reader:
             record["first_layer"] = self.start
         if self.site.members:
             record["index"] = list(self.site.members)
-        if self._positions is not None:
-            record["output_positions"] = self._positions
+        if self.positions is not None:
+            record["output_positions"] = self.positions
         if self.site.radius is not None:
             record |= {
                 "radius": self.site.radius,
@@ -113,8 +120,14 @@ class Reader:
         """See the tensor at a gate; may return another to go on with."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Forget calls that never ended."""
+        for capture in self._captures:
+            capture.reset()
+
     def remove(self) -> None:
         """Take every hook of this reader off the model."""
+        self.reset()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -127,7 +140,8 @@ class Reader:
         return self.tracker.current
 
     @property
-    def _positions(self) -> list[int] | None:
+    def positions(self) -> list[int] | None:
+        """Output positions that count; all if None."""
         positions = self.site.output_positions
         if positions is not None and self.tracker is not None and self.tracker.trial is not None:
             return [-1]  # Three tokens need not have the positions that the user's will.
@@ -181,6 +195,27 @@ class Reader:
             "_alignment": lambda: torch.nn.functional.cosine_similarity(mu, x, dim=-1),
         }
 
+    def _local(self, x: Tensor, mu: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], Tensor]]:
+        """Mean centroid over the site's neighbourhood of ``x``, and its spread."""
+        site, generator = self.site, self.site.generator
+        assert site.radius is not None
+        assert self.tracker is not None
+        if generator is None or self.tracker.trial is not None:  # The user's is for their passes.
+            generator = torch.Generator(x.device).manual_seed(0)
+        local = mean_over_neighbourhood(
+            mu,
+            x,
+            radius=site.radius,
+            n_samples=site.n_samples,
+            neighbourhood=site.neighbourhood,
+            generator=generator,
+        )
+        return {
+            "": lambda: local.mean.to(at_least_float32(x)),
+            "_variance": lambda: local.variance,
+            "_standard_error": lambda: local.standard_error,
+        }
+
 
 class Capture:
     """Puts the values of some hook points aside, as they are after every hook of the user's.
@@ -206,6 +241,11 @@ class Capture:
             self._owner.register_forward_hook(self._leave, always_call=True),
         ]
 
+    def reset(self) -> None:
+        """Forget calls that never ended."""
+        while self._calls:
+            self._leave(None, None, None)
+
     def _enter(self, _module: nn.Module, _args: Any) -> None:
         hooks: list[RemovableHandle] = []
         self._calls.append(hooks)
@@ -218,7 +258,7 @@ class Capture:
                 for i, point in enumerate(points)
             ]
 
-    def _leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
         if self._calls:  # Not if we were detached within the call.
             for hook in self._calls.pop():
                 hook.remove()
@@ -250,8 +290,7 @@ class MLPReader(Reader):
         super().__init__(*args, **kwargs)
         self.parts = parts
         self._exit = exit_gate
-        # W_out's identity, and the reading of it by a cotangent that never changes.
-        self._read: tuple[tuple[int, int], Tensor] | None = None
+        self._checked: tuple[int, int] | None = None
 
     @property
     def mlp(self) -> MLP:
@@ -268,6 +307,7 @@ class MLPReader(Reader):
         capture = Capture(
             self.parts.entry, self._pre_activation_points, self.is_wanted, self._on_pre
         )
+        self._captures.append(capture)
         self._hooks += capture.register()
         if self.site.expert or self.site.radius is not None:
             tracker.watch(self.parts.input_gate, self)
@@ -317,7 +357,7 @@ class MLPReader(Reader):
             def mu_at(samples: Tensor) -> Tensor:
                 return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, dtype=dtype)
 
-            self._show(_local(self.site, x.to(dtype), mu_at))
+            self._show(self._local(x.to(dtype), mu_at))
         elif not self.site.expert:
             self._show({"": lambda: centroid_of_neurons(mlp, pre, s, dtype=dtype)})
         else:
@@ -331,11 +371,11 @@ class MLPReader(Reader):
         if v is not None or not isinstance(self.site.v, _FIXED):
             return read_direction(mlp, self._at(y) if v is None else v, dtype=dtype)
         identity = mlp.W_out.data_ptr(), mlp.W_out._version
-        if self._read is None or self._read[0] != identity:
+        if self._checked != identity:
             self.check()  # Weights may have been processed, trained or moved since.
-            ones = isinstance(self.site.v, Ones)
-            self._read = identity, read_direction(mlp, None if ones else self._fixed(), dtype=dtype)
-        return self._read[1]
+            self._checked = identity
+        ones = isinstance(self.site.v, Ones)
+        return read_direction(mlp, None if ones else self._fixed(), dtype=dtype)
 
     def _fixed(self) -> Tensor | None:
         """The cotangent, if it is the same in every pass."""
@@ -397,6 +437,7 @@ class HeadReader(Reader):
     def install(self, tracker: Tracker) -> None:
         super().install(tracker)
         capture = Capture(self.attn, self.value_points, self.is_wanted, self._on_values)
+        self._captures.append(capture)
         self._hooks += capture.register()
         if self.site.expert:
             start = attention_input(self.attn)
@@ -409,6 +450,15 @@ class HeadReader(Reader):
         unknown = [h for h in self.site.members if h >= n_heads]
         if unknown:
             raise SiteError(f"{self.path} has heads 0 to {n_heads - 1}, not {unknown}.")
+        if isinstance(self.site.v, _FIXED):
+            W_O = self.weights(at_least_float32(self.attn.W_O))[1].flatten(0, 1)
+            if reads_nothing(W_O, self._at(W_O)):
+                raise VanishingCentroidError(
+                    f"{self.name}: the cotangent is orthogonal to everything these heads write, so "
+                    "the centroid would be rounding noise. TransformerLens' center_writing_weights "
+                    "does this to all ones. Load the model without weight processing, or pass "
+                    "another cotangent."
+                )
 
     def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
         captured = self._pass.captured
@@ -466,7 +516,7 @@ class HeadReader(Reader):
         z = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, heads].to(dtype)
         y = torch.einsum("bthe,hed->btd", z, W_O)
         if v is None:
-            v = self._pass.weigh(self._at(y), y, self._positions)
+            v = self._pass.weigh(self._at(y), y, self.positions)
         mu = self.centroid(pattern, v.to(dtype))
         self._show(self._expert(mu, mu if x is None else x, y, v.to(dtype)))
 
@@ -518,17 +568,17 @@ class VJPReader(Reader):
         """Equal for readers whose cotangents at the same output are."""
         v = self.site.v
         same = v if isinstance(v, Ones | Random) else id(v)
-        return same, tuple(self._positions or ()), self.site.mixes_positions
+        return same, tuple(self.positions or ()), self.site.mixes_positions
 
     def weighed(self, y: Tensor) -> Tensor:
         """The cotangent spread over ``y``."""
         if isinstance(self.site.v, Metric):  # Of the model itself: its output is the logits.
             leaf = y.detach().requires_grad_()
             (v,) = torch.autograd.grad(self.site.v.value(leaf), leaf)
-            return v
+            return at_positions(v, self.positions)
         v = self._at(y)
         if self.site.mixes_positions:
-            return self._pass.weigh(v, y, self._positions)
+            return self._pass.weigh(v, y, self.positions)
         return v.to(y).expand_as(y)
 
 
@@ -567,7 +617,7 @@ class LocalReader(Reader):
         y = tensor.detach()
         assert self.tracker is not None
         v = self._at(y)
-        v = self._pass.weigh(v, y, self._positions) if self.site.mixes_positions else v
+        v = self._pass.weigh(v, y, self.positions) if self.site.mixes_positions else v
         args, kwargs = call
 
         def run(sample: Tensor) -> Tensor:
@@ -579,7 +629,10 @@ class LocalReader(Reader):
 
         with self._pass.outside():
             with self.tracker.silence(self._component):
-                values = _local(self.site, x, mu_at)
+                if self.tracker.trial is not None:
+                    spread = v.to(y).expand_as(y)
+                    self.tracker.trial.note(self, x, y, spread, partial(centroid, run, x))
+                values = self._local(x, mu_at)
             self._show(values)
         return None
 
@@ -620,25 +673,3 @@ def _cached_length(value: Any, layer: int) -> int:
     if hasattr(value, "past_keys"):
         return int(value.past_keys.shape[1])
     return int(value.get_seq_length(layer))
-
-
-def _local(
-    site: Site, x: Tensor, mu: Callable[[Tensor], Tensor]
-) -> dict[str, Callable[[], Tensor]]:
-    assert site.radius is not None
-    generator = site.generator
-    if generator is None:
-        generator = torch.Generator(x.device).manual_seed(0)
-    local = mean_over_neighbourhood(
-        mu,
-        x,
-        radius=site.radius,
-        n_samples=site.n_samples,
-        neighbourhood=site.neighbourhood,
-        generator=generator,
-    )
-    return {
-        "": lambda: local.mean.to(at_least_float32(x)),
-        "_variance": lambda: local.variance,
-        "_standard_error": lambda: local.standard_error,
-    }

@@ -6,7 +6,6 @@ with the same cotangent share one backward pass.
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -24,16 +23,20 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     final_norm,
     hook_points,
-    logits_module,
-    logits_of,
+    logits,
     post_norm,
     score_points,
 )
-from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.passes import Late, Pass
+from lch_plugin.adapters.transformer_lens.gates import (
+    Gate,
+    PointGate,
+    RootOutputGate,
+    RootPointGate,
+)
+from lch_plugin.adapters.transformer_lens.passes import Late, Pass, at_positions
 from lch_plugin.adapters.transformer_lens.readers import Reader, VJPReader
-from lch_plugin.cotangents import Logit, Metric
-from lch_plugin.errors import InputError, NotDifferentiableError, SiteError
+from lch_plugin.cotangents import AnyCotangent, Logit, Metric
+from lch_plugin.errors import InputError, NonFiniteError, NotDifferentiableError, SiteError
 
 _ATTRIBUTE = "_centroid_tracker"
 
@@ -56,12 +59,14 @@ class Trial:
     experts: dict[Reader, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
     recorded: list[Tensor] = field(default_factory=list)
 
-    def note(self, reader: VJPReader, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
-        """Compare a centroid with that of a random cotangent of the same norm."""
+    def note(
+        self, reader: Reader, x: Tensor, y: Tensor, v: Tensor, gradient: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Compare a centroid, ``gradient(v)``, with that of a random cotangent of the same norm."""
         generator = torch.Generator().manual_seed(0)
         r = torch.randn(v.shape, dtype=torch.float64, generator=generator).to(v)
         r = r * (v.norm() / r.norm())
-        (typical,) = _gradients([reader], y, [x], r, keep=True)
+        mu, typical = gradient(v), gradient(r)
         norms = [(float(mu.norm()), float(typical.norm()), x.dtype)]
         if reader.site.kind in ("block", "span") and y.shape == x.shape:
             # The residual stream itself passes a cotangent on as it is.
@@ -89,8 +94,9 @@ class Tracker:
         self._gates: dict[Hashable, Gate] = {}
         self._hooks: list[RemovableHandle] = []
         self._norm_gates: tuple[Gate, Gate] | None = None
-        self._score_gates: list[Gate] = []
-        self._norm_input: Tensor | None = None
+        self._logits_gate: Gate | None = None
+        self._score_gates: list[PointGate] = []
+        self._forward: _Forward | None = None
 
     @property
     def current(self) -> Pass:
@@ -104,11 +110,18 @@ class Tracker:
 
     def add(self, reader: Reader) -> None:
         """Let a reader start, whose hook points are in place."""
-        if not self._hooks:
+        if self._forward is None:
             self._hook_model()
         self.readers[reader.name] = reader
         reader.install(self)
-        if isinstance(reader.site.v, Logit) and self._norm_gates is None:
+        if reader.site.is_late:
+            self._watch_the_end(reader.site.v)
+
+    def _watch_the_end(self, cotangent: AnyCotangent) -> None:
+        if isinstance(cotangent, Metric) and self._logits_gate is None:
+            self._logits_gate = logits(self.model)
+            self._logits_gate.install(self._awaits_logits, self._on_logits)
+        if isinstance(cotangent, Logit) and self._norm_gates is None:
             before, after = self._norm_gates = final_norm(self.model)
             before.install(self._awaits_norm, self._before_norm)
             after.install(self._awaits_norm, self._after_norm)
@@ -121,19 +134,31 @@ class Tracker:
             gate.install(partial(self._is_wanted, gate), partial(self._at, gate))
 
     def forget(self, reader: Reader) -> None:
-        """Undo `add`."""
+        """Undo `add`, also in the middle of a pass."""
         self.readers.pop(reader.name, None)
+        for current in self._passes:
+            current.inputs.pop(reader, None)
+            current.late.pop(reader, None)
+            current.release(reader)
         for key, gate in list(self._gates.items()):
             gate.readers = [r for r in gate.readers if r is not reader]
             if not gate.readers:
                 gate.remove()
                 del self._gates[key]
         if not self.readers:
+            for current in self._passes:
+                current.abandon()
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
-            for gate in (*(self._norm_gates or ()), *self._score_gates):
-                gate.remove()
+            if self._forward is not None:
+                self._forward.remove()
+                self._forward = None
+            ends = (*(self._norm_gates or ()), self._logits_gate, *self._score_gates)
+            for end in ends:
+                if end is not None:
+                    end.remove()
+            self._logits_gate = None
             self._norm_gates = None
             vars(self.model).pop(_ATTRIBUTE, None)
 
@@ -170,7 +195,7 @@ class Tracker:
     def _open(self, readers: list[VJPReader], x: Tensor) -> Tensor:
         replay = None if self.trial is None else self.trial.replay
         for reader in readers:
-            self.current.hold(reader, x, detached=reader.is_detached, replay=replay)
+            self.current.hold(reader, detached=reader.is_detached, replay=replay)
         if self.trial is not None and self.trial.shift is not None:
             x = x.detach() + self.trial.shift
         variable, passed_on = self.current.variable(x)
@@ -190,7 +215,7 @@ class Tracker:
             for reader in readers:
                 if not (reader.site.is_late and isinstance(reader.site.v, Metric)):
                     current.release(reader)
-        if current.is_open or self._caller_differentiates(current):
+        if current.is_open or current.caller_grad:
             return None
         return y.detach()
 
@@ -213,16 +238,12 @@ class Tracker:
             mus = _gradients(group, y, [inputs[r] for r in group], v, keep=keep)
             for reader, mu in zip(group, mus, strict=True):
                 if self.trial is not None:
-                    self.trial.note(reader, inputs[reader], y, mu, v)
+                    x = inputs[reader]
+                    gradient = partial(_gradient, reader, y, x)
+                    self.trial.note(reader, x, y, v, gradient)
                     if self.current.mode is not None:
                         self.trial.recorded = list(self.current.mode.recorded)
                 reader.finish(inputs[reader], y, mu, v)
-
-    def _caller_differentiates(self, current: Pass) -> bool:
-        """Whether what flows on would carry gradients without us."""
-        return current.caller_grad and (
-            current.began_in_graph or any(p.requires_grad for p in self.model.parameters())
-        )
 
     # --------------------------------------------------------- cotangents that come late
 
@@ -238,7 +259,7 @@ class Tracker:
         replaced = None
         if isinstance(reader.site.v, Metric):
             detached = isinstance(reader, VJPReader) and reader.is_detached
-            current.hold(reader, y, detached=detached)
+            current.hold(reader, detached=detached)
             if not y.requires_grad:
                 y, replaced = current.variable(y)
         current.late[reader] = Late(y, finish)
@@ -251,13 +272,13 @@ class Tracker:
         return not self.paused and self.in_model and bool(self._waiting(Logit))
 
     def _before_norm(self, x: Tensor) -> Tensor:
-        self.current.hold(self, x)
-        self._norm_input, passed_on = self.current.variable(x)
+        self.current.hold(self)
+        self.current.norm_input, passed_on = self.current.variable(x)
         return passed_on
 
     def _after_norm(self, y: Tensor) -> Tensor | None:
-        current, x = self.current, self._norm_input
-        self._norm_input = None
+        current = self.current
+        x, current.norm_input = current.norm_input, None
         assert x is not None
         vs: dict[Logit, Tensor] = {}
         try:
@@ -271,8 +292,7 @@ class Tracker:
             del current.late[reader]
             assert isinstance(reader.site.v, Logit)
             self._finish_logit(reader, late, vs[reader.site.v])
-        differentiates = current.is_open or self._caller_differentiates(current)
-        return None if differentiates else y.detach()
+        return None if current.is_open or current.caller_grad else y.detach()
 
     def _through_unembedding(self, cotangent: Logit, y: Tensor) -> Tensor:
         W_U = self.model.W_U
@@ -295,7 +315,8 @@ class Tracker:
             with self.current.outside(), torch.enable_grad(), self.silence(self.model):
                 y = late.y.detach().requires_grad_()
                 (v,) = torch.autograd.grad(norm(y), y, v)
-        late.finish(v.reshape_as(late.y))
+        v = v.reshape_as(late.y)
+        late.finish(at_positions(v, reader.positions) if reader.site.mixes_positions else v)
 
     def _metric(self, metric: Metric, logits: Tensor) -> Tensor:
         try:
@@ -305,13 +326,11 @@ class Tracker:
                 raise
             return logits.sum()  # Three tokens need not have the positions that the metric reads.
 
-    def _on_logits(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _awaits_logits(self) -> bool:
+        return not self.paused and self.in_model and bool(self._waiting(Metric))
+
+    def _on_logits(self, logits: Tensor) -> None:
         waiting = self._waiting(Metric)
-        if self.paused or not waiting:
-            return None
-        logits = logits_of(self.model, output)
-        if logits is None:
-            raise SiteError(f"{[r.name for r in waiting]} need logits, and the model gave none.")
         by_metric: dict[int, list[Reader]] = {}
         for reader in waiting:
             by_metric.setdefault(id(reader.site.v), []).append(reader)
@@ -323,16 +342,20 @@ class Tracker:
                 self._metric(metric, logits), ys, retain_graph=True, allow_unused=True
             )
             for reader, v in zip(readers, vs, strict=True):
+                if v is not None and not bool(v.isfinite().all()):
+                    raise NonFiniteError(
+                        f"metric {metric.name!r}: its gradient in what {reader.path} writes has "
+                        f"{int((~v.isfinite()).sum())} of {v.numel()} values NaN or infinite."
+                    )
                 if v is None:
                     raise NotDifferentiableError(
                         f"metric {metric.name!r} does not depend on what {reader.path} writes."
                     )
                 with self.current.outside():
-                    waiting[reader].finish(v)
+                    waiting[reader].finish(at_positions(v, reader.positions))
         for reader in waiting:
             self.current.late.pop(reader, None)
             self.current.release(reader)
-        return None
 
     # ------------------------------------------------------------------- the model's passes
 
@@ -340,12 +363,7 @@ class Tracker:
         # A bridge's run_with_cache and generation by HuggingFace call the original model alone.
         model = self.model
         hooked = isinstance(model, HookedTransformer)
-        root = model if hooked else model.original_model
-        self._hooks += [
-            root.register_forward_pre_hook(self._enter, with_kwargs=True),
-            logits_module(model).register_forward_hook(self._on_logits),
-            root.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._forward = _Forward(self, model if hooked else model.original_model)
         if hooked:
             self._hooks += [
                 block.register_forward_pre_hook(self._note_mask, with_kwargs=True)
@@ -355,24 +373,44 @@ class Tracker:
         for gate in self._score_gates:
             gate.install(self._has_padding, _guard_masked_rows)
 
-    def _enter(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
+    def enter(self, kwargs: dict[str, Any]) -> None:
+        """A pass of the whole model begins."""
         self._passes.append(Pass())
         self.current.caches = [kwargs.get("past_kv_cache"), kwargs.get("past_key_values")]
         self._set_mask(kwargs.get("decoder_attention_mask", kwargs.get("attention_mask")))
+        for gate in self._root_gates():
+            gate.enter()
 
-    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def see(self, output: Any) -> None:
+        """It has computed this, and is not over yet."""
+        for gate in (*self._gates.values(), self._logits_gate):
+            if isinstance(gate, RootOutputGate):
+                gate.see(output)
+
+    def leave(self, output: Any, error: BaseException | None) -> Any:
+        """It ends, with an output or an error."""
+        for gate in self._root_gates():
+            gate.leave()
         if not self.in_model:
-            return None  # Attached within the call.
+            return output  # Attached within the call.
         current = self._passes.pop()
         current.abandon()
-        if not current.has_graph or self._caller_differentiates(current):
-            return None
+        if error is not None and not self.in_model:
+            # Torch does not call hooks on leaving a module by an interrupt.
+            for stateful in (*self._gates.values(), *self._score_gates, *self.readers.values()):
+                stateful.reset()
+        if not current.has_graph or current.caller_grad:
+            return output
         for cache in (*current.caches, getattr(output, "past_key_values", None)):
             _detach_cache(cache)
-        error = sys.exc_info()[1]
+        for scores in self._score_gates:
+            _detach_attributes(scores.owner)
         if isinstance(error, StopAtLayerException):  # On its way to become the return value.
             error.layer_output = _detached(error.layer_output)
         return _detached(output)
+
+    def _root_gates(self) -> list[RootPointGate]:
+        return [gate for gate in self._gates.values() if isinstance(gate, RootPointGate)]
 
     def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
         self._set_mask(kwargs.get("attention_mask"))
@@ -382,8 +420,46 @@ class Tracker:
         return self.current.is_open and mask is not None and not bool(mask.all())
 
     def _set_mask(self, mask: Any) -> None:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self.current.mask = mask.bool()
+        if not isinstance(mask, Tensor) or mask.ndim < 2:
+            return
+        if mask.is_floating_point():  # Added to the scores: a large negative number forbids.
+            mask = mask > -1e4
+        # Of a mask by query, a position is a token if anything attends to it.
+        self.current.mask = mask.bool().flatten(1, -2).any(1) if mask.ndim > 2 else mask.bool()
+
+
+class _Forward:
+    """Stands in for a module's ``forward`` to see every pass begin and end.
+
+    Not hooks: TransformerLens calls ``forward`` itself in places, and torch calls no hook when a
+    module is left by an interrupt.
+    """
+
+    def __init__(self, tracker: Tracker, root: Any) -> None:
+        self._tracker, self._root = tracker, root
+        self._before = vars(root).get("forward")
+        root.forward = self
+
+    def remove(self) -> None:
+        """Give the module its own back."""
+        if self._before is None:
+            vars(self._root).pop("forward", None)
+        else:
+            self._root.forward = self._before
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self._before or partial(type(self._root).forward, self._root)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._tracker.enter(kwargs)
+        try:
+            output = self.__wrapped__(*args, **kwargs)
+            self._tracker.see(output)
+        except BaseException as error:
+            self._tracker.leave(None, error)
+            raise
+        return self._tracker.leave(output, None)
 
 
 class _Finish:
@@ -455,6 +531,10 @@ def _gradients(
     return list(mus)
 
 
+def _gradient(reader: VJPReader, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    return _gradients([reader], y, [x], v, keep=True)[0]
+
+
 def _no_path(readers: list[VJPReader]) -> str:
     return (
         f"{[r.name for r in readers]}: no gradient path leads from the output back to the input. "
@@ -473,6 +553,13 @@ def _detached(output: Any) -> Any:
         for key in list(output):
             output[key] = _detached(output[key])
     return output
+
+
+def _detach_attributes(module: Any) -> None:
+    """A bridge's attention keeps its last pattern, which must not keep this pass's graph alive."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
+            setattr(module, name, value.detach())
 
 
 def _detach_cache(cache: Any) -> None:
