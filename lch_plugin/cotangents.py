@@ -216,13 +216,18 @@ def as_cotangent(value: Float[Tensor, " d_out"] | AnyCotangent | None) -> AnyCot
     )
 
 
+def is_fixed(cotangent: AnyCotangent) -> bool:
+    """Whether it is one direction, whatever the component computes."""
+    return isinstance(cotangent, Ones | Vector | Random)
+
+
 def evaluate(cotangent: Cotangent, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, ...]:
     """``cotangent.at(y)``, held to what it has to be.
 
     Raises:
         InputError: it does not broadcast to ``y``, is not finite or all zeros.
     """
-    ours = isinstance(cotangent, Ones | Vector | Random)
+    ours = is_fixed(cotangent)
     # A copy for others, which may write to it.
     v = cotangent.at(y.detach() if ours else y.detach().clone())
     if not isinstance(v, Tensor):

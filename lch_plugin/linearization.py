@@ -20,6 +20,8 @@ gradients alone:
 - ``topk`` and ``clamp``: which entries are taken, or within the bounds
 
 Other piecewise-linear functions (max, sort) keep their Jacobians, which are exact within a piece.
+So does every function that is not named here, and then what is left is *not* affine:
+`lch_plugin.attach` finds out, `detached` takes your word for it.
 """
 
 from __future__ import annotations
@@ -33,17 +35,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lch_plugin.errors import NotDifferentiableError
+
 
 def detached(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``fn`` with the same values and the gradients of its detached linearisation.
 
     For `lch_plugin.centroid` and `lch_plugin.affine_expert`: ``lch.affine_expert(detached(fn), x)``
-    is the expert ``v . f(x) = mu . x + offset`` in which the offset is due to biases alone.
+    is the expert ``v . f(x) = mu . x + offset`` in which the offset is due to biases alone, if
+    ``fn`` is made of linear functions and those that this module names.
+
+    Raises (when called):
+        NotDifferentiableError: an in-place product of two tensors that both depend on ``x``.
     """
 
     def linear(x: Tensor) -> Tensor:
         with DetachedMode() as mode:
-            return fn(mode.follow(x))
+            return fn(mode.follow(x.view_as(x)))
 
     return linear
 
@@ -74,6 +82,9 @@ class DetachedMode(TorchFunctionMode):
         if self._paused or not any(_varies(a) or _is_gate(a) for a in _tensors(args, kwargs)):
             return func(*args, **kwargs)
         rule = _RULES.get(func)
+        if rule is not None:  # The rules take what they look at by position.
+            named = [kwargs.pop(name) for name in ("input", "other") if name in kwargs]
+            args = (*named, *args) if len(named) < 2 or not args else (*args, *named)
         result = func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
         if any(_varies(a) for a in _tensors(args, kwargs)):
             for tensor in _tensors((result,), {}):
@@ -166,7 +177,12 @@ def _product(mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> An
     if _varies(a) and _varies(b):
         if _is_gate(b) and not _is_gate(a):
             return func(a, mode.fix(b), **kwargs)
-        return torch.mul(mode.fix(a), b) if func in _IN_PLACE else func(mode.fix(a), b, **kwargs)
+        if func in _IN_PLACE:
+            raise NotDifferentiableError(
+                "an in-place product of two tensors that both depend on the input has no detached "
+                "linearisation. Write a * b, or use the Jacobian."
+            )
+        return func(mode.fix(a), b, **kwargs)
     # A gate written out by hand is a product with a fixed factor: x * sigmoid(x).
     product = func(a, b, **kwargs)
     return _mark(product) if marks else product
@@ -315,7 +331,11 @@ _RULES: dict[Any, Callable[..., Any]] = {
         _quotient,
     ),
     **dict.fromkeys(
-        (torch.matmul, _T.matmul, _T.__matmul__, torch.bmm, _T.bmm, torch.einsum), _contraction
+        (
+            *(torch.matmul, _T.matmul, _T.__matmul__, torch.mm, _T.mm, torch.bmm, _T.bmm),
+            *(torch.einsum, F.linear, torch.outer),
+        ),
+        _contraction,
     ),
     **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), _sum),
     **dict.fromkeys((torch.pow, _T.pow, _T.__pow__, *_SQUARES), _power),

@@ -34,7 +34,6 @@ Kind = Literal["mlp", "neuron", "attn", "head", "block", "span", "model"]
 Linearization = Literal["jacobian", "detached"]
 
 _INDEXED = ("neuron", "head")
-_CLOSED_FORM = ("neuron", "head")
 _MIXES_POSITIONS = ("attn", "head", "block", "span", "model")
 # Beyond this many members a group of neurons or heads goes by its label.
 _MAX_SPELLED = 4
@@ -185,7 +184,12 @@ class Site:
                 f"linearization={self.linearization!r} is not known; use one of "
                 f"{get_args(Linearization)}."
             )
-        if self.linearization == "detached" and self.kind in _CLOSED_FORM:
+        if self.linearization == "detached" and self.is_late and isinstance(self.v, Metric):
+            raise InputError(
+                f"cotangent {self.v.name!r} is a gradient through everything downstream, in the "
+                "same pass, which 'detached' would change as well: use the Jacobian, or a Logit."
+            )
+        if self.linearization == "detached" and self.kind in _INDEXED:
             raise InputError(f"a {self.kind} has one linearisation: leave it at 'jacobian'.")
         if not re.fullmatch(r"\w*", self.label, re.ASCII) or _RESERVED.search(self.label):
             raise InputError(
@@ -194,7 +198,7 @@ class Site:
             )
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise InputError(f"compute_dtype={self.compute_dtype} must be floating point.")
-        if self.compute_dtype is not None and self.kind not in ("mlp", *_CLOSED_FORM):
+        if self.compute_dtype is not None and self.kind not in ("mlp", *_INDEXED):
             raise InputError(
                 f"compute_dtype={self.compute_dtype}: a {self.kind} is differentiated as the model "
                 "runs it, in the model's dtype. Load the model in the dtype you want."

@@ -183,3 +183,24 @@ def test_paused_gradients_are_as_usual() -> None:
     (paused,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(paused, lch.centroid(F.gelu, x.detach()))
     assert not mode.recorded
+
+
+def test_products_in_place_are_refused_and_arguments_may_be_named() -> None:
+    x = torch.randn(1, D, dtype=F64, generator=generator())
+
+    def in_place(t: Tensor) -> Tensor:
+        h = 2 * t
+        h.mul_(t + 1)
+        return h
+
+    with pytest.raises(lch.NotDifferentiableError, match=r"a \* b"):
+        lch.centroid(lch.detached(in_place), x)
+    by_name = lch.centroid(lch.detached(lambda t: torch.mul(input=t, other=F.gelu(input=t))), x)
+    by_position = lch.centroid(lch.detached(lambda t: t * F.gelu(t)), x)
+    assert torch.equal(by_name, by_position)
+
+
+def test_the_callers_tensor_is_left_as_it_was() -> None:
+    x = torch.randn(1, D, dtype=F64)
+    lch.detached(F.gelu)(x)
+    assert not vars(x)

@@ -182,26 +182,32 @@ def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[
         place = hook.rpartition(".")[0]
         known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
         raise SiteError(
-            f"hook_name={hook!r} is no hook point of this model. Beside it are {known}; centroids "
-            "are at blocks.L.mlp.hook_centroid."
+            f"hook_name={hook!r} is no hook point of this model. Beside it are {known}. Centroids "
+            "of mlp, attn and block are attached for you; attach other sites with lch.attach first."
         )
     if hook in attached_readers(model) and config.hook_head_index is not None:
         raise InputError(
             f"hook_head_index={config.hook_head_index}: a centroid has no heads. Set it to None."
         )
+    if config.context_size > n_ctx:
+        raise InputError(
+            f"context_size={config.context_size} is longer than the model's context of {n_ctx} "
+            f"tokens. Set context_size to {n_ctx} or less."
+        )
     with torch.no_grad():
-        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        value = model.run_with_cache(token, names_filter=[hook])[1][hook]
+        device = next(model.parameters()).device
+        tokens = torch.zeros(1, config.context_size, dtype=torch.long, device=device)
+        value = model.run_with_cache(tokens, names_filter=[hook])[1][hook]
+    if value.ndim < 3:
+        raise InputError(
+            f"{hook} has shape {tuple(value.shape)}, not (batch, pos, d_in): there is nothing to "
+            "train an SAE on."
+        )
     # SAELens joins the head dimension to the last, unless it is told which head to take.
     width = value[0, 0].numel() if config.hook_head_index is None else value.shape[-1]
     if config.sae.d_in != width:
         raise InputError(
             f"sae.d_in={config.sae.d_in}, but {hook} has {width} dimensions. Set d_in={width}."
-        )
-    if config.context_size > n_ctx:
-        raise InputError(
-            f"context_size={config.context_size} is longer than the model's context of {n_ctx} "
-            f"tokens. Set context_size to {n_ctx} or less."
         )
     buffer = config.n_batches_in_buffer * config.context_size
     if buffer < config.train_batch_size_tokens:

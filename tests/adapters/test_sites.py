@@ -596,6 +596,39 @@ def test_local_centroids_equal_those_of_a_callable(gpt2: Any, kind: str) -> None
     assert_close(cache[name + "_standard_error"], truth.standard_error, 1e-9)
 
 
+def test_the_default_neighbourhood_is_the_ball(gpt2: Any) -> None:
+    kw: dict[str, Any] = {"layers": 1, "radius": 0.5, "n_samples": 8}
+    mus = read(
+        gpt2,
+        Site("mlp", **kw),
+        Site("mlp", neighbourhood="ball", label="ball", **kw),
+        Site("mlp", neighbourhood="gaussian", label="gaussian", **kw),
+    )
+    plain, ball, gaussian = (
+        mus[f"blocks.1.mlp.hook_centroid{label}"] for label in ("", "_ball", "_gaussian")
+    )
+    assert torch.equal(plain, ball)
+    assert models.relative_error(gaussian, plain) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attn", "block"])
+def test_in_training_mode_local_centroids_leave_dropout_and_random_state_alone(kind: Any) -> None:
+    model = models.bridge("gpt2").train()
+    modes = [m.training for m in model.original_model.modules()]
+
+    def logits() -> Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return model(IDS)
+
+    expected = logits()
+    with lch.attach(model, site=Site(kind, radius=0.1, n_samples=2)) as handle:
+        assert torch.equal(logits(), expected)
+        with model.hooks([(name, lambda value, hook: None) for name in handle.hook_names]):
+            assert torch.equal(logits(), expected)
+    assert [m.training for m in model.original_model.modules()] == modes
+
+
 def test_without_a_generator_the_same_points_are_drawn_and_the_global_state_is_left(
     gpt2: Any,
 ) -> None:
@@ -765,6 +798,16 @@ def test_detached_sites_leave_the_logits_to_the_last_bit(model: Any) -> None:
         logits, cache = model.run_with_cache(IDS, names_filter=handle.hook_names)
     assert torch.equal(logits, expected)
     assert len(cache) == 3
+
+
+def test_detached_sites_are_refused_where_they_would_change_the_callers_gradients(
+    gpt2: Any,
+) -> None:
+    with lch.attach(gpt2, site=Site("block", linearization="detached")) as handle:
+        with pytest.raises(lch.SiteError, match=r"no_grad\(\)"):
+            gpt2.run_with_cache(IDS, names_filter=handle.hook_names)
+        assert torch.is_grad_enabled()
+        assert torch._C._len_torch_function_stack() == 0
 
 
 def test_one_pass_has_one_linearisation(gpt2: Any) -> None:
@@ -1001,6 +1044,29 @@ def test_an_attached_model_can_be_copied_also_after_use(name: str) -> None:
     assert all(torch.equal(found[hook], expected[hook]) for hook in expected)
 
 
+def test_the_stacks_of_an_encoder_decoder_have_masks_of_their_own() -> None:
+    from tests import families
+
+    model = families.bridge("bart")
+    ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0))
+    decoder_ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    with lch.attach(model, site="block") as handle, torch.no_grad():
+
+        def run(**masks: Tensor) -> dict[str, Tensor]:
+            kw = {"names_filter": handle.hook_names, "decoder_input_ids": decoder_ids, **masks}
+            return dict(model.run_with_cache(ids, **kw)[1])
+
+        of_encoder = run(attention_mask=mask)
+        of_decoder = run(attention_mask=torch.ones_like(mask), decoder_attention_mask=mask)
+    encoder, decoder = "encoder_blocks.0.hook_centroid", "decoder_blocks.0.hook_centroid"
+    assert not of_encoder[encoder][1, 3:].any()
+    assert of_encoder[decoder][1, 3:].any(-1).all()
+    assert not of_decoder[decoder][1, 3:].any()
+    assert of_decoder[encoder][1, 3:].any(-1).all()
+
+
 @pytest.mark.parametrize("additive", [False, True])
 def test_padding_is_found_in_masks_by_query(gpt2: Any, additive: bool) -> None:
     mask = torch.ones(2, 6, dtype=torch.bool)
@@ -1122,6 +1188,11 @@ def test_hidden_graphs_do_not_leak_into_a_cache_of_keys_and_values(gpt2: Any) ->
         (lch.InputError, "generator=3", {"radius": 0.1, "generator": 3}),
         (lch.InputError, "compute_dtype='float32'", {"compute_dtype": "float32"}),
         (lch.InputError, "label=None", {"label": None}),
+        (
+            lch.InputError,
+            "through everything downstream",
+            {"kind": "block", "linearization": "detached", "cotangent": logit_difference(3, 4)},
+        ),
         (lch.InputError, "twice", {"kind": "head", "index": [1, 1]}),
     ],
 )
@@ -1184,6 +1255,32 @@ def test_attention_that_reads_by_head_is_refused(flag: str, kind: Any) -> None:
     getattr(model, f"set_{flag}")(True)
     with pytest.raises(lch.SiteError, match="Turn off"):
         lch.attach(model, site=Site(kind, index=0 if kind == "head" else None))
+
+
+def test_an_mlp_that_is_differentiated_has_no_compute_dtype() -> None:
+    from tests import families
+
+    site = Site("mlp", compute_dtype=F64)
+    with pytest.raises(lch.InputError, match="differentiated in the model's dtype"):
+        lch.attach(families.bridge("mixtral"), site=site)
+
+
+def test_hooks_that_break_the_graph_in_place_are_named(gpt2: Any) -> None:
+    def ablate(pattern: Tensor, hook: Any) -> Tensor:
+        pattern[:, 0] = 0
+        return pattern
+
+    with lch.attach(gpt2, site="attn") as handle, torch.no_grad():
+        with gpt2.hooks([("blocks.1.attn.hook_pattern", ablate)]):
+            with pytest.raises(lch.NotDifferentiableError, match="Return a new tensor"):
+                gpt2.run_with_cache(IDS, names_filter=handle.hook_names)
+
+
+def test_heads_under_a_cache_have_no_offset(gpt2: Any) -> None:
+    with lch.attach(gpt2, site=Site("head", 1, 0, expert=True)) as handle:
+        with gpt2.hooks([(handle.hook_names[0], lambda value, hook: None)]):
+            with pytest.raises(lch.SiteError, match="key-value cache"):
+                gpt2.generate(IDS[:1], max_new_tokens=2, verbose=False, do_sample=False)
 
 
 def test_weights_edited_through_data_are_seen() -> None:

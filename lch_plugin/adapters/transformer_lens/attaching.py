@@ -244,6 +244,11 @@ def _mlp_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
 
 def _differentiated_mlp(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
     path = f"{stack}.{layer}.mlp"
+    if site.compute_dtype is not None:
+        raise InputError(
+            f"compute_dtype={site.compute_dtype}: {path} has no closed form here and is "
+            "differentiated in the model's dtype. Load the model in the dtype you want."
+        )
     component = getattr(model, stack)[layer].mlp
     points = _points(model, site, layer, component, path, site.suffix)
     start, end = anatomy.mlp_gates(component)

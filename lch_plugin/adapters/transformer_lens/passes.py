@@ -39,14 +39,14 @@ class Pass:
     """State of one forward pass.
 
     Attributes:
-        mask: which positions are tokens and not padding, if the model was told.
+        masks: by list of blocks, which positions are tokens and not padding, if the model was told.
         inputs: by reader, what its component has read and not yet turned into an output.
         captured: by reader, tensors it has put aside.
         late: by reader, centroids that wait for a cotangent.
     """
 
     def __init__(self) -> None:
-        self.mask: Bool[Tensor, "batch pos"] | None = None
+        self.masks: dict[str, Bool[Tensor, "batch pos"]] = {}
         self.inputs: dict[Any, Tensor] = {}
         self.captured: dict[Any, Any] = {}
         self.late: dict[Any, Late] = {}
@@ -89,6 +89,11 @@ class Pass:
             raise SiteError(
                 f"{holder} needs gradients, which torch.inference_mode() rules out. Run the model "
                 "under torch.no_grad()."
+            )
+        if detached and self.caller_grad:
+            raise SiteError(
+                f"{holder} is a detached linearisation, which changes gradients, and the caller "
+                "has gradients on. Run the model under torch.no_grad()."
             )
         if any(other != detached for other in self._holders.values()):
             raise SiteError(
@@ -140,21 +145,24 @@ class Pass:
         # A copy, so that a hook of the user's may write to it in place.
         return x, x.clone()
 
-    def weigh(self, v: Tensor, y: Tensor, positions: list[int] | None) -> Tensor:
+    def weigh(
+        self, v: Tensor, y: Tensor, positions: list[int] | None, stack: str = "blocks"
+    ) -> Tensor:
         """A cotangent spread over the output positions that count.
 
         Args:
             v: broadcasts to ``y``.
             y: output, of shape ``(batch, pos, d_out)``.
             positions: those that count; all but padding if None.
+            stack: list of blocks that ``y`` comes from.
 
         Raises:
             SiteError: no such position.
         """
         v = at_positions(v.to(y).expand_as(y), positions)
-        n_pos = y.shape[-2]
-        if self.mask is not None and self.mask.shape[-1] >= n_pos and y.ndim == 3:
-            mask = self.mask[:, -n_pos:].to(y.device)
+        n_pos, mask = y.shape[-2], self.masks.get(stack)
+        if mask is not None and mask.shape[-1] >= n_pos and y.ndim == 3:
+            mask = mask[:, -n_pos:].to(y.device)
             if not bool(mask.all()) and mask.shape[0] == y.shape[0]:
                 v = v * mask[..., None].to(y.dtype)
         return v

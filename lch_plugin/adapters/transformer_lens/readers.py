@@ -22,7 +22,7 @@ from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.passes import Pass, at_positions
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.centroids import centroid, mean_over_neighbourhood
-from lch_plugin.cotangents import Cotangent, Metric, Ones, Random, Vector, evaluate
+from lch_plugin.cotangents import Cotangent, Logit, Metric, Ones, Random, Vector, evaluate, is_fixed
 from lch_plugin.errors import InputError, NonFiniteError, SiteError, VanishingCentroidError
 from lch_plugin.mlp import (
     MLP,
@@ -35,10 +35,6 @@ from lch_plugin.sites import Site, integers
 
 if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens.tracker import Tracker
-
-
-# Cotangents that are the same in every pass.
-_FIXED = (Ones, Vector, Random)
 
 
 class Reader:
@@ -86,7 +82,14 @@ class Reader:
             "layer": self.layer,
             "cotangent": v.v.tolist() if isinstance(v, Vector) else v.name,
             "linearization": self.site.linearization,
+            "label": self.site.label,
         }
+        if isinstance(v, Logit) and v.position is not None:
+            record["cotangent_position"] = v.position
+        if self.stack != "blocks":
+            record["stack"] = self.stack
+        if self.site.compute_dtype is not None:
+            record["compute_dtype"] = str(self.site.compute_dtype)
         if self.start != self.layer:
             record["first_layer"] = self.start
         if self.site.members:
@@ -140,6 +143,11 @@ class Reader:
         return self.tracker.current
 
     @property
+    def stack(self) -> str:
+        """The list of blocks it belongs to."""
+        return self.path.partition(".")[0] or "blocks"
+
+    @property
     def positions(self) -> list[int] | None:
         """Output positions that count; all if None."""
         positions = self.site.output_positions
@@ -155,7 +163,7 @@ class Reader:
             return evaluate(v, y)
         except InputError:
             # What fits the user's sequences need not fit the three tokens of a trial.
-            if isinstance(v, _FIXED) or self.tracker is None or self.tracker.trial is None:
+            if is_fixed(v) or self.tracker is None or self.tracker.trial is None:
                 raise
             return torch.ones_like(y)
 
@@ -368,7 +376,7 @@ class MLPReader(Reader):
 
     def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Weight of each neuron in ``v . f(x)``."""
-        if v is not None or not isinstance(self.site.v, _FIXED):
+        if v is not None or not is_fixed(self.site.v):
             return read_direction(mlp, self._at(y) if v is None else v, dtype=dtype)
         identity = mlp.W_out.data_ptr(), mlp.W_out._version
         if self._checked != identity:
@@ -381,7 +389,7 @@ class MLPReader(Reader):
         """The cotangent, if it is the same in every pass."""
         W_out = self.parts.weights.W_out
         like = W_out.new_empty(1, W_out.shape[-1], dtype=at_least_float32(W_out))
-        return self._at(like) if isinstance(self.site.v, _FIXED) else None
+        return self._at(like) if is_fixed(self.site.v) else None
 
 
 class NeuronReader(MLPReader):
@@ -450,7 +458,7 @@ class HeadReader(Reader):
         unknown = [h for h in self.site.members if h >= n_heads]
         if unknown:
             raise SiteError(f"{self.path} has heads 0 to {n_heads - 1}, not {unknown}.")
-        if isinstance(self.site.v, _FIXED):
+        if is_fixed(self.site.v):
             W_O = self.weights(at_least_float32(self.attn.W_O))[1].flatten(0, 1)
             if reads_nothing(W_O, self._at(W_O)):
                 raise VanishingCentroidError(
@@ -516,9 +524,17 @@ class HeadReader(Reader):
         z = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, heads].to(dtype)
         y = torch.einsum("bthe,hed->btd", z, W_O)
         if v is None:
-            v = self._pass.weigh(self._at(y), y, self.positions)
+            v = self._pass.weigh(self._at(y), y, self.positions, self.stack)
         mu = self.centroid(pattern, v.to(dtype))
-        self._show(self._expert(mu, mu if x is None else x, y, v.to(dtype)))
+        if x is None:
+            self._show({"": lambda: mu})
+            return
+        if x.shape != mu.shape:
+            raise SiteError(
+                f"{self.name}: with a key-value cache the head reads earlier tokens as well, which "
+                "are not at hand for its offset. Run the whole sequence at once."
+            )
+        self._show(self._expert(mu, x, y, v.to(dtype)))
 
 
 class VJPReader(Reader):
@@ -578,7 +594,7 @@ class VJPReader(Reader):
             return at_positions(v, self.positions)
         v = self._at(y)
         if self.site.mixes_positions:
-            return self._pass.weigh(v, y, self.positions)
+            return self._pass.weigh(v, y, self.positions, self.stack)
         return v.to(y).expand_as(y)
 
 
@@ -617,7 +633,7 @@ class LocalReader(Reader):
         y = tensor.detach()
         assert self.tracker is not None
         v = self._at(y)
-        v = self._pass.weigh(v, y, self.positions) if self.site.mixes_positions else v
+        v = self._pass.weigh(v, y, self.positions, self.stack) if self.site.mixes_positions else v
         args, kwargs = call
 
         def run(sample: Tensor) -> Tensor:

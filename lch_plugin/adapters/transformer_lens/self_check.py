@@ -33,8 +33,8 @@ from lch_plugin.adapters.transformer_lens.readers import (
     Reader,
     VJPReader,
 )
-from lch_plugin.adapters.transformer_lens.tracker import Trial, silenced, tracker_of
-from lch_plugin.cotangents import Ones, Random, Vector, evaluate
+from lch_plugin.adapters.transformer_lens.tracker import Trial, evaluating, silenced, tracker_of
+from lch_plugin.cotangents import Cotangent, evaluate, is_fixed
 from lch_plugin.errors import SiteError, VanishingCentroidError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import mlp_centroid
@@ -199,8 +199,9 @@ def _keep(inputs: dict[Any, Tensor], reader: MLPReader, x: Tensor) -> None:
 def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
     """Hold what the hook point gave to the closed form at what the MLP read."""
     v = reader.site.v
-    if reader.site.radius is not None or not isinstance(v, Ones | Vector | Random):
+    if reader.site.radius is not None or not is_fixed(v):
         return
+    assert isinstance(v, Cotangent)
     mlp = reader.parts.weights
     y = mlp.activations(mlp.pre_activations(x)) @ mlp.W_out.to(x.dtype)
     mu = mlp_centroid(mlp, mlp.pre_activations(x), evaluate(v, y), dtype=hooked.dtype)
@@ -348,7 +349,7 @@ def trial_pass(model: LensModel) -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
-        _evaluating(model),
+        evaluating(model),
         silenced(model),
     ):
         yield
@@ -377,15 +378,3 @@ def _noise_shape(model: LensModel) -> tuple[int, ...] | None:
     if hasattr(config, "num_mel_bins"):
         return 1, config.max_length, config.num_mel_bins
     return 1, 20 * math.prod(config.conv_stride)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no random numbers), each module restored to its own mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -98,6 +98,9 @@ class Tracker:
         self._score_gates: list[PointGate] = []
         self._forward: _Forward | None = None
 
+    def __repr__(self) -> str:
+        return f"the final norm, for {[r.name for r in self._waiting(Logit)]}"
+
     @property
     def current(self) -> Pass:
         """The innermost forward pass."""
@@ -164,10 +167,10 @@ class Tracker:
 
     @contextmanager
     def silence(self, module: nn.Module) -> Iterator[None]:
-        """No hook on any hook point within fires, and no reader reads."""
+        """No hook on any hook point within fires, no reader reads, and nothing drops out."""
         before, self.paused = self.paused, True
         try:
-            with silenced(module):
+            with silenced(module), evaluating(module):
                 yield
         finally:
             self.paused = before
@@ -320,8 +323,8 @@ class Tracker:
 
     def _metric(self, metric: Metric, logits: Tensor) -> Tensor:
         try:
-            return metric.value(logits)
-        except (IndexError, RuntimeError):
+            return metric.value(logits.clone())  # Which it may write to.
+        except IndexError:
             if self.trial is None:
                 raise
             return logits.sum()  # Three tokens need not have the positions that the metric reads.
@@ -377,7 +380,9 @@ class Tracker:
         """A pass of the whole model begins."""
         self._passes.append(Pass())
         self.current.caches = [kwargs.get("past_kv_cache"), kwargs.get("past_key_values")]
-        self._set_mask(kwargs.get("decoder_attention_mask", kwargs.get("attention_mask")))
+        own = "encoder_blocks" if hasattr(self.model, "encoder_blocks") else "blocks"
+        self._set_mask(own, kwargs.get("attention_mask"))
+        self._set_mask("decoder_blocks", kwargs.get("decoder_attention_mask"))
         for gate in self._root_gates():
             gate.enter()
 
@@ -413,19 +418,20 @@ class Tracker:
         return [gate for gate in self._gates.values() if isinstance(gate, RootPointGate)]
 
     def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
-        self._set_mask(kwargs.get("attention_mask"))
+        self._set_mask("blocks", kwargs.get("attention_mask"))
 
     def _has_padding(self) -> bool:
-        mask = self.current.mask
-        return self.current.is_open and mask is not None and not bool(mask.all())
+        masks = self.current.masks.values()
+        return self.current.is_open and not all(bool(mask.all()) for mask in masks)
 
-    def _set_mask(self, mask: Any) -> None:
+    def _set_mask(self, stack: str, mask: Any) -> None:
         if not isinstance(mask, Tensor) or mask.ndim < 2:
             return
         if mask.is_floating_point():  # Added to the scores: a large negative number forbids.
             mask = mask > -1e4
         # Of a mask by query, a position is a token if anything attends to it.
-        self.current.mask = mask.bool().flatten(1, -2).any(1) if mask.ndim > 2 else mask.bool()
+        mask = mask.bool().flatten(1, -2).any(1) if mask.ndim > 2 else mask.bool()
+        self.current.masks[stack] = mask
 
 
 class _Forward:
@@ -516,6 +522,20 @@ def _guard_masked_rows(scores: Tensor) -> None:
         scores.register_hook(partial(torch.Tensor.masked_fill, mask=nothing, value=0.0))
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, no random numbers), each module restored to its own mode."""
+    # A bridge puts the model it wraps into the same mode, which is no submodule of it.
+    modules = [*module.modules(), *getattr(module, "original_model", nn.Module()).modules()]
+    training = [m for m in modules if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
 def _or(replacement: Tensor | None, tensor: Tensor) -> Tensor:
     return tensor if replacement is None else replacement
 
@@ -525,7 +545,15 @@ def _gradients(
 ) -> list[Tensor]:
     if not y.requires_grad:
         raise NotDifferentiableError(_no_path(readers))
-    mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+    try:
+        mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            f"{[r.name for r in readers]}: a hook within wrote to a tensor in place that the "
+            "gradient needs. Return a new tensor from the hook instead."
+        ) from error
     if any(mu is None for mu in mus):
         raise NotDifferentiableError(_no_path(readers))
     return list(mus)
