@@ -22,6 +22,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_readers
+from lch_plugin.cotangents import Logit, logit_difference
 from tests import models
 
 HOOK = "blocks.1.mlp.hook_centroid"
@@ -234,3 +235,56 @@ def test_bad_configurations_are_refused_before_work_starts(tmp_path: Path) -> No
             lch.saes.train(model, data, config(**kw))
         assert not attached_readers(model)
     assert (tmp_path / "taken" / "file").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.attn.hook_centroid", "blocks.2.hook_centroid"])
+def test_attention_and_blocks_are_attached_for_as_long_as_training_takes(hook: str) -> None:
+    model = models.bridge("gpt2")
+    sae = lch.saes.train(model, DATA, config(hook_name=hook))
+    assert sae.cfg.metadata.lch_centroid["site"] == ("attn" if "attn" in hook else "block")
+    assert not attached_readers(model)
+
+
+@pytest.mark.parametrize(
+    ("hook", "site", "record"),
+    [
+        ("blocks.2.hook_centroid_from_1", lch.Site("span", (1, 2)), {"first_layer": 1, "layer": 2}),
+        (
+            "hook_centroid_mlp_1",
+            lch.Site("mlp", 1, cotangent=logit_difference(3, 4, position=9)),
+            {"cotangent": "3_minus_4"},
+        ),
+        (
+            "hook_centroid_block_1_at",
+            lch.Site("block", 1, cotangent=Logit(3, position=9), output_positions=9, label="at"),
+            {"cotangent_position": 9, "output_positions": [9], "label": "at"},
+        ),
+        (
+            "blocks.1.hook_centroid",
+            lch.Site("block", 1, linearization="detached"),
+            {"linearization": "detached"},
+        ),
+        (
+            "blocks.1.attn.hook_centroid_head_2",
+            lch.Site("head", 1, 2),
+            {"index": [2], "site": "head"},
+        ),
+    ],
+)
+def test_saes_train_on_every_kind_of_site(
+    hook: str, site: lch.Site, record: dict[str, Any]
+) -> None:
+    model = models.bridge("gpt2")
+    with lch.attach(model, site=site) as handle:
+        assert handle.hook_names == [hook]
+        sae = lch.saes.train(model, DATA, config(hook_name=hook))
+    assert record.items() <= sae.cfg.metadata.lch_centroid.items()
+
+
+def test_hooks_without_positions_or_not_there_are_refused_with_the_cure() -> None:
+    model = models.bridge("gpt2")
+    with lch.attach(model, site=lch.Site("block", 1, expert=True)):
+        with pytest.raises(lch.InputError, match="not \\(batch, pos, d_in\\)"):
+            lch.saes.train(model, DATA, config(hook_name="blocks.1.hook_centroid_offset"))
+    with pytest.raises(lch.SiteError, match=r"lch\.attach first"):
+        lch.saes.train(model, DATA, config(hook_name="blocks.2.hook_centroid_from_1"))
