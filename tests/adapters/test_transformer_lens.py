@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import (
     attached_readers,
-    readers,
+    closed_forms,
     weight_processing,
 )
 from lch_plugin.mlp import activation_and_derivative
@@ -58,8 +58,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return original(*args, **kwargs)
 
-    original = readers.centroid_of_neurons
-    monkeypatch.setattr(readers, "centroid_of_neurons", counted)
+    original = closed_forms.centroid_of_neurons
+    monkeypatch.setattr(closed_forms, "centroid_of_neurons", counted)
     return calls
 
 

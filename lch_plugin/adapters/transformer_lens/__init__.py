@@ -8,15 +8,16 @@ something listens.
 
 Modules, each knowing those before it: `gates`, where a tensor goes by; `anatomy`, where a model
 keeps its parts; `points`, hook points of ours; `passes`, gradients during one forward pass;
-`readers`, how the centroid of one component comes about; `tracker`, the readers of one model
-together; `self_check`, the proof on three tokens; `attaching`; and `inputs`, token ids and what the
-MLPs read on them.
+`readers`, how the centroid of one component comes about, in `closed_forms` or by `vjps`; `states`
+and `trial`; `tracker`, the readers of one model together; `self_check`, the proof on three tokens;
+`attaching`; and `inputs`, token ids and what the MLPs read on them.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
     ``._register_hook`` (transformer-lens 3.9): hook points added after boot are in no registry.
     ``TransformerBridge._weights_processed``: whether weights were processed, for the record.
-    ``Module._forward_hooks`` (torch): whether a hook point has listeners of any kind.
+    ``Module._forward_hooks`` and ``._backward_hooks`` (torch): whether a hook point has listeners
+    of any kind, and silencing them. ``Module._modules``: what stands at a hook point now.
 """
 
 from lch_plugin.adapters.transformer_lens.anatomy import (

@@ -12,17 +12,12 @@ from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.transformer_lens import anatomy
 from lch_plugin.adapters.transformer_lens.anatomy import LensModel
+from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader, NeuronReader
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
-from lch_plugin.adapters.transformer_lens.readers import (
-    HeadReader,
-    LocalReader,
-    MLPReader,
-    NeuronReader,
-    Reader,
-    VJPReader,
-)
+from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import check_readers, disagreements
 from lch_plugin.adapters.transformer_lens.tracker import tracker_of
+from lch_plugin.adapters.transformer_lens.vjps import LocalReader, VJPReader
 from lch_plugin.cotangents import AnyCotangent, Logit
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import PlainMLP, is_piecewise_linear

@@ -26,14 +26,13 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     attention_input,
     heads_output,
 )
+from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader
 from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.readers import (
-    HeadReader,
-    MLPReader,
-    Reader,
-    VJPReader,
-)
-from lch_plugin.adapters.transformer_lens.tracker import Trial, evaluating, silenced, tracker_of
+from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.transformer_lens.states import evaluating, silenced
+from lch_plugin.adapters.transformer_lens.tracker import tracker_of
+from lch_plugin.adapters.transformer_lens.trial import Trial
+from lch_plugin.adapters.transformer_lens.vjps import VJPReader
 from lch_plugin.cotangents import Cotangent, evaluate, is_fixed
 from lch_plugin.errors import SiteError, VanishingCentroidError
 from lch_plugin.linearization import DetachedMode

@@ -6,10 +6,8 @@ with the same cotangent share one backward pass.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,7 +20,6 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     final_norm,
-    hook_points,
     logits,
     post_norm,
     score_points,
@@ -34,45 +31,20 @@ from lch_plugin.adapters.transformer_lens.gates import (
     RootPointGate,
 )
 from lch_plugin.adapters.transformer_lens.passes import Late, Pass, at_positions
-from lch_plugin.adapters.transformer_lens.readers import Reader, VJPReader
+from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.transformer_lens.states import (
+    detach_attributes,
+    detach_cache,
+    evaluating,
+    silenced,
+    without_graph,
+)
+from lch_plugin.adapters.transformer_lens.trial import Trial
+from lch_plugin.adapters.transformer_lens.vjps import Finish, VJPReader, gradient, gradients
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric
 from lch_plugin.errors import InputError, NonFiniteError, NotDifferentiableError, SiteError
 
 _ATTRIBUTE = "_centroid_tracker"
-
-
-@dataclass(eq=False)
-class Trial:
-    """Makes a pass an experiment on the readers that listen.
-
-    Attributes:
-        shift: added to what the first component that is read reads.
-        replay: factors of a detached linearisation to use instead of the pass's own.
-        norms: by reader, how much its cotangent and a random one read, and the dtype.
-        experts: by reader, ``x``, ``y``, ``mu`` and ``v``.
-        recorded: factors the detached linearisation held fixed.
-    """
-
-    shift: Tensor | None = None
-    replay: list[Tensor] | None = None
-    norms: dict[Reader, list[tuple[float, float, torch.dtype]]] = field(default_factory=dict)
-    experts: dict[Reader, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    recorded: list[Tensor] = field(default_factory=list)
-
-    def note(
-        self, reader: Reader, x: Tensor, y: Tensor, v: Tensor, gradient: Callable[[Tensor], Tensor]
-    ) -> None:
-        """Compare a centroid, ``gradient(v)``, with that of a random cotangent of the same norm."""
-        generator = torch.Generator().manual_seed(0)
-        r = torch.randn(v.shape, dtype=torch.float64, generator=generator).to(v)
-        r = r * (v.norm() / r.norm())
-        mu, typical = gradient(v), gradient(r)
-        norms = [(float(mu.norm()), float(typical.norm()), x.dtype)]
-        if reader.site.kind in ("block", "span") and y.shape == x.shape:
-            # The residual stream itself passes a cotangent on as it is.
-            norms.append((float((mu - v).norm()), float((typical - r).norm()), x.dtype))
-        self.norms[reader] = norms
-        self.experts[reader] = x.detach(), y.detach(), mu.detach(), v.detach()
 
 
 class Tracker:
@@ -213,7 +185,7 @@ class Tracker:
             self._finish_now(readers, inputs, y)
             for reader in readers:
                 if reader.site.is_late:
-                    self.postpone(reader, y, _Finish(reader, inputs[reader], y))
+                    self.postpone(reader, y, Finish(reader, inputs[reader], y))
         finally:
             for reader in readers:
                 if not (reader.site.is_late and isinstance(reader.site.v, Metric)):
@@ -238,12 +210,11 @@ class Tracker:
         for i, group in enumerate(groups.values(), 1):
             v = group[0].weighed(y)
             keep = shared or i < len(groups) or self.trial is not None
-            mus = _gradients(group, y, [inputs[r] for r in group], v, keep=keep)
+            mus = gradients(group, y, [inputs[r] for r in group], v, keep=keep)
             for reader, mu in zip(group, mus, strict=True):
                 if self.trial is not None:
                     x = inputs[reader]
-                    gradient = partial(_gradient, reader, y, x)
-                    self.trial.note(reader, x, y, v, gradient)
+                    self.trial.note(reader, x, y, v, partial(gradient, reader, y, x))
                     if self.current.mode is not None:
                         self.trial.recorded = list(self.current.mode.recorded)
                 reader.finish(inputs[reader], y, mu, v)
@@ -407,12 +378,12 @@ class Tracker:
         if not current.has_graph or current.caller_grad:
             return output
         for cache in (*current.caches, getattr(output, "past_key_values", None)):
-            _detach_cache(cache)
+            detach_cache(cache)
         for scores in self._score_gates:
-            _detach_attributes(scores.owner)
+            detach_attributes(scores.owner)
         if isinstance(error, StopAtLayerException):  # On its way to become the return value.
-            error.layer_output = _detached(error.layer_output)
-        return _detached(output)
+            error.layer_output = without_graph(error.layer_output)
+        return without_graph(output)
 
     def _root_gates(self) -> list[RootPointGate]:
         return [gate for gate in self._gates.values() if isinstance(gate, RootPointGate)]
@@ -468,19 +439,6 @@ class _Forward:
         return self._tracker.leave(output, None)
 
 
-class _Finish:
-    """Completes a VJP once its cotangent is known."""
-
-    def __init__(self, reader: VJPReader, x: Tensor, y: Tensor) -> None:
-        self._reader, self._x, self._y = reader, x, y
-
-    def __call__(self, v: Tensor) -> None:
-        v = v.to(self._y)
-        with torch.enable_grad():
-            (mu,) = _gradients([self._reader], self._y, [self._x], v, keep=True)
-        self._reader.finish(self._x, self._y, mu, v)
-
-
 def tracker_of(model: LensModel) -> Tracker:
     """The model's tracker, made at need."""
     tracker = vars(model).get(_ATTRIBUTE)
@@ -497,20 +455,6 @@ def attached_readers(model: LensModel) -> dict[str, Reader]:
     return {} if tracker is None else dict(tracker.readers)
 
 
-@contextmanager
-def silenced(module: nn.Module) -> Iterator[None]:
-    """No hook on any hook point within fires."""
-    points = list(hook_points(module))
-    saved = [(point._forward_hooks, point._backward_hooks) for point in points]
-    for point in points:
-        point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for point, (forward, backward) in zip(points, saved, strict=True):
-            point._forward_hooks, point._backward_hooks = forward, backward
-
-
 def _guard_masked_rows(scores: Tensor) -> None:
     """Keep the NaN gradient of a softmax over nothing away from the keys of real tokens.
 
@@ -522,78 +466,5 @@ def _guard_masked_rows(scores: Tensor) -> None:
         scores.register_hook(partial(torch.Tensor.masked_fill, mask=nothing, value=0.0))
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no random numbers), each module restored to its own mode."""
-    # A bridge puts the model it wraps into the same mode, which is no submodule of it.
-    modules = [*module.modules(), *getattr(module, "original_model", nn.Module()).modules()]
-    training = [m for m in modules if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
 def _or(replacement: Tensor | None, tensor: Tensor) -> Tensor:
     return tensor if replacement is None else replacement
-
-
-def _gradients(
-    readers: list[VJPReader], y: Tensor, xs: list[Tensor], v: Tensor, *, keep: bool
-) -> list[Tensor]:
-    if not y.requires_grad:
-        raise NotDifferentiableError(_no_path(readers))
-    try:
-        mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise NotDifferentiableError(
-            f"{[r.name for r in readers]}: a hook within wrote to a tensor in place that the "
-            "gradient needs. Return a new tensor from the hook instead."
-        ) from error
-    if any(mu is None for mu in mus):
-        raise NotDifferentiableError(_no_path(readers))
-    return list(mus)
-
-
-def _gradient(reader: VJPReader, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    return _gradients([reader], y, [x], v, keep=True)[0]
-
-
-def _no_path(readers: list[VJPReader]) -> str:
-    return (
-        f"{[r.name for r in readers]}: no gradient path leads from the output back to the input. "
-        "Either the model computes it where gradients do not go, or a hook replaced everything on "
-        "the way."
-    )
-
-
-def _detached(output: Any) -> Any:
-    """The same output without a graph. Containers that can be changed are changed in place."""
-    if isinstance(output, Tensor):
-        return output.detach() if output.requires_grad else output
-    if isinstance(output, tuple) and type(output) is tuple:
-        return tuple(map(_detached, output))
-    if isinstance(output, dict):
-        for key in list(output):
-            output[key] = _detached(output[key])
-    return output
-
-
-def _detach_attributes(module: Any) -> None:
-    """A bridge's attention keeps its last pattern, which must not keep this pass's graph alive."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
-            setattr(module, name, value.detach())
-
-
-def _detach_cache(cache: Any) -> None:
-    """Keys and values kept for the next token must not keep this pass's graph alive."""
-    for entry in getattr(cache, "layers", getattr(cache, "entries", None)) or ():
-        for name in ("keys", "values", "past_keys", "past_values"):
-            value = getattr(entry, name, None)
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(entry, name, value.detach())

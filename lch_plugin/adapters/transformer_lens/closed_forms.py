@@ -1,0 +1,276 @@
+"""Readers in closed form: MLPs, neurons and attention heads."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lch_plugin.adapters.transformer_lens.anatomy import MLPParts, attention_input, heads_output
+from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.readers import Capture, Reader
+from lch_plugin.cotangents import Ones, Vector, is_fixed
+from lch_plugin.errors import (
+    SiteError,
+    VanishingCentroidError,
+)
+from lch_plugin.mlp import (
+    MLP,
+    at_least_float32,
+    centroid_of_neurons,
+    read_direction,
+    reads_nothing,
+)
+
+if TYPE_CHECKING:
+    from lch_plugin.adapters.transformer_lens.tracker import Tracker
+
+
+class MLPReader(Reader):
+    """An MLP in closed form (`lch_plugin.mlp`), from the pre-activations the model computes."""
+
+    method = "closed form"
+
+    def __init__(self, *args: Any, parts: MLPParts, exit_gate: Gate, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = parts
+        self._exit = exit_gate
+        self._checked: tuple[int, int] | None = None
+
+    @property
+    def mlp(self) -> MLP:
+        """The MLP, or the part of it that the site is about."""
+        return self.parts.weights
+
+    @property
+    def can_be_differentiated(self) -> bool:
+        """Whether the model's own module says the same, should the closed form be wrong."""
+        return True
+
+    def install(self, tracker: Tracker) -> None:
+        super().install(tracker)
+        capture = Capture(
+            self.parts.entry, self._pre_activation_points, self.is_wanted, self._on_pre
+        )
+        self._captures.append(capture)
+        self._hooks += capture.register()
+        if self.site.expert or self.site.radius is not None:
+            tracker.watch(self.parts.input_gate, self)
+        tracker.watch(self._exit, self)
+
+    def check(self) -> None:
+        """Raise for a fixed cotangent that does not fit, or reads nothing of what is written."""
+        v = self._fixed()
+        if v is not None:
+            self.parts.check_cotangent(None if isinstance(self.site.v, Ones) else v)
+
+    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        captured = self._pass.captured
+        if gate.key != self._exit.key:
+            captured[self, "x"] = tensor.detach()
+            return None
+        pre, x = captured.pop((self, "pre"), None), captured.pop((self, "x"), None)
+        if pre is None:
+            raise SiteError(
+                f"{self.name}: the MLP ran without passing the hook points of its pre-activations, "
+                "so its centroid is unknown."
+            )
+        if self.site.is_late:
+            assert self.tracker is not None
+            return self.tracker.postpone(
+                self, tensor, partial(self._finish, pre, x, tensor.detach())
+            )
+        with self._pass.outside():
+            self._finish(pre, x, tensor.detach(), None)
+        return None
+
+    def _pre_activation_points(self) -> tuple[nn.Module, ...]:
+        return self.parts.pre_activation_points
+
+    def _on_pre(self, pre: tuple[Tensor, ...]) -> None:
+        self._pass.captured[self, "pre"] = pre
+
+    def _finish(
+        self, pre: tuple[Tensor, ...], x: Tensor | None, y: Tensor, v: Tensor | None
+    ) -> None:
+        """Show the centroid; ``v`` is given if it came late."""
+        mlp, dtype = self.mlp, self.site.compute_dtype or at_least_float32(y)
+        s = self._reading(mlp, y, v, dtype)
+        if self.site.radius is not None:
+            assert x is not None
+
+            def mu_at(samples: Tensor) -> Tensor:
+                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, dtype=dtype)
+
+            self._show(self._local(x.to(dtype), mu_at))
+        elif not self.site.expert:
+            self._show({"": lambda: centroid_of_neurons(mlp, pre, s, dtype=dtype)})
+        else:
+            assert x is not None
+            mu = centroid_of_neurons(mlp, pre, s, dtype=dtype)
+            values = self._expert(mu, x, y, self._at(y) if v is None else v)
+            self._show(values | {"_region": lambda: pre[0] > 0})
+
+    def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Weight of each neuron in ``v . f(x)``."""
+        if v is not None or not is_fixed(self.site.v):
+            return read_direction(mlp, self._at(y) if v is None else v, dtype=dtype)
+        identity = mlp.W_out.data_ptr(), mlp.W_out._version
+        if self._checked != identity:
+            self.check()  # Weights may have been processed, trained or moved since.
+            self._checked = identity
+        ones = isinstance(self.site.v, Ones)
+        return read_direction(mlp, None if ones else self._fixed(), dtype=dtype)
+
+    def _fixed(self) -> Tensor | None:
+        """The cotangent, if it is the same in every pass."""
+        W_out = self.parts.weights.W_out
+        like = W_out.new_empty(1, W_out.shape[-1], dtype=at_least_float32(W_out))
+        return self._at(like) if is_fixed(self.site.v) else None
+
+
+class NeuronReader(MLPReader):
+    """Neurons of an MLP: the gradient of their weighted activations in what the MLP reads.
+
+    Their activations are the output; a cotangent that comes late reads what they write.
+    """
+
+    @property
+    def can_be_differentiated(self) -> bool:
+        return False
+
+    @property
+    def mlp(self) -> MLP:
+        return self.parts.weights.neurons(list(self.site.members))
+
+    def check(self) -> None:
+        d_mlp = self.parts.weights.W_out.shape[0]
+        unknown = [j for j in self.site.members if j >= d_mlp]
+        if unknown:
+            raise SiteError(f"{self.path} has neurons 0 to {d_mlp - 1}, not {unknown}.")
+        if isinstance(self.site.v, Vector):
+            self._at(self.site.v.v.new_empty(1, len(self.site.members)))
+
+    def _on_pre(self, pre: tuple[Tensor, ...]) -> None:
+        super()._on_pre(tuple(z[..., list(self.site.members)] for z in pre))
+
+    def _finish(
+        self, pre: tuple[Tensor, ...], x: Tensor | None, y: Tensor, v: Tensor | None
+    ) -> None:
+        if v is None:
+            y = self.mlp.activations(tuple(z.to(at_least_float32(z)) for z in pre))
+        super()._finish(pre, x, y, v)
+
+    def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return self._at(y) if v is None else read_direction(mlp, v, dtype=dtype)
+
+
+class HeadReader(Reader):
+    """Attention heads with the pattern held fixed, in closed form.
+
+    A head then writes ``y_t = sum_s A_ts x_s W_V W_O``, which is linear in what attention reads:
+    ``mu_s = sum_t A_ts (v_t W_O^T) W_V^T``.
+    """
+
+    method = "closed form"
+
+    def __init__(self, *args: Any, attn: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attn = attn
+        self._exit = heads_output(attn)
+
+    def install(self, tracker: Tracker) -> None:
+        super().install(tracker)
+        capture = Capture(self.attn, self.value_points, self.is_wanted, self._on_values)
+        self._captures.append(capture)
+        self._hooks += capture.register()
+        if self.site.expert:
+            start = attention_input(self.attn)
+            tracker.watch(start, self)
+        tracker.watch(self._exit, self)
+
+    def check(self) -> None:
+        """Raise for heads that do not exist."""
+        n_heads = self.attn.W_O.shape[0]
+        unknown = [h for h in self.site.members if h >= n_heads]
+        if unknown:
+            raise SiteError(f"{self.path} has heads 0 to {n_heads - 1}, not {unknown}.")
+        if is_fixed(self.site.v):
+            W_O = self.weights(at_least_float32(self.attn.W_O))[1].flatten(0, 1)
+            if reads_nothing(W_O, self._at(W_O)):
+                raise VanishingCentroidError(
+                    f"{self.name}: the cotangent is orthogonal to everything these heads write, so "
+                    "the centroid would be rounding noise. TransformerLens' center_writing_weights "
+                    "does this to all ones. Load the model without weight processing, or pass "
+                    "another cotangent."
+                )
+
+    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        captured = self._pass.captured
+        if gate.key != self._exit.key:
+            captured[self, "x"] = tensor.detach()
+            return None
+        values = captured.pop((self, "values"), None)
+        if values is None:
+            raise SiteError(
+                f"{self.name}: attention ran without passing its pattern through a hook point. "
+                'Load the model with attn_implementation="eager".'
+            )
+        x = captured.pop((self, "x"), None)
+        if self.site.is_late:
+            assert self.tracker is not None
+            return self.tracker.postpone(self, tensor, partial(self._finish, values, x))
+        with self._pass.outside():
+            self._finish(values, x, None)
+        return None
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``W_V`` and ``W_O`` of the group, ``(n, d_model, d_head)`` and ``(n, d_head, d_model)``.
+
+        With grouped queries several heads share one ``W_V``.
+        """
+        heads = list(self.site.members)
+        W_V, W_O = self.attn.W_V.detach(), self.attn.W_O.detach()
+        per_group = W_O.shape[0] // W_V.shape[0]
+        return W_V[[h // per_group for h in heads]].to(dtype), W_O[heads].to(dtype)
+
+    def centroid(self, pattern: Tensor, v: Tensor) -> Tensor:
+        """``mu``, ``(batch, pos, d_model)``, for ``v`` of the same shape."""
+        W_V, W_O = self.weights(v.dtype)
+        A = pattern[:, list(self.site.members)].to(v.dtype)
+        u = torch.einsum("btd,hed->bhte", v, W_O)
+        return torch.einsum("bhts,bhte,hde->bsd", A, u, W_V)
+
+    def value_points(self) -> tuple[nn.Module, ...]:
+        """Hook points of the attention pattern and of the heads' values."""
+        z = (
+            self.attn.hook_z
+            if not hasattr(self.attn, "original_component")
+            else self.attn.o.hook_in
+        )
+        return self.attn.hook_pattern, z
+
+    def _on_values(self, values: tuple[Tensor, ...]) -> None:
+        self._pass.captured[self, "values"] = values
+
+    def _finish(self, values: tuple[Tensor, ...], x: Tensor | None, v: Tensor | None) -> None:
+        pattern, z = values
+        dtype = self.site.compute_dtype or at_least_float32(z)
+        heads = list(self.site.members)
+        W_O = self.weights(dtype)[1]
+        z = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, heads].to(dtype)
+        y = torch.einsum("bthe,hed->btd", z, W_O)
+        if v is None:
+            v = self._pass.weigh(self._at(y), y, self.positions, self.stack)
+        mu = self.centroid(pattern, v.to(dtype))
+        if x is None:
+            self._show({"": lambda: mu})
+            return
+        if x.shape != mu.shape:
+            raise SiteError(
+                f"{self.name}: with a key-value cache the head reads earlier tokens as well, which "
+                "are not at hand for its offset. Run the whole sequence at once."
+            )
+        self._show(self._expert(mu, x, y, v.to(dtype)))

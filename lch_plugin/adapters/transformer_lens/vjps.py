@@ -1,0 +1,227 @@
+"""Readers by vector-Jacobian products, on the graph that the model itself builds (`passes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.passes import at_positions
+from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.centroids import centroid
+from lch_plugin.cotangents import Metric, Ones, Random
+from lch_plugin.errors import (
+    NotDifferentiableError,
+    SiteError,
+)
+
+if TYPE_CHECKING:
+    from lch_plugin.adapters.transformer_lens.tracker import Tracker
+
+
+class VJPReader(Reader):
+    """Any component, by one vector-Jacobian product on the model's own graph."""
+
+    method = "VJP"
+
+    def __init__(self, *args: Any, start: Gate, end: Gate, scope: nn.Module | None, **kwargs: Any):
+        super().__init__(*args, start=kwargs.pop("first", None), **kwargs)
+        self.start_gate, self.end_gate = start, end
+        # The module around both gates; None if only the whole model is.
+        self._scope = scope
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether this is the detached linearisation."""
+        return self.site.linearization == "detached"
+
+    def install(self, tracker: Tracker) -> None:
+        super().install(tracker)
+        tracker.watch(self.start_gate, self)
+        tracker.watch(self.end_gate, self)
+        if self._scope is not None:
+            self._hooks.append(
+                self._scope.register_forward_hook(self._on_leaving, always_call=True)
+            )
+
+    def can_start(self) -> bool:
+        """Whether the other end will be passed: a lone block is no span."""
+        assert self.tracker is not None
+        return self._scope is not None or self.tracker.in_model
+
+    def _on_leaving(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        # After an exception the output was never passed.
+        if self.tracker is None or self.tracker.paused:
+            return
+        if self._pass.inputs.pop(self, None) is not None:
+            self._pass.release(self)
+
+    def finish(self, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
+        """Show a centroid that has been computed."""
+        mu = mu.detach()
+        self._show(self._expert(mu, x.detach(), y.detach(), v.detach()))
+
+    @property
+    def cotangent_key(self) -> Hashable:
+        """Equal for readers whose cotangents at the same output are."""
+        v = self.site.v
+        same = v if isinstance(v, Ones | Random) else id(v)
+        return same, tuple(self.positions or ()), self.site.mixes_positions
+
+    def weighed(self, y: Tensor) -> Tensor:
+        """The cotangent spread over ``y``."""
+        if isinstance(self.site.v, Metric):  # Of the model itself: its output is the logits.
+            leaf = y.detach().requires_grad_()
+            (v,) = torch.autograd.grad(self.site.v.value(leaf), leaf)
+            return at_positions(v, self.positions)
+        v = self._at(y)
+        if self.site.mixes_positions:
+            return self._pass.weigh(v, y, self.positions, self.stack)
+        return v.to(y).expand_as(y)
+
+
+class LocalReader(Reader):
+    """Mean centroid over a neighbourhood of a component with no closed form.
+
+    The component runs again, once a sample and one at a time, with every hook point within
+    silenced: memory is that of one graph, and nobody's hooks see the samples. Interventions within
+    the component are not seen either; those before it are.
+    """
+
+    method = "VJP"
+
+    def __init__(
+        self, *args: Any, component: nn.Module, start: Gate, end: Gate, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._component, self._start, self._end = component, start, end
+
+    def install(self, tracker: Tracker) -> None:
+        super().install(tracker)
+        self._hooks.append(
+            self._component.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        )
+        tracker.watch(self._start, self)
+        tracker.watch(self._end, self)
+
+    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        captured = self._pass.captured
+        if gate.key == self._start.key:
+            captured[self, "x"] = tensor.detach()
+            return None
+        x, call = captured.pop((self, "x"), None), captured.pop((self, "call"), None)
+        if x is None or call is None:
+            return None
+        y = tensor.detach()
+        assert self.tracker is not None
+        v = self._at(y)
+        v = self._pass.weigh(v, y, self.positions, self.stack) if self.site.mixes_positions else v
+        args, kwargs = call
+
+        def run(sample: Tensor) -> Tensor:
+            output = _call_with(self._component, sample, args, kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        def mu_at(samples: Tensor) -> Tensor:
+            return torch.stack([centroid(run, sample, v) for sample in samples])
+
+        with self._pass.outside():
+            with self.tracker.silence(self._component):
+                if self.tracker.trial is not None:
+                    spread = v.to(y).expand_as(y)
+                    self.tracker.trial.note(self, x, y, spread, partial(centroid, run, x))
+                values = self._local(x, mu_at)
+            self._show(values)
+        return None
+
+    def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.is_wanted():
+            return
+        if any(_cached_length(c, self.layer or 0) for c in (*args, *kwargs.values())):
+            raise SiteError(
+                f"{self.name}: a local centroid runs the {self.site.kind} again, which a key-value "
+                "cache that holds earlier tokens does not allow. Run the whole sequence at once, "
+                "without a cache."
+            )
+        # An empty cache is filled by the model's own call, and none of our calls' affair.
+        self._pass.captured[self, "call"] = (
+            tuple(None if _is_cache(a) else a for a in args),
+            {name: None if _is_cache(a) else a for name, a in kwargs.items()},
+        )
+
+
+_INPUTS = ("query_input", "key_input", "value_input", "hidden_states")
+
+
+def _call_with(module: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
+    named = [name for name in _INPUTS if name in kwargs]
+    if named:
+        return module(*args, **{**kwargs, **dict.fromkeys(named, x)})
+    return module(x, *args[1:], **kwargs)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether this holds keys and values: HuggingFace's class, or TransformerLens'."""
+    return hasattr(value, "get_seq_length") or hasattr(value, "past_keys")
+
+
+def _cached_length(value: Any, layer: int) -> int:
+    if not _is_cache(value):
+        return 0
+    if hasattr(value, "past_keys"):
+        return int(value.past_keys.shape[1])
+    return int(value.get_seq_length(layer))
+
+
+class Finish:
+    """Completes a vector-Jacobian product once its cotangent is known."""
+
+    def __init__(self, reader: VJPReader, x: Tensor, y: Tensor) -> None:
+        self._reader, self._x, self._y = reader, x, y
+
+    def __call__(self, v: Tensor) -> None:
+        v = v.to(self._y)
+        with torch.enable_grad():
+            (mu,) = gradients([self._reader], self._y, [self._x], v, keep=True)
+        self._reader.finish(self._x, self._y, mu, v)
+
+
+def gradients(
+    readers: list[VJPReader], y: Tensor, xs: list[Tensor], v: Tensor, *, keep: bool
+) -> list[Tensor]:
+    """Gradients of ``v . y`` in each reader's input, in one backward pass.
+
+    Raises:
+        NotDifferentiableError: no path leads there, or a hook wrote in place to what is needed.
+    """
+    if not y.requires_grad:
+        raise NotDifferentiableError(_no_path(readers))
+    try:
+        mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            f"{[r.name for r in readers]}: a hook within wrote to a tensor in place that the "
+            "gradient needs. Return a new tensor from the hook instead."
+        ) from error
+    if any(mu is None for mu in mus):
+        raise NotDifferentiableError(_no_path(readers))
+    return list(mus)
+
+
+def gradient(reader: VJPReader, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """Gradient of ``v . y`` in ``x``, which may be asked for again."""
+    return gradients([reader], y, [x], v, keep=True)[0]
+
+
+def _no_path(readers: list[VJPReader]) -> str:
+    return (
+        f"{[r.name for r in readers]}: no gradient path leads from the output back to the input. "
+        "Either the model computes it where gradients do not go, or a hook replaced everything on "
+        "the way."
+    )
