@@ -148,6 +148,11 @@ def ratio(seconds: dict[str, list[float]], task: str, base: str) -> float:
     return statistics.median(t / b for t, b in zip(seconds[task], seconds[base], strict=True))
 
 
+def excess(seconds: dict[str, list[float]], task: str) -> list[float]:
+    """Seconds above the plain pass, round by round."""
+    return [t - f for t, f in zip(seconds[task], seconds["forward"], strict=True)]
+
+
 def peak_bytes(task: Task) -> int:
     """Most memory that a task holds at once, beyond what was there before it."""
     with (
@@ -232,7 +237,7 @@ def span(label: str, shape: Shape, rounds: int) -> list[str]:
         "backward": backward,
     }
     seconds = in_turn(tasks, rounds)
-    above = [s - f for s, f in zip(seconds["span"], seconds["forward"], strict=True)]
+    above = excess(seconds, "span")
     alone = backward_seconds[1:]
     return [
         label,
@@ -262,7 +267,7 @@ def local(label: str, shape: Shape, rounds: int, n_samples: int = 16) -> list[st
         "limit": limit,
     }
     seconds = in_turn(tasks, rounds)
-    above = [s - f for s, f in zip(seconds["local"], seconds["forward"], strict=True)]
+    above = excess(seconds, "local")
     return [
         label,
         f"{1e3 * statistics.median(above) / n_samples:.1f}",
@@ -290,9 +295,7 @@ def idle(rounds: int) -> list[list[str]]:
             },
             rounds,
         )
-        above = statistics.median(
-            i - f for i, f in zip(seconds["idle"], seconds["forward"], strict=True)
-        )
+        above = statistics.median(excess(seconds, "idle"))
         rows.append([label, f"{1e6 * above / len(bare.blocks):.0f}"])
     return rows
 

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lch_plugin.errors import NotDifferentiableError
+from lch_plugin.mlp import at_least_float32
 
 
 def detached(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -229,7 +230,7 @@ def _layer_norm(
 ) -> Tensor:
     value = func(x, normalized_shape, weight, bias, eps)
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = _at_least_float32(x)
+    wide = x.to(at_least_float32(x))
     centred = wide - wide.mean(dims, keepdim=True)
     with torch.no_grad():
         scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
@@ -249,7 +250,7 @@ def _rms_norm(
 ) -> Tensor:
     value = func(x, normalized_shape, weight, eps)
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = _at_least_float32(x)
+    wide = x.to(at_least_float32(x))
     with torch.no_grad():
         floor = torch.finfo(x.dtype).eps if eps is None else eps
         scale = torch.rsqrt(wide.square().mean(dims, keepdim=True) + floor)
@@ -295,10 +296,6 @@ def _glu(mode: DetachedMode, func: Any, x: Tensor, dim: int = -1) -> Tensor:
     value = func(x, dim)
     a, b = x.chunk(2, dim)
     return mode.with_gradient_of(value, a * mode.fix(torch.sigmoid(b)))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _T = torch.Tensor

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.gemma3n import modeling_gemma3n
 
-from tests.models import tokenizer
+from tests.models import boot
 
 D_MODEL, D_MLP, D_VOCAB, N_CTX = 32, 48, 50, 32
 N_TEXT = 45  # Images, video and audio have the last tokens.
@@ -989,13 +989,7 @@ def bridge(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tran
         mock.patch.object(AutoProcessor, "from_pretrained", return_value=None),
         mock.patch.object(ArchitectureAdapter, "_check_required_libraries"),
     ):
-        return TransformerBridge.boot_transformers(
-            "tiny",
-            hf_model=huggingface(name, dtype, seed),
-            tokenizer=tokenizer(),
-            device="cpu",
-            dtype=dtype,
-        )
+        return boot(huggingface(name, dtype, seed), dtype)
 
 
 def inputs(

@@ -107,14 +107,14 @@ def huggingface(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) 
     return model.to(dtype).eval()
 
 
-def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> TransformerBridge:
+def boot(model: Any, dtype: torch.dtype) -> TransformerBridge:
     return TransformerBridge.boot_transformers(
-        "tiny",
-        hf_model=huggingface(family, dtype, seed),
-        tokenizer=tokenizer(),
-        device="cpu",
-        dtype=dtype,
+        "tiny", hf_model=model, tokenizer=tokenizer(), device="cpu", dtype=dtype
     )
+
+
+def bridge(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> TransformerBridge:
+    return boot(huggingface(family, dtype, seed), dtype)
 
 
 def hooked(

@@ -32,6 +32,10 @@ BUILDS: dict[str, Callable[[], Any]] = {
     "bridge-gemma2": lambda: models.bridge("gemma2", F64),
     "bridge-gpt_neox": lambda: models.bridge("gpt_neox", F64),
 }
+MANY_KINDS = (
+    *(Site("attn"), Site("block"), Site("model")),
+    *(Site("head", index=1), Site("neuron", 1, 3)),
+)
 _BUILT: dict[str, Any] = {}
 
 
@@ -121,14 +125,8 @@ def test_attention_blocks_and_spans_equal_autograd(model: Any) -> None:
 
 
 def test_every_backend_gives_the_same_numbers() -> None:
-    sites = (
-        Site("attn"),
-        Site("block"),
-        Site("model"),
-        Site("head", index=1),
-        Site("neuron", 1, 3),
-    )
-    first, second = read(models.bridge("gpt2", F64), *sites), read(models.hooked(F64), *sites)
+    bridge, hooked = models.bridge("gpt2", F64), models.hooked(F64)
+    first, second = read(bridge, *MANY_KINDS), read(hooked, *MANY_KINDS)
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert_close(value, second[name], 1e-9)
@@ -212,17 +210,8 @@ def test_heads_equal_autograd_with_the_pattern_fixed() -> None:
     ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06), (torch.float16, 5e-3)]
 )
 def test_lower_precision_stays_near_float64(dtype: torch.dtype, limit: float) -> None:
-    sites = (
-        Site("attn"),
-        Site("block"),
-        Site("model"),
-        Site("head", index=1),
-        Site("neuron", 1, 3),
-    )
-    truth, mus = (
-        read(models.bridge("gpt2", F64), *sites),
-        read(models.bridge("gpt2", dtype), *sites),
-    )
+    truth = read(models.bridge("gpt2", F64), *MANY_KINDS)
+    mus = read(models.bridge("gpt2", dtype), *MANY_KINDS)
     for name, value in mus.items():
         assert value.dtype == torch.float32
         assert models.relative_error(value, truth[name]) < limit
@@ -739,11 +728,7 @@ def without_biases(family: str = "gpt2") -> Any:
     for name, parameter in hf.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-    from transformer_lens.model_bridge import TransformerBridge
-
-    return TransformerBridge.boot_transformers(
-        "tiny", hf_model=hf, tokenizer=models.tokenizer(), device="cpu", dtype=F64
-    )
+    return models.boot(hf, F64)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attn", "block", "span", "model"])

@@ -324,7 +324,6 @@ class MLPParts:
         self.layer = layer
         self.name = f"{stack}.{layer}.mlp"
         self.component = component
-        self._checked: tuple[tuple[int, int], bytes] | None = None
 
     @property
     def entry(self) -> nn.Module:
@@ -421,11 +420,11 @@ class BridgeMLP(MLPParts):
 
     @property
     def entry(self) -> nn.Module:
-        return self.component if self._is_module else self._part("in")
+        return self.component if is_module(self.component) else self._part("in")
 
     @property
     def exit(self) -> nn.Module:
-        return self.component if self._is_module else self._part("out")
+        return self.component if is_module(self.component) else self._part("out")
 
     @property
     def pre_activation_points(self) -> tuple[nn.Module, ...]:
@@ -451,15 +450,11 @@ class BridgeMLP(MLPParts):
 
     @property
     def input_gate(self) -> Gate:
-        if not self._is_module:
+        if not is_module(self.component):
             return PointGate(self._part("in"), "hook_in", last=True)
         # A plain MLP's projection has an input point of its own, behind the MLP's; the two
         # projections of a gated one have one each, and share the MLP's.
         return PointGate(self.component, "hook_in" if self._is_gated else "in.hook_in", last=True)
-
-    @property
-    def _is_module(self) -> bool:
-        return self.component.name is not None
 
     @property
     def _is_gated(self) -> bool:
@@ -506,7 +501,7 @@ def mlp_gates(component: Any) -> tuple[Gate, Gate]:
     if not hasattr(component, "hook_out") or not hasattr(component, "hook_in"):  # HookedTransformer
         return ModuleGate(component, "input"), ModuleGate(component, "output")
     first, last = component, component
-    if getattr(component, "name", None) is None:  # OPT
+    if not is_module(component):
         first, last = getattr(component, "in"), component.out
     return PointGate(first, "hook_in", last=True), PointGate(last, "hook_out", last=False)
 

@@ -156,9 +156,8 @@ def _verified(model: LensModel, readers: list[Reader]) -> list[Reader]:
         if problem is None:
             verified.append(reader)
         elif isinstance(reader, MLPReader) and reader.can_be_differentiated:
-            stack, _, _ = reader.path.partition(".")
             assert reader.layer is not None
-            verified.append(_differentiated_mlp(model, reader.site, stack, reader.layer))
+            verified.append(_differentiated_mlp(model, reader.site, reader.stack, reader.layer))
         else:
             raise problem
     return verified

@@ -12,10 +12,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import MLPParts, attention_inp
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Capture, Reader
 from lch_plugin.cotangents import Ones, Vector, is_fixed
-from lch_plugin.errors import (
-    SiteError,
-    VanishingCentroidError,
-)
+from lch_plugin.errors import SiteError, VanishingCentroidError
 from lch_plugin.mlp import (
     MLP,
     at_least_float32,

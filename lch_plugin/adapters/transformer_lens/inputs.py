@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens.anatomy import LensModel, MLPParts
 from lch_plugin.errors import InputError
+from lch_plugin.mlp import at_least_float32
 
 
 def as_tokens(
@@ -80,4 +81,4 @@ def mlp_inputs(
         for gate in gates:
             gate.remove()
     found = [inputs[mlp.layer] for mlp in mlps]
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in found]
+    return [x.to(at_least_float32(x)) for x in found]

@@ -59,9 +59,8 @@ class CentroidPoint:
                 f"{self.name} is already attached, or two sites of this call have that name. "
                 "Detach the earlier handle first, attach other layers, or give the site a label."
             )
-        registers = isinstance(model, TransformerBridge) and self.owner is not model
-        if registers:
-            _full_names(self.owner)[self.attribute] = self
+        if isinstance(model, TransformerBridge) and self.owner is not model:
+            _full_names(self.owner).points[self.attribute] = self
         setattr(self.owner, self.attribute, HookPoint())
         if isinstance(model, TransformerBridge):
             model._hook_registry[self.name] = self.module
@@ -80,9 +79,9 @@ class CentroidPoint:
         if self.owner is model:
             return
         self.owner._hook_registry.pop(self.attribute, None)
-        names = _full_names(self.owner)
-        names.pop(self.attribute, None)
-        if not names.points:
+        points = _full_names(self.owner).points
+        points.pop(self.attribute, None)
+        if not points:
             vars(self.owner).pop("_register_hook")
 
     def named(self, hook: HookPoint) -> None:
@@ -107,12 +106,6 @@ class _FullNames:
         type(self.component)._register_hook(self.component, attribute, hook)
         if attribute in self.points:
             self.points[attribute].named(hook)
-
-    def __setitem__(self, attribute: str, point: CentroidPoint) -> None:
-        self.points[attribute] = point
-
-    def pop(self, attribute: str, default: None = None) -> CentroidPoint | None:
-        return self.points.pop(attribute, default)
 
 
 def _full_names(component: Any) -> _FullNames:

@@ -20,13 +20,8 @@ from lch_plugin.adapters.transformer_lens.passes import Pass
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.centroids import mean_over_neighbourhood
 from lch_plugin.cotangents import Cotangent, Logit, Vector, evaluate, is_fixed
-from lch_plugin.errors import (
-    InputError,
-    NonFiniteError,
-)
-from lch_plugin.mlp import (
-    at_least_float32,
-)
+from lch_plugin.errors import InputError, NonFiniteError
+from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Site, integers
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.states import evaluating, silenced
 from lch_plugin.adapters.transformer_lens.tracker import tracker_of
-from lch_plugin.adapters.transformer_lens.trial import Trial
+from lch_plugin.adapters.transformer_lens.trial import Trial, noise
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader
 from lch_plugin.cotangents import Cotangent, evaluate, is_fixed
 from lch_plugin.errors import SiteError, VanishingCentroidError
@@ -103,8 +103,7 @@ def _disagreement(parts: MLPParts, x: Tensor | None, y: Any) -> SiteError | None
             "Pass layers=[...] without it."
         )
     # Not all ones, which centered writing weights are orthogonal to.
-    v = torch.randn(y.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    v = v.to(y)
+    v = noise(y.new_empty(y.shape[-1]))
     with torch.enable_grad():
         (truth,) = torch.autograd.grad(y, x, v.expand_as(y))
     try:
@@ -226,8 +225,7 @@ def _check_affine(model: LensModel, reader: VJPReader) -> None:
     if reader not in trial.experts:
         return
     x, y, mu, v = trial.experts[reader]
-    generator = torch.Generator().manual_seed(0)
-    shift = torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) * x.std()
+    shift = noise(x) * x.std()
     tracker = tracker_of(model)
     replay = tracker.trial = Trial(shift=shift, replay=trial.recorded)
     hook = reader.points[""].module.register_forward_hook(lambda *_: None)
@@ -333,8 +331,7 @@ class _HeadTrial:
         W_O = reader.weights(z.dtype)[1]
         heads = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, list(reader.site.members)]
         y = torch.einsum("bthe,hed->btd", heads, W_O)
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y)
+        v = noise(y)
         (truth,) = torch.autograd.grad(y, self._x, v, retain_graph=True)
         kind, mu = type(reader.attn).__name__, reader.centroid(pattern, v)
         return _distance_error(reader.name, kind, mu, truth, truth.dtype)
@@ -361,7 +358,7 @@ def run(model: LensModel) -> None:
     if shape is None:
         model(torch.arange(3, device=parameter.device)[None] % model.cfg.d_vocab)
     else:
-        model(torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(parameter))
+        model(noise(parameter.new_empty(shape)))
 
 
 def _noise_shape(model: LensModel) -> tuple[int, ...] | None:

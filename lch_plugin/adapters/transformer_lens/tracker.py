@@ -40,11 +40,13 @@ from lch_plugin.adapters.transformer_lens.states import (
     without_graph,
 )
 from lch_plugin.adapters.transformer_lens.trial import Trial
-from lch_plugin.adapters.transformer_lens.vjps import Finish, VJPReader, gradient, gradients
+from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient, gradients
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric
 from lch_plugin.errors import InputError, NonFiniteError, NotDifferentiableError, SiteError
 
 _ATTRIBUTE = "_centroid_tracker"
+# Holds gradients on for Logit cotangents, under a name for messages.
+_FINAL_NORM = "the final norm, for Logit cotangents,"
 
 
 class Tracker:
@@ -69,9 +71,6 @@ class Tracker:
         self._logits_gate: Gate | None = None
         self._score_gates: list[PointGate] = []
         self._forward: _Forward | None = None
-
-    def __repr__(self) -> str:
-        return f"the final norm, for {[r.name for r in self._waiting(Logit)]}"
 
     @property
     def current(self) -> Pass:
@@ -185,7 +184,7 @@ class Tracker:
             self._finish_now(readers, inputs, y)
             for reader in readers:
                 if reader.site.is_late:
-                    self.postpone(reader, y, Finish(reader, inputs[reader], y))
+                    self.postpone(reader, y, partial(reader.finish_late, inputs[reader], y))
         finally:
             for reader in readers:
                 if not (reader.site.is_late and isinstance(reader.site.v, Metric)):
@@ -232,8 +231,7 @@ class Tracker:
             )
         replaced = None
         if isinstance(reader.site.v, Metric):
-            detached = isinstance(reader, VJPReader) and reader.is_detached
-            current.hold(reader, detached=detached)
+            current.hold(reader)  # A `Site` with a Metric is never detached.
             if not y.requires_grad:
                 y, replaced = current.variable(y)
         current.late[reader] = Late(y, finish)
@@ -246,7 +244,7 @@ class Tracker:
         return not self.paused and self.in_model and bool(self._waiting(Logit))
 
     def _before_norm(self, x: Tensor) -> Tensor:
-        self.current.hold(self)
+        self.current.hold(_FINAL_NORM)
         self.current.norm_input, passed_on = self.current.variable(x)
         return passed_on
 
@@ -261,7 +259,7 @@ class Tracker:
                 v = self._through_unembedding(cotangent, y)
                 (vs[cotangent],) = torch.autograd.grad(y, x, v, retain_graph=True)
         finally:
-            current.release(self)
+            current.release(_FINAL_NORM)
         for reader, late in self._waiting(Logit).items():
             del current.late[reader]
             assert isinstance(reader.site.v, Logit)

@@ -11,6 +11,12 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens.readers import Reader
 
 
+def noise(like: Tensor) -> Tensor:
+    """Standard normal noise of a tensor's shape, dtype and device, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, dtype=torch.float64, generator=generator).to(like)
+
+
 @dataclass(eq=False)
 class Trial:
     """Makes a pass an experiment on the readers that listen.
@@ -33,8 +39,7 @@ class Trial:
         self, reader: Reader, x: Tensor, y: Tensor, v: Tensor, gradient: Callable[[Tensor], Tensor]
     ) -> None:
         """Compare a centroid, ``gradient(v)``, with that of a random cotangent of the same norm."""
-        generator = torch.Generator().manual_seed(0)
-        r = torch.randn(v.shape, dtype=torch.float64, generator=generator).to(v)
+        r = noise(v)
         r = r * (v.norm() / r.norm())
         mu, typical = gradient(v), gradient(r)
         norms = [(float(mu.norm()), float(typical.norm()), x.dtype)]

@@ -14,10 +14,7 @@ from lch_plugin.adapters.transformer_lens.passes import at_positions
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.centroids import centroid
 from lch_plugin.cotangents import Metric, Ones, Random
-from lch_plugin.errors import (
-    NotDifferentiableError,
-    SiteError,
-)
+from lch_plugin.errors import NotDifferentiableError, SiteError
 
 if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens.tracker import Tracker
@@ -28,8 +25,15 @@ class VJPReader(Reader):
 
     method = "VJP"
 
-    def __init__(self, *args: Any, start: Gate, end: Gate, scope: nn.Module | None, **kwargs: Any):
-        super().__init__(*args, start=kwargs.pop("first", None), **kwargs)
+    def __init__(
+        self,
+        *args: Any,
+        start: Gate,
+        end: Gate,
+        scope: nn.Module | None,
+        first: int | None = None,
+    ) -> None:
+        super().__init__(*args, start=first)
         self.start_gate, self.end_gate = start, end
         # The module around both gates; None if only the whole model is.
         self._scope = scope
@@ -64,6 +68,13 @@ class VJPReader(Reader):
         """Show a centroid that has been computed."""
         mu = mu.detach()
         self._show(self._expert(mu, x.detach(), y.detach(), v.detach()))
+
+    def finish_late(self, x: Tensor, y: Tensor, v: Tensor) -> None:
+        """Compute and show a centroid whose cotangent has come."""
+        v = v.to(y)
+        with torch.enable_grad():
+            mu = gradient(self, y, x, v)
+        self.finish(x, y, mu, v)
 
     @property
     def cotangent_key(self) -> Hashable:
@@ -175,19 +186,6 @@ def _cached_length(value: Any, layer: int) -> int:
     if hasattr(value, "past_keys"):
         return int(value.past_keys.shape[1])
     return int(value.get_seq_length(layer))
-
-
-class Finish:
-    """Completes a vector-Jacobian product once its cotangent is known."""
-
-    def __init__(self, reader: VJPReader, x: Tensor, y: Tensor) -> None:
-        self._reader, self._x, self._y = reader, x, y
-
-    def __call__(self, v: Tensor) -> None:
-        v = v.to(self._y)
-        with torch.enable_grad():
-            (mu,) = gradients([self._reader], self._y, [self._x], v, keep=True)
-        self._reader.finish(self._x, self._y, mu, v)
 
 
 def gradients(
