@@ -36,6 +36,7 @@ from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
     from lch_plugin import circuits, diagnostics, saes
+    from lch_plugin.adapters import huggingface
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
 
@@ -60,6 +61,7 @@ __all__ = [
     "cotangents",
     "detached",
     "diagnostics",
+    "huggingface",
     "load_demo_model",
     "local_centroid",
     "saes",
@@ -71,12 +73,17 @@ _LAZY_FUNCTIONS = {
     "attach": "lch_plugin.adapters.transformer_lens",
     "load_demo_model": "lch_plugin.demo",
 }
-_LAZY_MODULES = {"circuits", "diagnostics", "saes"}
+_LAZY_MODULES = {
+    "circuits": "lch_plugin.circuits",
+    "diagnostics": "lch_plugin.diagnostics",
+    "huggingface": "lch_plugin.adapters.huggingface",
+    "saes": "lch_plugin.saes",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY_MODULES:
-        return import_module(f"lch_plugin.{name}")
+        return import_module(_LAZY_MODULES[name])
     if name in _LAZY_FUNCTIONS:
         return getattr(import_module(_LAZY_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'lch_plugin' has no attribute {name!r}")

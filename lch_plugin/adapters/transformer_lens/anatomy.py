@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
 
+from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.transformer_lens.gates import (
     Gate,
     ModuleGate,
@@ -45,7 +46,6 @@ _ACTIVATION_NAMES = (
 )
 # Hook points within an MLP: with an SAE in its place one changes what the MLP computes.
 _SPLICED = ("hook_in", "hook_out", "hook_pre", "hook_pre_linear", "hook_post")
-_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_model(model: Any) -> None:
@@ -477,23 +477,6 @@ class BridgeMLP(MLPParts):
             f"the MLP at layer {self.layer} ({type(original).__name__}) keeps its activation "
             f"function under none of {_ACTIVATION_NAMES}, so its derivative is unknown."
         )
-
-
-def check_loaded(component: Any, path: str) -> None:
-    """Refuse a component that is not there, or whose weights are not.
-
-    Raises:
-        SiteError: so it is.
-    """
-    if component is None:
-        raise SiteError(f"{path} does not exist. Pass layers=[...] without it.")
-    for name, parameter in component.named_parameters():
-        if parameter.is_meta or parameter.dtype not in _READABLE:
-            raise SiteError(
-                f"{name} of {path} has dtype {parameter.dtype} on device {parameter.device}: "
-                "loaded floating-point weights are needed. Load the model with its weights, "
-                "unquantised."
-            )
 
 
 def mlp_gates(component: Any) -> tuple[Gate, Gate]:

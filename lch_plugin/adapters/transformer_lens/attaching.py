@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.transformer_lens import anatomy
 from lch_plugin.adapters.transformer_lens.anatomy import LensModel
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader, NeuronReader
@@ -218,7 +219,9 @@ def _mlp_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
     """In closed form if the MLP looks as if it had one; `_verified` has the last word."""
     path = f"{stack}.{layer}.mlp"
     component: Any = getattr(getattr(model, stack)[layer], "mlp", None)
-    anatomy.check_loaded(component, path)
+    if component is None:
+        raise SiteError(f"{path} does not exist. Pass layers=[...] without it.")
+    check_loaded(component, path)
     try:
         if site.linearization == "detached":
             return _differentiated_mlp(model, site, stack, layer)

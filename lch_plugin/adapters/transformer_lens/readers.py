@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lch_plugin.adapters.checks import check_finite
+from lch_plugin.adapters.passes import Pass
 from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.passes import Pass
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.centroids import mean_over_neighbourhood
 from lch_plugin.cotangents import Cotangent, Logit, Vector, evaluate, is_fixed
-from lch_plugin.errors import InputError, NonFiniteError
+from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Site, integers
 
@@ -166,16 +167,7 @@ class Reader:
                 if point is None or not point.has_listener:
                     continue
                 tensor = value().detach()
-                # The sum first, which takes one pass: it is finite unless an entry is not.
-                finite = not tensor.is_floating_point() or bool(tensor.sum().isfinite())
-                if not finite and not bool(tensor.isfinite().all()):
-                    bad = int((~tensor.isfinite()).sum())
-                    raise NonFiniteError(
-                        f"{point.name} came out with {bad} of {tensor.numel()} values NaN or "
-                        f"infinite, at layer {self.layer}. Look at the activations there (half "
-                        "precision overflows at 65504: load the model in float32), and at masked "
-                        "rows, whose gradients may be NaN where their values are not."
-                    )
+                check_finite(f"{point.name}, at layer {self.layer},", tensor)
                 point.fire(tensor)
 
     def _expert(self, mu: Tensor, x: Tensor, y: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lch_plugin.adapters.checks import TOLERANCE, check_more_than_noise, noise
+from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     MLPParts,
@@ -29,27 +31,21 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Reader
-from lch_plugin.adapters.transformer_lens.states import evaluating, silenced
+from lch_plugin.adapters.transformer_lens.states import silenced
 from lch_plugin.adapters.transformer_lens.tracker import tracker_of
-from lch_plugin.adapters.transformer_lens.trial import Trial, noise
+from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader
 from lch_plugin.cotangents import Cotangent, evaluate, is_fixed
-from lch_plugin.errors import SiteError, VanishingCentroidError
+from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import mlp_centroid
 
-# Largest relative distance between a closed form and autograd that is accepted: well above
-# rounding, and far below what a wrong activation or layout gives.
-_TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 1e-1,
-}
-# The same for the detached linearisation: HuggingFace's norms compute in float32 at best.
-_AFFINE_TOLERANCE = {**_TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
-# A centroid this much smaller than one through a random cotangent is rounding noise.
-_VANISHING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+_CURE = (
+    "TransformerLens' center_writing_weights and center_unembed do this to all ones. Load the "
+    "model without weight processing, or pass another cotangent."
+)
+# TOLERANCE for the detached linearisation: HuggingFace's norms compute in float32 at best.
+_AFFINE_TOLERANCE = {**TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
 
 
 def disagreements(model: LensModel, parts: Sequence[MLPParts]) -> dict[str, SiteError | None]:
@@ -121,7 +117,7 @@ def _distance_error(
     name: str, kind: str, mu: Tensor, truth: Tensor, dtype: torch.dtype
 ) -> SiteError | None:
     error, norm = float((mu - truth.to(mu)).norm()), float(truth.to(mu).norm())
-    tolerance = _TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
     if error <= tolerance * norm:  # Not `>` and the other way round: NaN has to fail as well.
         return None
     return SiteError(
@@ -210,14 +206,7 @@ def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
 
 def _check_noise(reader: Reader, trial: Trial) -> None:
     for mu, typical, dtype in trial.norms.get(reader, ()):
-        if mu <= _VANISHING[dtype] * typical:
-            raise VanishingCentroidError(
-                f"{reader.name}: the cotangent reads next to nothing of what this "
-                f"{reader.site.kind} writes ({mu:.1e}, where a random one reads {typical:.1e}), so "
-                "its centroid would be rounding noise (of a block: the cotangent itself). "
-                "TransformerLens' center_writing_weights and center_unembed do this to all ones. "
-                "Load the model without weight processing, or pass another cotangent."
-            )
+        check_more_than_noise(reader.name, mu, typical, dtype, cure=_CURE)
 
 
 def _check_affine(model: LensModel, reader: VJPReader) -> None:

@@ -1,4 +1,4 @@
-"""States of a model that are not to outlive a pass: silenced hooks, modes, graphs."""
+"""States of a TransformerLens model that are not to outlive a pass."""
 
 from __future__ import annotations
 
@@ -26,43 +26,8 @@ def silenced(module: nn.Module) -> Iterator[None]:
             point._forward_hooks, point._backward_hooks = forward, backward
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no random numbers), each module restored to its own mode."""
-    # A bridge puts the model it wraps into the same mode, which is no submodule of it.
-    modules = [*module.modules(), *getattr(module, "original_model", nn.Module()).modules()]
-    training = [m for m in modules if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-def without_graph(output: Any) -> Any:
-    """The same output without a graph. Containers that can be changed are changed in place."""
-    if isinstance(output, Tensor):
-        return output.detach() if output.requires_grad else output
-    if isinstance(output, tuple) and type(output) is tuple:
-        return tuple(map(without_graph, output))
-    if isinstance(output, dict):
-        for key in list(output):
-            output[key] = without_graph(output[key])
-    return output
-
-
 def detach_attributes(module: Any) -> None:
     """A bridge's attention keeps its last pattern, which must not keep this pass's graph alive."""
     for name, value in list(vars(module).items()):
         if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
             setattr(module, name, value.detach())
-
-
-def detach_cache(cache: Any) -> None:
-    """Keys and values kept for the next token must not keep this pass's graph alive."""
-    for entry in getattr(cache, "layers", getattr(cache, "entries", None)) or ():
-        for name in ("keys", "values", "past_keys", "past_values"):
-            value = getattr(entry, name, None)
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(entry, name, value.detach())

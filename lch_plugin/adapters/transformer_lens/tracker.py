@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from lch_plugin.adapters.passes import Late, Pass, at_positions
+from lch_plugin.adapters.states import detach_cache, evaluating, without_graph
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     final_norm,
@@ -30,15 +32,8 @@ from lch_plugin.adapters.transformer_lens.gates import (
     RootOutputGate,
     RootPointGate,
 )
-from lch_plugin.adapters.transformer_lens.passes import Late, Pass, at_positions
 from lch_plugin.adapters.transformer_lens.readers import Reader
-from lch_plugin.adapters.transformer_lens.states import (
-    detach_attributes,
-    detach_cache,
-    evaluating,
-    silenced,
-    without_graph,
-)
+from lch_plugin.adapters.transformer_lens.states import detach_attributes, silenced
 from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient, gradients
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric

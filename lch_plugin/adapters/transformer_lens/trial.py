@@ -8,13 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lch_plugin.adapters.checks import noise
 from lch_plugin.adapters.transformer_lens.readers import Reader
-
-
-def noise(like: Tensor) -> Tensor:
-    """Standard normal noise of a tensor's shape, dtype and device, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, dtype=torch.float64, generator=generator).to(like)
 
 
 @dataclass(eq=False)

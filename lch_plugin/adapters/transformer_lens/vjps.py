@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lch_plugin.adapters.passes import at_positions
 from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.passes import at_positions
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.centroids import centroid
 from lch_plugin.cotangents import Metric, Ones, Random

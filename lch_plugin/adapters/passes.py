@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lch_plugin.adapters.arguments import without_padding
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
 
@@ -160,12 +161,7 @@ class Pass:
             SiteError: no such position.
         """
         v = at_positions(v.to(y).expand_as(y), positions)
-        n_pos, mask = y.shape[-2], self.masks.get(stack)
-        if mask is not None and mask.shape[-1] >= n_pos and y.ndim == 3:
-            mask = mask[:, -n_pos:].to(y.device)
-            if not bool(mask.all()) and mask.shape[0] == y.shape[0]:
-                v = v * mask[..., None].to(y.dtype)
-        return v
+        return without_padding(v, y, self.masks.get(stack))
 
 
 def at_positions(v: Tensor, positions: list[int] | None) -> Tensor:

@@ -1,0 +1,82 @@
+"""What a centroid has to be, whatever the toolkit: read from weights, more than noise, finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lch_plugin.errors import NonFiniteError, SiteError, VanishingCentroidError
+
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Largest relative distance of a closed form from autograd, by the model's dtype: far above
+# rounding, and far below what a wrong activation or layout gives.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 1e-1,
+}
+# A centroid this much smaller than one through a random cotangent is rounding noise.
+_VANISHING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+
+def check_loaded(module: nn.Module, name: str) -> None:
+    """Refuse a module whose weights cannot be read.
+
+    Raises:
+        SiteError: they are on the meta device, or quantised.
+    """
+    for parameter_name, parameter in module.named_parameters():
+        if parameter.is_meta or parameter.dtype not in _READABLE:
+            raise SiteError(
+                f"{parameter_name} of {name} has dtype {parameter.dtype} on device "
+                f"{parameter.device}: loaded floating-point weights are needed. Load the model "
+                "with its weights, unquantised."
+            )
+
+
+def check_more_than_noise(
+    name: str, mu: float, typical: float, dtype: torch.dtype, *, cure: str
+) -> None:
+    """Refuse a cotangent that reads next to nothing of what a component writes.
+
+    Args:
+        name: of the centroid.
+        mu: norm of the centroid.
+        typical: the same through a random cotangent of the same norm.
+        dtype: what they were computed in.
+        cure: ends the message.
+
+    Raises:
+        VanishingCentroidError: the centroid is rounding noise.
+    """
+    if mu <= _VANISHING[dtype] * typical:
+        raise VanishingCentroidError(
+            f"{name}: the cotangent reads next to nothing of what is written there ({mu:.1e}, "
+            f"where a random one reads {typical:.1e}), so the centroid would be rounding noise (of "
+            f"a block: the cotangent itself). {cure}"
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a centroid with NaN or infinite values.
+
+    Raises:
+        NonFiniteError: so it is.
+    """
+    # The sum first, which takes one pass: it is finite unless an entry is not.
+    if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+        return
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise NonFiniteError(
+            f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite. Look at the "
+            "activations there (half precision overflows at 65504: load the model in float32), "
+            "and at masked rows, whose gradients may be NaN where their values are not."
+        )
+
+
+def noise(like: Tensor) -> Tensor:
+    """Standard normal noise of a tensor's shape, dtype and device, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(like.shape, dtype=torch.float64, generator=generator).to(like)

@@ -1,0 +1,271 @@
+"""Attach to the modules of a model, and detach without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lch_plugin.adapters.arguments import Call
+from lch_plugin.adapters.checks import check_loaded
+from lch_plugin.adapters.huggingface.calls import unwatch, watch
+from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
+from lch_plugin.adapters.huggingface.readers import ClosedFormReader, Reader, VJPReader
+from lch_plugin.adapters.passes import Pass
+from lch_plugin.adapters.structure import recognise
+from lch_plugin.cotangents import Cotangent, Logit, Metric, as_cotangent
+from lch_plugin.errors import InputError, SiteError
+
+# Components of one model share graphs, whoever attached to them.
+_graphs: WeakKeyDictionary[nn.Module, Pass] = WeakKeyDictionary()
+
+
+class CentroidCache(Mapping[str, Tensor]):
+    """Centroids of the last forward pass, by name of the component.
+
+    ``cache[name]`` is a tensor of the shape of what the component reads. Of one that was called
+    several times in the pass (tied layers, recurrence), ``cache[name, i]`` is that of call ``i``.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._values: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, ...]:
+        """The centroid of a component.
+
+        Raises:
+            KeyError: nothing of this name is attached.
+            SiteError: it was not called in the last forward pass, or not so often.
+            InputError: it was called several times, and the key does not say which.
+        """
+        name, call = key if isinstance(key, tuple) else (key, None)
+        values = self._values[name]
+        if not values:
+            raise SiteError(
+                f"{name} was not called in the last forward pass, or there was none: run the model "
+                "first, on a path that leads through it."
+            )
+        if call is None and len(values) > 1:
+            raise InputError(
+                f"{name} was called {len(values)} times in the last forward pass. Say which: "
+                f"cache[{name!r}, 0] is the first, cache[{name!r}, -1] the last."
+            )
+        try:
+            return values[call or 0]
+        except IndexError:
+            raise SiteError(
+                f"{name} was called {len(values)} times in the last forward pass: there is no call "
+                f"{call}."
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, values in self._values.items() if values)
+
+    def __len__(self) -> int:
+        return sum(map(bool, self._values.values()))
+
+    def __contains__(self, name: object) -> bool:
+        return bool(self._values.get(name))  # type: ignore[call-overload]
+
+    def __repr__(self) -> str:
+        shapes = (f"{name}: {[tuple(v.shape) for v in self._values[name]]}" for name in self)
+        return f"{type(self).__name__}({', '.join(shapes)})"
+
+    def calls(self, name: str) -> int:
+        """How often a component was called in the last forward pass."""
+        return len(self._values[name])
+
+    def clear(self) -> None:
+        """Forget every centroid."""
+        for values in self._values.values():
+            values.clear()
+
+
+class Handle:
+    """A model with centroids, until `detach`; a context manager.
+
+    Attributes:
+        model: as it was passed to `attach`.
+        cache: centroids of the last forward pass, also after detaching.
+    """
+
+    def __init__(self, model: nn.Module, targets: list[Target], cotangent: Cotangent) -> None:
+        self.model = model
+        self.cache = CentroidCache(target.name for target in targets)
+        self._depth = 0
+        self._is_attached = True
+        self._readers = make_readers(
+            model,
+            targets,
+            cotangent,
+            lambda target: (lambda mu: self._keep(target.name, mu), lambda: True),
+        )
+        watch(self, model, model, model)
+        for reader in self._readers:
+            reader.install()
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """How each centroid is computed, ``"closed form"`` or ``"vjp"``, by name."""
+        return {reader.name: reader.method for reader in self._readers}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the components, as in `cache`."""
+        return list(self.methods)
+
+    def detach(self) -> None:
+        """Restore the model exactly. Once is enough, and twice does no harm."""
+        if self._is_attached:
+            self._is_attached = False
+            for reader in self._readers:
+                reader.remove()
+            unwatch(self, self.model, self.model, self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self._is_attached else "detached from"
+        return f"Handle({state} {type(self.model).__name__}: {self.names})"
+
+    def _keep(self, name: str, mu: Tensor) -> None:
+        values = self.cache._values[name]
+        if not self._depth:  # Called on its own, which ends no pass.
+            values.clear()
+        values.append(mu)
+
+    # The model's own calls, as `calls.Watcher`.
+
+    def open(self) -> None:
+        self._depth += 1
+
+    def begin(self, call: Call) -> Call:
+        if self._depth == 1:
+            self.cache.clear()
+        return call
+
+    def pass_on(self, output: Any) -> None:
+        """Nothing of ours."""
+
+    def end(self, _call: Call, output: Any) -> Any:
+        return output
+
+    def close(self) -> None:
+        self._depth = max(0, self._depth - 1)
+
+
+def attach(
+    model: nn.Module,
+    modules: str | Iterable[str] | None = None,
+    *,
+    cotangent: Float[Tensor, " d_out"] | Cotangent | None = None,
+) -> Handle:
+    """Compute centroids of a model's modules whenever it runs.
+
+    The modules may be any: MLPs have closed forms (`lch_plugin.mlp`), recognised by what they
+    compute; attention, blocks, norms, convolutions and all else take one vector-Jacobian product on
+    the model's own graph, whatever the caller's grad mode. Nothing the model computes changes.
+
+    Args:
+        model: HuggingFace's or any other.
+        modules: names as in ``model.named_modules()``; ``*`` stands for a part of a name without
+            dots (``"encoder.layer.*.mlp"``), and ``first:last`` for all that lies between the input
+            of one module and the output of another (``"h.1:h.3"``,
+            ``"encoder.layer.*.intermediate:encoder.layer.*.output.dense"``). The empty name is the
+            model itself. If None, every MLP that has a closed form.
+        cotangent: ``v`` of the centroids ``J^T v``: shape ``(d_out,)``, or from
+            `lch_plugin.cotangents` but for `Logit` and `Metric`; all ones if None.
+
+    Raises:
+        InputError: the model is no module, or the cotangent none that works here.
+        SiteError: no such module, or one whose weights are not loaded or quantised.
+        VanishingCentroidError: the cotangent reads nothing of what an MLP writes; of what another
+            component writes this is raised when it first runs.
+
+    Example:
+        >>> with lch.huggingface.attach(model, "h.*.mlp") as handle:
+        ...     model(**inputs)
+        >>> handle.cache["h.5.mlp"]  # (batch, pos, d_model)
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; a torch.nn.Module is needed.")
+    v = as_cotangent(cotangent)
+    if isinstance(v, Logit | Metric):
+        raise InputError(
+            f"cotangent {v.name!r} is known only once the model has run to its end, which "
+            "lch.attach on a TransformerBridge waits for and this does not. Compute the direction "
+            "first and pass it as a tensor."
+        )
+    if modules is None:
+        check_loaded(model, "the model")
+        modules = mlp_names(model)
+        if not modules:
+            raise SiteError(
+                f"{type(model).__name__} has no MLP with a closed form. Name the modules you want: "
+                "modules=['encoder.layer.*']."
+            )
+    patterns = [modules] if isinstance(modules, str) else list(modules)
+    if not patterns:
+        raise InputError("modules is empty: name at least one.")
+    return Handle(model, resolve(model, patterns), v)
+
+
+Sink = tuple[Callable[[Tensor], None], Callable[[], bool]]
+
+
+def make_readers(
+    model: nn.Module, targets: list[Target], cotangent: Cotangent, sink: Callable[[Target], Sink]
+) -> list[Reader]:
+    """Readers of components, not yet installed.
+
+    Args:
+        model: their model.
+        targets: the components.
+        cotangent: ``v``.
+        sink: where each one's centroids go, and whether anybody wants them.
+    """
+    graph = _graphs.setdefault(model, Pass())
+    readers: list[Reader] = []
+    for target in targets:
+        first, last = (model.get_submodule(name) for name in (target.first, target.last))
+        check_loaded(first, target.first or "the model")
+        check_loaded(last, target.last or "the model")
+        publish, is_wanted = sink(target)
+        modules = (first, last, _around(model, target))
+        structure = recognise(first, None if last is first else last)
+        options: dict[str, Any] = {"publish": publish, "is_wanted": is_wanted}
+        if structure is None:
+            readers.append(VJPReader(target, modules, cotangent, graph, **options))
+        else:
+            readers.append(
+                ClosedFormReader(target, modules, cotangent, graph, structure=structure, **options)
+            )
+    return readers
+
+
+def _around(model: nn.Module, target: Target) -> nn.Module:
+    """The innermost module that is called and encloses both ends."""
+    if target.first == target.last:
+        return model.get_submodule(target.first)
+    ends = [name.split(".") for name in (target.first, target.last)]
+    shared = 0
+    while all(len(e) > shared + 1 for e in ends) and ends[0][shared] == ends[1][shared]:
+        shared += 1
+    module = model.get_submodule(".".join(ends[0][:shared]))
+    while isinstance(module, nn.ModuleList | nn.ModuleDict):  # Which nobody calls.
+        shared -= 1
+        module = model.get_submodule(".".join(ends[0][:shared]))
+    return module

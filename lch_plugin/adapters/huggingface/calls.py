@@ -1,0 +1,102 @@
+"""What happens around a module's calls.
+
+A module is watched through its ``forward``, put before its class's own as an attribute, and not by
+torch hooks: it begins after every hook that edits the input, ends before every hook that edits the
+output, and closes whatever it opened when the call fails, on Ctrl-C too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+from torch import nn
+
+from lch_plugin.adapters.arguments import Call
+
+
+class Watcher(Protocol):
+    """Sees the calls of up to three modules: a first, a last, and one that encloses both."""
+
+    def open(self) -> None:
+        """The enclosing module is called."""
+
+    def begin(self, call: Call) -> Call:
+        """The first module is called; with what it is to be called instead."""
+
+    def pass_on(self, output: Any) -> None:
+        """The first module has returned."""
+
+    def end(self, call: Call, output: Any) -> Any:
+        """The last module has returned; what it is to return instead."""
+
+    def close(self) -> None:
+        """The enclosing module has returned, or failed."""
+
+
+class WatchedForward:
+    """In place of a module's ``forward`` for as long as anybody watches it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original = module.forward
+        self.was_attribute = "forward" in vars(module)
+        self.enclosing: list[Watcher] = []
+        self.starting: list[Watcher] = []
+        self.ending: list[Watcher] = []
+        functools.update_wrapper(self, self.original)  # transformers asks for its signature.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # As they are now: detaching within the call is allowed.
+        enclosing, starting, ending = [*self.enclosing], [*self.starting], [*self.ending]
+        try:
+            for watcher in enclosing:
+                watcher.open()
+            call: Call = (args, kwargs)
+            for watcher in starting:
+                call = watcher.begin(call)
+            output = self.original(*call[0], **call[1])
+            for watcher in starting:
+                watcher.pass_on(output)
+            # What began last ends first: it shares the graph of those around it.
+            for watcher in reversed(ending):
+                output = watcher.end(call, output)
+            return output
+        finally:
+            for watcher in enclosing:
+                watcher.close()
+
+
+def watch(watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module) -> None:
+    """Have a watcher see the calls of modules."""
+    _watched(around).enclosing.append(watcher)
+    _watched(first).starting.append(watcher)
+    _watched(last).ending.append(watcher)
+
+
+def unwatch(watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module) -> None:
+    """Take it off again; a module that nobody watches gets its own ``forward`` back."""
+    for module in {first, last, around}:
+        watched = vars(module).get("forward")
+        while watched is not None and not isinstance(watched, WatchedForward):
+            # Somebody put theirs before ours.
+            watched = getattr(watched, "__wrapped__", None)
+        if watched is None:
+            continue
+        for watchers in (watched.enclosing, watched.starting, watched.ending):
+            if watcher in watchers:
+                watchers.remove(watcher)
+        idle = not (watched.enclosing or watched.starting or watched.ending)
+        if idle and vars(module)["forward"] is watched:
+            if watched.was_attribute:
+                module.forward = watched.original
+            else:
+                del module.forward
+
+
+def _watched(module: nn.Module) -> WatchedForward:
+    forward = module.forward
+    if not isinstance(forward, WatchedForward):
+        forward = WatchedForward(module)
+        module.forward = forward
+    return forward

@@ -1,0 +1,290 @@
+"""How the centroid of one component comes about while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lch_plugin.adapters.arguments import (
+    Call,
+    caches,
+    input_of,
+    output_of,
+    token_mask,
+    without_padding,
+)
+from lch_plugin.adapters.checks import check_finite, check_more_than_noise, noise
+from lch_plugin.adapters.huggingface.calls import unwatch, watch
+from lch_plugin.adapters.huggingface.names import Target
+from lch_plugin.adapters.passes import Pass
+from lch_plugin.adapters.states import detach_cache, without_graph
+from lch_plugin.adapters.structure import Structure
+from lch_plugin.cotangents import Cotangent, Vector, evaluate, is_fixed
+from lch_plugin.errors import NotDifferentiableError, SiteError, VanishingCentroidError
+from lch_plugin.mlp import at_least_float32, centroid_of_neurons, is_vanishing, read_direction
+
+_CURE = (
+    "All ones do that to whatever ends in a LayerNorm (the blocks of BERT) and to centered writing "
+    "weights. Pass another cotangent, or name another module."
+)
+
+
+@dataclass(eq=False)
+class Running:
+    """One call of a component under way.
+
+    Attributes:
+        name: of the component, for messages.
+        x: what it reads, with a graph behind or before it.
+        mask: which positions are tokens.
+        caches: key-value caches it was called with.
+        outputs: what its input projections gave.
+        between: what its first module returned.
+        hooks: registered for this call alone.
+    """
+
+    name: str
+    x: Float[Tensor, ...] | None = None
+    mask: Bool[Tensor, "batch pos"] | None = None
+    caches: list[Any] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    between: Any = None
+    hooks: list[RemovableHandle] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Reader:
+    """One component of one model.
+
+    Attributes:
+        target: its name.
+        cotangent: ``v``.
+        publish: is handed each centroid.
+        is_wanted: whether to compute any.
+    """
+
+    method = ""
+
+    def __init__(
+        self,
+        target: Target,
+        modules: tuple[nn.Module, nn.Module, nn.Module],
+        cotangent: Cotangent,
+        graph: Pass,
+        *,
+        publish: Callable[[Tensor], None],
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        self.target = target
+        self.cotangent = cotangent
+        self.publish, self.is_wanted = publish, is_wanted
+        self._modules = modules
+        self._graph = graph
+        # One for each call of the enclosing module: a model may call itself.
+        self._calls: list[Running | None] = []
+
+    @property
+    def name(self) -> str:
+        """Of the component."""
+        return self.target.name
+
+    def record(self) -> dict[str, Any]:
+        """What the centroid is of, in terms of JSON."""
+        v = self.cotangent
+        return {
+            "site": self.name,
+            "cotangent": v.v.tolist() if isinstance(v, Vector) else v.name,
+            "linearization": "jacobian",
+        }
+
+    def install(self) -> None:
+        """Start watching the model."""
+        watch(self, *self._modules)
+
+    def remove(self) -> None:
+        """Stop watching it."""
+        unwatch(self, *self._modules)
+        while self._calls:
+            self.close()
+
+    def open(self) -> None:
+        self._calls.append(None)
+
+    def begin(self, call: Call) -> Call:
+        if not self._calls or not self.is_wanted():
+            return call
+        running = self._calls[-1] = Running(self.name)
+        return self._start(running, call)
+
+    def pass_on(self, output: Any) -> None:
+        if self._calls and self._calls[-1] is not None:
+            self._calls[-1].between = output
+
+    def end(self, call: Call, output: Any) -> Any:
+        running = self._calls[-1] if self._calls else None
+        if running is None:
+            return output
+        self._calls[-1] = None
+        try:
+            y = output_of(output, self.name)
+            mu = self._finish(running, call, y).detach()
+            with self._graph.outside():
+                check_finite(self.name, mu)
+                self.publish(mu.to(at_least_float32(mu)))
+        finally:
+            self._stop(running)
+        return self._returned(running, output)
+
+    def close(self) -> None:
+        running = self._calls.pop() if self._calls else None
+        if running is not None:
+            self._stop(running)
+
+    def _start(self, running: Running, call: Call) -> Call:
+        raise NotImplementedError
+
+    def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _stop(self, running: Running) -> None:
+        raise NotImplementedError
+
+    def _returned(self, _running: Running, output: Any) -> Any:
+        return output
+
+
+class ClosedFormReader(Reader):
+    """An MLP, from the pre-activations that the model computes (`lch_plugin.mlp`)."""
+
+    method = "closed form"
+
+    def __init__(self, *args: Any, structure: Structure, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._structure = structure
+        self._is_connected = self._modules[0] is self._modules[1]
+        if is_fixed(self.cotangent):
+            self._check_cotangent()
+
+    def _check_cotangent(self) -> None:
+        mlp = self._structure.weights
+        v = evaluate(self.cotangent, mlp.W_out.new_ones(mlp.W_out.shape[-1]))
+        if is_vanishing(mlp, v):
+            raise VanishingCentroidError(
+                f"{self.name}: the cotangent is orthogonal to everything this MLP writes, so its "
+                "centroid would be rounding noise. Centered writing weights do this to all ones. "
+                "Load weights that are not, or pass another cotangent."
+            )
+
+    def _start(self, running: Running, call: Call) -> Call:
+        # Registered now, they come after every hook of the user's.
+        running.hooks += [
+            projection.register_forward_hook(
+                lambda _m, _i, output: running.outputs.append(output.detach())
+            )
+            for projection in self._structure.inputs
+        ]
+        return call
+
+    def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
+        structure = self._structure
+        if len(running.outputs) != len(structure.inputs):
+            raise SiteError(
+                f"{self.name}: its input projections ran {len(running.outputs)} times in one call, "
+                f"not {len(structure.inputs)}, so it is not the MLP that its modules make up. Name "
+                "the module around it, whose centroid is a vector-Jacobian product."
+            )
+        self._check_connected(running, call)
+        with torch.no_grad():
+            mlp, pre = structure.weights, structure.pre_activations(running.outputs)
+            v = None if self.cotangent.name == "ones" else evaluate(self.cotangent, y)
+            return centroid_of_neurons(mlp, pre, read_direction(mlp, v))
+
+    def _check_connected(self, running: Running, call: Call) -> None:
+        """Once, that the second module reads what the first has given."""
+        if self._is_connected:
+            return
+        read, _ = input_of(call, self.name)
+        if not isinstance(running.between, Tensor) or not torch.equal(read, running.between):
+            raise SiteError(
+                f"{self.name}: the second module does not read what the first returned; something "
+                "between them changes it (a module, or a hook of yours the first time), so that "
+                "they are no MLP. Name the module that holds both."
+            )
+        self._is_connected = True
+
+    def _stop(self, running: Running) -> None:
+        for hook in running.hooks:
+            hook.remove()
+
+
+class VJPReader(Reader):
+    """Any component: one vector-Jacobian product on the graph of the model's own call."""
+
+    method = "vjp"
+    _is_checked = False
+
+    def _start(self, running: Running, call: Call) -> Call:
+        x, instead = input_of(call, self.name)
+        self._graph.hold(running)
+        running.x, x = self._graph.variable(x)
+        running.mask = token_mask(call, x.shape[1]) if x.ndim == 3 else None
+        running.caches = list(caches(call))
+        return instead(x)
+
+    def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
+        v = without_padding(evaluate(self.cotangent, y), y, running.mask)
+        mu = self._gradient(running, y, v)
+        if not self._is_checked:
+            self._check(running, y, v, mu)
+            self._is_checked = True
+        return mu
+
+    def _check(self, running: Running, y: Tensor, v: Tensor, mu: Tensor) -> None:
+        """The first time, that it is more than rounding noise."""
+        r = noise(v) * (v != 0)
+        r = r * (v.norm() / r.norm())
+        typical = self._gradient(running, y, r)
+        pairs = [(mu, typical)]
+        if y.shape == mu.shape:  # The residual stream itself passes a cotangent on as it is.
+            pairs.append((mu - v, typical - r))
+        for a, b in pairs:
+            check_more_than_noise(self.name, float(a.norm()), float(b.norm()), y.dtype, cure=_CURE)
+
+    def _gradient(self, running: Running, y: Tensor, v: Tensor) -> Tensor:
+        assert running.x is not None
+        mu = None
+        if y.requires_grad:
+            try:
+                (mu,) = torch.autograd.grad(y, running.x, v, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise
+                raise NotDifferentiableError(
+                    f"{self.name}: a tensor that the gradient needs was written to in place. "
+                    "Return a new tensor from the hook instead."
+                ) from error
+        if mu is None:
+            raise NotDifferentiableError(
+                f"{self.name}: no gradient path leads from the output back to the input. Either "
+                "the model computes it where gradients do not go, or a hook replaced everything "
+                "on the way."
+            )
+        return mu
+
+    def _stop(self, running: Running) -> None:
+        self._graph.release(running)
+
+    def _returned(self, running: Running, output: Any) -> Any:
+        if self._graph.is_open or torch.is_grad_enabled():
+            return output
+        for cache in running.caches:
+            detach_cache(cache)
+        return without_graph(output)

@@ -1,0 +1,44 @@
+"""States of a model that are not to outlive a pass: modes and graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, no random numbers), each module restored to its own mode."""
+    # A bridge puts the model it wraps into the same mode, which is no submodule of it.
+    modules = [*module.modules(), *getattr(module, "original_model", nn.Module()).modules()]
+    training = [m for m in modules if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def without_graph(output: Any) -> Any:
+    """The same output without a graph. Containers that can be changed are changed in place."""
+    if isinstance(output, Tensor):
+        return output.detach() if output.requires_grad else output
+    if isinstance(output, tuple) and type(output) is tuple:
+        return tuple(map(without_graph, output))
+    if isinstance(output, dict):
+        for key in list(output):
+            output[key] = without_graph(output[key])
+    return output
+
+
+def detach_cache(cache: Any) -> None:
+    """Keys and values kept for the next token must not keep this pass's graph alive."""
+    for entry in getattr(cache, "layers", getattr(cache, "entries", None)) or ():
+        for name in ("keys", "values", "past_keys", "past_values"):
+            value = getattr(entry, name, None)
+            if isinstance(value, Tensor) and value.requires_grad:
+                setattr(entry, name, value.detach())
