@@ -36,7 +36,7 @@ from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
     from lch_plugin import circuits, diagnostics, saes
-    from lch_plugin.adapters import huggingface
+    from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
 
@@ -64,6 +64,7 @@ __all__ = [
     "huggingface",
     "load_demo_model",
     "local_centroid",
+    "nnsight",
     "saes",
     "sample_neighbourhood",
 ]
@@ -77,6 +78,7 @@ _LAZY_MODULES = {
     "circuits": "lch_plugin.circuits",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
+    "nnsight": "lch_plugin.adapters.nnsight",
     "saes": "lch_plugin.saes",
 }
 

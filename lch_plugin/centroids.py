@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lch_plugin.cotangents import Cotangent, evaluate
 from lch_plugin.errors import InputError, NotDifferentiableError
 
 Neighbourhood = Literal["ball", "gaussian"]
@@ -70,7 +71,7 @@ class LocalCentroid:
 def centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
-    cotangent: Float[Tensor, ...] | None = None,
+    cotangent: Float[Tensor, ...] | Cotangent | None = None,
 ) -> Float[Tensor, "*batch d_in"]:
     """Centroid ``J_fn(x)^T v`` of any callable, by one vector-Jacobian product.
 
@@ -83,7 +84,8 @@ def centroid(
     Args:
         fn: any callable or ``nn.Module`` from tensors to tensors.
         x: input, floating point.
-        cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None (the paper's centroid).
+        cotangent: ``v``, broadcastable to ``fn(x)``, or from `lch_plugin.cotangents`; all ones if
+            None (the paper's centroid).
 
     Returns:
         The centroid, detached, in the shape and dtype of ``x``.
@@ -99,7 +101,7 @@ def centroid(
 def affine_expert(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
-    cotangent: Float[Tensor, ...] | None = None,
+    cotangent: Float[Tensor, ...] | Cotangent | None = None,
 ) -> AffineExpert:
     """Affine expert of ``fn`` at each row of ``x``: centroid, offset, radius, alignment.
 
@@ -109,7 +111,7 @@ def affine_expert(
     Args:
         fn: a callable that maps each row of ``x`` on its own.
         x: input, floating point.
-        cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None.
+        cotangent: as `centroid`.
 
     Raises:
         InputError: as `centroid`, or ``fn`` does not keep the leading dimensions of ``x``.
@@ -138,7 +140,7 @@ def local_centroid(
     radius: float,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
-    cotangent: Float[Tensor, ...] | None = None,
+    cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: Literal[False] = False,
 ) -> Float[Tensor, "*batch d_in"]: ...
@@ -152,7 +154,7 @@ def local_centroid(
     radius: float,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
-    cotangent: Float[Tensor, ...] | None = None,
+    cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: Literal[True],
 ) -> LocalCentroid: ...
@@ -166,7 +168,7 @@ def local_centroid(
     radius: float,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
-    cotangent: Float[Tensor, ...] | None = None,
+    cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: bool,
 ) -> Float[Tensor, "*batch d_in"] | LocalCentroid: ...
@@ -179,7 +181,7 @@ def local_centroid(
     radius: float,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
-    cotangent: Float[Tensor, ...] | None = None,
+    cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: bool = False,
 ) -> Float[Tensor, "*batch d_in"] | LocalCentroid:
@@ -194,7 +196,7 @@ def local_centroid(
         radius: radius of the ball, or root-mean-square norm of the Gaussian noise.
         n_samples: points drawn around each row; at least 2 with ``statistics``.
         neighbourhood: ``"ball"`` (uniform in the ball) or ``"gaussian"``.
-        cotangent: ``v``, broadcastable to ``fn(x)``; all ones if None.
+        cotangent: as `centroid`.
         generator: source of the randomness, on the device of ``x``.
         statistics: also return the variance of the sampled centroids and the standard error of
             their mean, from the same samples.
@@ -339,7 +341,7 @@ def _check_neighbourhood(x: Tensor, radius: float, n_samples: int, neighbourhood
 
 
 def _vjp(
-    fn: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor | None
+    fn: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor | Cotangent | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(fn(x), J^T v, v)``, all detached."""
     _check_input(x)
@@ -367,10 +369,17 @@ _NO_PATH = (
 )
 
 
-def _fit_cotangent(cotangent: Tensor | None, y: Tensor) -> Tensor:
+def _fit_cotangent(cotangent: Tensor | Cotangent | None, y: Tensor) -> Tensor:
     """Cotangent expanded to the shape, dtype and device of ``y``; all ones if None."""
     if cotangent is None:
         return torch.ones_like(y)
+    if isinstance(cotangent, Cotangent):
+        return evaluate(cotangent, y).to(y).expand_as(y)
+    if not isinstance(cotangent, Tensor):
+        raise InputError(
+            f"cotangent is a {type(cotangent).__name__}; pass a tensor, or an object with a `name` "
+            "and a method `at(y)`, as those of lch_plugin.cotangents that need no model."
+        )
     try:
         v = cotangent.detach().to(y).expand_as(y)
     except RuntimeError as error:

@@ -21,13 +21,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lch_plugin.memo import Memo
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -238,22 +238,31 @@ def activation_and_derivative(
     return value, derivative
 
 
-_aten = torch.ops.aten
-# Each activation beside its backward, (weight, z) -> act'(z) * weight.
+# Each activation beside its backward, (weight, z) -> act'(z) * weight. Spelled as functions of ours,
+# torch's own being looked up when called: these travel to other processes, torch's do not.
 _KERNELS: tuple[tuple[Activation, Callable[[Tensor, Tensor], Tensor]], ...] = (
     (
-        functools.partial(F.gelu, approximate="tanh"),
-        functools.partial(_aten.gelu_backward, approximate="tanh"),
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda weight, z: torch.ops.aten.gelu_backward(weight, z, approximate="tanh"),
     ),
-    (F.gelu, _aten.gelu_backward),
-    (F.silu, _aten.silu_backward),
-    (F.relu, functools.partial(_aten.threshold_backward, threshold=0)),
+    (
+        lambda z: F.gelu(z),
+        lambda weight, z: torch.ops.aten.gelu_backward(weight, z),
+    ),
+    (
+        lambda z: F.silu(z),
+        lambda weight, z: torch.ops.aten.silu_backward(weight, z),
+    ),
+    (
+        lambda z: F.relu(z),
+        lambda weight, z: torch.ops.aten.threshold_backward(weight, z, 0),
+    ),
     (
         lambda z: z * torch.sigmoid(1.702 * z),
-        lambda weight, z: _aten.silu_backward(weight, 1.702 * z),
+        lambda weight, z: torch.ops.aten.silu_backward(weight, 1.702 * z),
     ),
 )
-_recognised: WeakKeyDictionary[Any, Callable[[Tensor, Tensor], Tensor] | None] = WeakKeyDictionary()
+_recognised: Memo[Callable[[Tensor, Tensor], Tensor] | None] = Memo()
 
 
 def _kernel(act: Activation) -> Callable[[Tensor, Tensor], Tensor] | None:

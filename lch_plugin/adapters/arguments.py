@@ -97,7 +97,12 @@ def without_padding(
 def caches(call: Call) -> Iterator[Any]:
     """Key-value caches among the arguments."""
     args, kwargs = call
-    return (value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length"))
+    return (value for value in (*args, *kwargs.values()) if is_cache(value))
+
+
+def is_cache(value: Any) -> bool:
+    """Whether it is a key-value cache of transformers."""
+    return hasattr(value, "get_seq_length")
 
 
 def _is_float(value: Any) -> bool:

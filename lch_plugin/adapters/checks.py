@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from lch_plugin.cotangents import Cotangent, evaluate
 from lch_plugin.errors import NonFiniteError, SiteError, VanishingCentroidError
+from lch_plugin.mlp import MLP, is_vanishing
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Largest relative distance of a closed form from autograd, by the model's dtype: far above
@@ -18,6 +23,10 @@ TOLERANCE = {
 }
 # A centroid this much smaller than one through a random cotangent is rounding noise.
 _VANISHING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+_CURE = (
+    "All ones do that to whatever ends in a LayerNorm (the blocks of BERT) and to writing weights "
+    "that were centered. Pass another cotangent, or name another module."
+)
 
 
 def check_loaded(module: nn.Module, name: str) -> None:
@@ -58,8 +67,57 @@ def check_more_than_noise(
         )
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
+def check_cotangent(
+    name: str,
+    v: Float[Tensor, ...],
+    mu: Float[Tensor, ...],
+    gradient: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Refuse a cotangent through which a component's centroid is rounding noise.
+
+    Args:
+        name: of the centroid.
+        v: cotangent, in the shape of the component's output.
+        mu: centroid.
+        gradient: the centroid through another cotangent.
+        dtype: what they were computed in.
+
+    Raises:
+        VanishingCentroidError: so it is.
+    """
+    # A random direction where the cotangent reads anything at all.
+    r = noise(v) * (v != 0)
+    r = r * (v.norm() / r.norm())
+    pairs = [(mu, gradient(r))]
+    if v.shape == mu.shape:  # The residual stream itself passes a cotangent on as it is.
+        pairs.append((mu - v, pairs[0][1] - r))
+    for a, typical in pairs:
+        check_more_than_noise(name, float(a.norm()), float(typical.norm()), dtype, cure=_CURE)
+
+
+def check_mlp_cotangent(name: str, mlp: MLP, cotangent: Cotangent) -> None:
+    """Refuse a fixed cotangent that is orthogonal to everything an MLP writes, or does not fit.
+
+    Raises:
+        InputError: it is not of the shape of the output.
+        VanishingCentroidError: the centroid would be rounding noise.
+    """
+    v = evaluate(cotangent, mlp.W_out.new_ones(mlp.W_out.shape[-1]))
+    if is_vanishing(mlp, v):
+        raise VanishingCentroidError(
+            f"{name}: the cotangent is orthogonal to everything this MLP writes, so its centroid "
+            f"would be rounding noise. {_CURE}"
+        )
+
+
+def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
     """Refuse a centroid with NaN or infinite values.
+
+    Args:
+        name: of the centroid.
+        tensor: the centroid.
+        place: follows in the message.
 
     Raises:
         NonFiniteError: so it is.
@@ -70,8 +128,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     bad = int((~tensor.isfinite()).sum())
     if bad:
         raise NonFiniteError(
-            f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite. Look at the "
-            "activations there (half precision overflows at 65504: load the model in float32), "
+            f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite{place}. Look at "
+            "the activations there (half precision overflows at 65504: load the model in float32), "
             "and at masked rows, whose gradients may be NaN where their values are not."
         )
 

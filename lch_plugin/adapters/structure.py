@@ -9,8 +9,8 @@ gradient through the module itself, and the one that agrees is what the module i
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -27,7 +27,13 @@ from lch_plugin.errors import LCHError
 from lch_plugin.mlp import MLP, Activation, GatedMLP, PlainMLP, at_least_float32, mlp_centroid
 
 # For modules that call a function rather than keep it.
-_FUNCTIONS: tuple[Activation, ...] = (F.relu, F.gelu, F.silu, torch.tanh)
+_FUNCTIONS: tuple[Activation, ...] = (
+    lambda z: F.relu(z),
+    lambda z: F.gelu(z),
+    lambda z: F.gelu(z, approximate="tanh"),
+    lambda z: F.silu(z),
+    lambda z: torch.tanh(z),
+)
 # Rows to try, the standard deviation of their pre-activations, and the most to scale them by.
 _N_ROWS, _SPREAD, _LARGEST_SCALE = 4, 2.0, 1e3
 
@@ -98,7 +104,7 @@ def recognise(
     run = call or (first if last is None else lambda x: last(first(x)))
     x = _random_input(linear[0])
     ran: list[nn.Module] = []
-    with _laboratory(modules):
+    with _Laboratory(modules):
         hooks = [m.register_forward_hook(lambda m, _i, _o: ran.append(m)) for m in linear]
         try:
             y = run(x)
@@ -185,21 +191,24 @@ def _parameters(modules: list[nn.Module]) -> Iterator[Tensor]:
     return (p for module in modules for p in module.parameters())
 
 
-@contextmanager
-def _laboratory(modules: list[nn.Module]) -> Iterator[None]:
-    """Evaluation mode, no hooks of anybody's, no gradients kept."""
-    every = list(dict.fromkeys(m for module in modules for m in module.modules()))
-    kept = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in every]
-    try:
-        for m in every:
+class _Laboratory:
+    """Evaluation mode, no hooks of anybody's, no gradients kept.
+
+    A class and not a decorated generator: nnsight sends functions without their decorators.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        every = dict.fromkeys(m for module in modules for m in module.modules())
+        self._kept = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in every]
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._no_grad.__enter__()
+        for m, _, _, _ in self._kept:
             m.training = False
-            m._forward_hooks, m._forward_pre_hooks = (
-                type(m._forward_hooks)(),
-                type(m._forward_pre_hooks)(),
-            )
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training, hooks, pre_hooks in kept:
-            m.training = training
-            m._forward_hooks, m._forward_pre_hooks = hooks, pre_hooks
+            m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
+
+    def __exit__(self, *_: object) -> None:
+        for m, training, hooks, pre_hooks in self._kept:
+            m.training, m._forward_hooks, m._forward_pre_hooks = training, hooks, pre_hooks
+        self._no_grad.__exit__(None, None, None)

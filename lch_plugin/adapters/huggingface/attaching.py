@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,9 +18,10 @@ from lch_plugin.adapters.passes import Pass
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.cotangents import Cotangent, Logit, Metric, as_cotangent
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.memo import Memo
 
 # Components of one model share graphs, whoever attached to them.
-_graphs: WeakKeyDictionary[nn.Module, Pass] = WeakKeyDictionary()
+_graphs: Memo[Pass] = Memo()
 
 
 class CentroidCache(Mapping[str, Tensor]):

@@ -19,20 +19,15 @@ from lch_plugin.adapters.arguments import (
     token_mask,
     without_padding,
 )
-from lch_plugin.adapters.checks import check_finite, check_more_than_noise, noise
+from lch_plugin.adapters.checks import check_cotangent, check_finite, check_mlp_cotangent
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
 from lch_plugin.adapters.passes import Pass
 from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Structure
-from lch_plugin.cotangents import Cotangent, Vector, evaluate, is_fixed
-from lch_plugin.errors import NotDifferentiableError, SiteError, VanishingCentroidError
-from lch_plugin.mlp import at_least_float32, centroid_of_neurons, is_vanishing, read_direction
-
-_CURE = (
-    "All ones do that to whatever ends in a LayerNorm (the blocks of BERT) and to centered writing "
-    "weights. Pass another cotangent, or name another module."
-)
+from lch_plugin.cotangents import Cotangent, Ones, Vector, evaluate, is_fixed
+from lch_plugin.errors import NotDifferentiableError, SiteError
+from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
 
 
 @dataclass(eq=False)
@@ -171,17 +166,7 @@ class ClosedFormReader(Reader):
         self._structure = structure
         self._is_connected = self._modules[0] is self._modules[1]
         if is_fixed(self.cotangent):
-            self._check_cotangent()
-
-    def _check_cotangent(self) -> None:
-        mlp = self._structure.weights
-        v = evaluate(self.cotangent, mlp.W_out.new_ones(mlp.W_out.shape[-1]))
-        if is_vanishing(mlp, v):
-            raise VanishingCentroidError(
-                f"{self.name}: the cotangent is orthogonal to everything this MLP writes, so its "
-                "centroid would be rounding noise. Centered writing weights do this to all ones. "
-                "Load weights that are not, or pass another cotangent."
-            )
+            check_mlp_cotangent(self.name, structure.weights, self.cotangent)
 
     def _start(self, running: Running, call: Call) -> Call:
         # Registered now, they come after every hook of the user's.
@@ -204,7 +189,7 @@ class ClosedFormReader(Reader):
         self._check_connected(running, call)
         with torch.no_grad():
             mlp, pre = structure.weights, structure.pre_activations(running.outputs)
-            v = None if self.cotangent.name == "ones" else evaluate(self.cotangent, y)
+            v = None if isinstance(self.cotangent, Ones) else evaluate(self.cotangent, y)
             return centroid_of_neurons(mlp, pre, read_direction(mlp, v))
 
     def _check_connected(self, running: Running, call: Call) -> None:
@@ -243,20 +228,9 @@ class VJPReader(Reader):
         v = without_padding(evaluate(self.cotangent, y), y, running.mask)
         mu = self._gradient(running, y, v)
         if not self._is_checked:
-            self._check(running, y, v, mu)
+            check_cotangent(self.name, v, mu, lambda r: self._gradient(running, y, r), y.dtype)
             self._is_checked = True
         return mu
-
-    def _check(self, running: Running, y: Tensor, v: Tensor, mu: Tensor) -> None:
-        """The first time, that it is more than rounding noise."""
-        r = noise(v) * (v != 0)
-        r = r * (v.norm() / r.norm())
-        typical = self._gradient(running, y, r)
-        pairs = [(mu, typical)]
-        if y.shape == mu.shape:  # The residual stream itself passes a cotangent on as it is.
-            pairs.append((mu - v, typical - r))
-        for a, b in pairs:
-            check_more_than_noise(self.name, float(a.norm()), float(b.norm()), y.dtype, cure=_CURE)
 
     def _gradient(self, running: Running, y: Tensor, v: Tensor) -> Tensor:
         assert running.x is not None

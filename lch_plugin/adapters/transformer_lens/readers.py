@@ -167,7 +167,7 @@ class Reader:
                 if point is None or not point.has_listener:
                     continue
                 tensor = value().detach()
-                check_finite(f"{point.name}, at layer {self.layer},", tensor)
+                check_finite(point.name, tensor, f", at layer {self.layer}")
                 point.fire(tensor)
 
     def _expert(self, mu: Tensor, x: Tensor, y: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
