@@ -128,9 +128,9 @@ def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
     bad = int((~tensor.isfinite()).sum())
     if bad:
         raise NonFiniteError(
-            f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite{place}. Look at "
-            "the activations there (half precision overflows at 65504: load the model in float32), "
-            "and at masked rows, whose gradients may be NaN where their values are not."
+            f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite{place}. Look "
+            "at the activations there (half precision overflows at 65504: load the model in "
+            "float32), and at masked rows, whose gradients may be NaN where their values are not."
         )
 
 
