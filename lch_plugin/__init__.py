@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
+    from lch_plugin.loading import LoadedModel, load
 
 __version__ = version("lch-plugin")
 
@@ -47,6 +48,7 @@ __all__ = [
     "AttachError",
     "InputError",
     "LCHError",
+    "LoadedModel",
     "LocalCentroid",
     "NonFiniteError",
     "NotDifferentiableError",
@@ -62,6 +64,7 @@ __all__ = [
     "detached",
     "diagnostics",
     "huggingface",
+    "load",
     "load_demo_model",
     "local_centroid",
     "nnsight",
@@ -72,6 +75,8 @@ __all__ = [
 # Importing a toolkit takes seconds; whoever needs the mathematics alone should not wait for it.
 _LAZY_FUNCTIONS = {
     "attach": "lch_plugin.adapters.transformer_lens",
+    "LoadedModel": "lch_plugin.loading",
+    "load": "lch_plugin.loading",
     "load_demo_model": "lch_plugin.demo",
 }
 _LAZY_MODULES = {

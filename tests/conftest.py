@@ -5,6 +5,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+# Before nnsight, which gives every object a method, `save`; beartype's import trips over that.
+import beartype  # noqa: F401
 import jaxtyping
 import pytest
 import torch

@@ -8,13 +8,14 @@ output, and closes whatever it opened when the call fails, on Ctrl-C too.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
 from lch_plugin.adapters.arguments import Call
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Sees the calls of up to three modules: a first, a last, and one that encloses both."""
 

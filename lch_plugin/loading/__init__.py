@@ -1,0 +1,9 @@
+"""Load a transformers model from wherever it is, and hand it to a toolkit.
+
+Weights are read from safetensors or GGUF alone: nothing is unpickled, and no code that comes with
+a checkpoint is run.
+"""
+
+from lch_plugin.loading.models import LoadedModel, load
+
+__all__ = ["LoadedModel", "load"]

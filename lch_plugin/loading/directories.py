@@ -1,0 +1,163 @@
+"""Models in a directory, written by ``save_pretrained`` or downloaded from the hub."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from lch_plugin.errors import InputError
+from lch_plugin.loading.origins import Origin
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "tekken.json")
+_PREPROCESSOR = "preprocessor_config.json"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_directory(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any]:
+    """A model and its processor.
+
+    Raises:
+        InputError: there is none, it is not whole, or cannot be loaded faithfully.
+    """
+    _check_type(origin)
+    config = origin.read(AutoConfig.from_pretrained, "config.json")
+    _check_unquantized(origin, config)
+    _check_weights(origin)
+    model = load_model(origin, config, dtype=dtype, use_safetensors=True)
+    return model, _processor(origin, model)
+
+
+def _check_type(origin: Origin) -> None:
+    path = origin.path / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{origin.name} has no config.json in {origin.path}, so there is no model to load. "
+            "Give a directory written by save_pretrained, or a .gguf file by its own path."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}. Copy or download it again.") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        own = isinstance(config, dict) and "auto_map" in config
+        code = " It comes with code of its own, which is not run here." if own else ""
+        raise InputError(
+            f"{origin.name} is of model_type {kind!r}, which transformers "
+            f"{transformers.__version__} does not know.{code} Give a model that transformers has a "
+            "class for, or upgrade transformers."
+        )
+
+
+def _check_unquantized(origin: Origin, config: Any) -> None:
+    quantization = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if quantization is not None:
+        method = (
+            quantization.get("quant_method")
+            if isinstance(quantization, dict)
+            else quantization.quant_method
+        )
+        raise InputError(
+            f"{origin.name} is quantised ({method}): packed weights cannot be read as the numbers "
+            "that centroids are computed from. Load the unquantised model that it was made from."
+        )
+
+
+def _check_weights(origin: Origin) -> None:
+    """Every file of weights is there and whole. Only their headers are read."""
+    name, path = origin.name, origin.path
+    try:
+        for file in _weight_files(origin):
+            if not (path / file).is_file():
+                raise InputError(
+                    f"{name} lacks {file}, a part of its weights, in {path}. Copy or download it "
+                    "again."
+                )
+            with safe_open(path / file, framework="pt"):
+                pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"The weights of {name} in {path} are damaged or incomplete: {error}. Copy or download "
+            "them again."
+        ) from error
+
+
+def _weight_files(origin: Origin) -> list[str]:
+    name, path = origin.name, origin.path
+    if (path / _WEIGHTS).is_file():
+        return [_WEIGHTS]
+    if (path / _INDEX).is_file():
+        try:
+            return sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path / _INDEX} lists no weights. Copy or download it again."
+            ) from error
+    pickled = sorted(p.name for p in path.glob("*.bin"))
+    raise InputError(
+        f"{name} has no {_WEIGHTS} in {path}{', but ' if pickled else ''}{', '.join(pickled)}. "
+        "Pickled weights are not read, for they can run code. Where you trust them, load them with "
+        "transformers and write them with save_pretrained, which makes safetensors."
+    )
+
+
+def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
+    """A model of the class its config names, with every weight.
+
+    Raises:
+        InputError: transformers cannot read it, or weights are missing.
+    """
+    model, info = origin.read(
+        _model_class(config).from_pretrained,
+        "weights",
+        config=config,
+        output_loading_info=True,
+        **kwargs,
+    )
+    # transformers leaves at random what is missing. A base model's pooler often is, and nothing
+    # but the pooled output reads it.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise InputError(
+            f"{origin.name} lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{missing[0]}, which would be random. Give a complete checkpoint, whose config.json "
+            "names its class in architectures."
+        )
+    return model
+
+
+def _model_class(config: Any) -> Any:
+    """The class the checkpoint was saved as, where transformers has it."""
+    for architecture in config.architectures or []:
+        cls = getattr(transformers, architecture, None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return cls
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModel
+
+
+def _processor(origin: Origin, model: PreTrainedModel) -> Any:
+    # transformers makes an empty tokenizer where it finds none.
+    if any(any(origin.path.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return origin.read(AutoTokenizer.from_pretrained, "tokenizer")
+    if (origin.path / _PREPROCESSOR).is_file():
+        images = model.main_input_name == "pixel_values"
+        auto = AutoImageProcessor if images else AutoFeatureExtractor
+        return origin.read(auto.from_pretrained, _PREPROCESSOR)
+    return None

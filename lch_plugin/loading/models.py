@@ -1,0 +1,177 @@
+"""A loaded model, and what hands it to a toolkit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lch_plugin.errors import InputError
+from lch_plugin.loading.directories import load_directory
+from lch_plugin.loading.gguf import load_gguf
+from lch_plugin.loading.origins import find_origin
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model with what is needed to use it elsewhere.
+
+    Attributes:
+        model: in evaluation mode, of the class it was saved as.
+        processor: tokenizer, or image processor or feature extractor of a model that reads no
+            text; None if there is none beside the model.
+        name: the name on the hub, or the path, as it was given.
+        path: the directory or .gguf file on this machine that the model came from.
+        revision: commit on the hub; None for a path.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    name: str
+    path: Path
+    revision: str | None
+
+    def bridge(self) -> TransformerBridge:
+        """Boot the model into TransformerLens.
+
+        The bridge takes the model over: its modules are replaced in place and its attention is
+        switched to the eager implementation, whose patterns have hooks. Load again for a
+        model of your own.
+
+        Raises:
+            InputError: TransformerLens lacks the tokenizer, a library or an adapter for it.
+        """
+        from transformer_lens.model_bridge import TransformerBridge
+
+        tokenizer = self.processor if _is_tokenizer(self.processor) else None
+        config = self.model.config
+        more_than_text = hasattr(config, "vision_config") or hasattr(config, "audio_config")
+        if tokenizer is None and self.model.main_input_name == "input_ids":
+            raise InputError(
+                f"{self.name} has no tokenizer beside it, and TransformerLens needs one for text. "
+                "Save one there with tokenizer.save_pretrained."
+            )
+        if more_than_text and find_spec("torchvision") is None:
+            # TransformerLens would run pip to install it.
+            raise InputError(
+                f"{self.name} reads more than text, for which TransformerLens needs torchvision. "
+                "Install it: pip install torchvision."
+            )
+        # TransformerLens looks for processors of images and sound under the label. A directory
+        # is read at once; a name is asked for on the network, for minutes where there is none.
+        label = self.name if tokenizer is not None and not more_than_text else str(self.path)
+        self.model.set_attn_implementation("eager")
+        try:
+            return TransformerBridge.boot_transformers(
+                label,
+                hf_model=self.model,
+                tokenizer=tokenizer,
+                device=self.model.device,
+                dtype=self.model.dtype,
+            )
+        except (ValueError, ImportError) as error:
+            raise InputError(
+                f"TransformerLens cannot boot {self.name}, a {type(self.model).__name__}: {error}"
+            ) from error
+
+    def nnsight(self, **kwargs: Any) -> Any:
+        """Wrap the model, which stays as it is, for nnsight.
+
+        With a tokenizer or image processor the wrapper is a TransformersModel, which takes text or
+        images; without one it is a plain NNsight, which takes the model's own arguments.
+
+        Args:
+            **kwargs: for the wrapper; ``task`` where nnsight cannot tell it from the model.
+
+        Raises:
+            InputError: nnsight cannot wrap the model so.
+        """
+        from nnsight import NNsight
+        from nnsight.modeling.transformers import TransformersModel
+        from transformers.pipelines import PipelineException
+
+        headless = type(self.model).__name__.endswith("Model") and not self.model.can_generate()
+        # Left to itself, nnsight's pipeline moves the model to the first GPU.
+        defaults: dict[str, Any] = {"device": self.model.device}
+        if _is_tokenizer(self.processor):
+            defaults["tokenizer"] = self.processor
+            task = "feature-extraction"
+        elif self.processor is not None and self.model.main_input_name == "pixel_values":
+            defaults["image_processor"] = self.processor
+            task = "image-feature-extraction"
+        else:
+            return NNsight(self.model, **kwargs)
+        if headless:  # nnsight tells tasks by the heads.
+            defaults["task"] = task
+        try:
+            return TransformersModel(self.model, **{**defaults, **kwargs})
+        except (ValueError, PipelineException) as error:
+            raise InputError(
+                f"nnsight cannot wrap {self.name}, a {type(self.model).__name__}: {error} Give "
+                "another task=, or wrap the model itself as nnsight.NNsight(loaded.model)."
+            ) from error
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a model from the hub or its cache, a directory, or a .gguf file.
+
+    A string names a path if it exists, starts with ``/``, ``.`` or ``~``, or ends in ``.gguf``;
+    any other is a name on the hub. Without a network, and with HF_HUB_OFFLINE set, the hub's cache
+    answers. Quantised tensors of a .gguf file are unpacked.
+
+    Args:
+        source: name on the hub, directory written by ``save_pretrained``, or .gguf file.
+        dtype: of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; by default what the
+            checkpoint says, and for most .gguf files float32.
+        device: where to put the model.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputError: there is no such model, it cannot be loaded faithfully, or dtype or device
+            does not exist.
+    """
+    dtype, device = _dtype(dtype), _device(device)
+    origin = find_origin(source, revision)
+    read = load_directory if origin.path.is_dir() else load_gguf
+    model, processor = read(origin, dtype)
+    return LoadedModel(model.to(device), processor, origin.name, origin.path, origin.revision)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    if dtype is None:
+        return "auto"
+    value = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
+        raise InputError(
+            f"dtype={dtype!r} is no dtype that weights can have here. Choose float32, bfloat16, "
+            "float16 or float64, or leave it out to keep the checkpoint's."
+        )
+    return value
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"device={str(device)!r} is not available here: {reason}. Use device='cpu', or a "
+            "PyTorch built for the device."
+        ) from error
+
+
+def _is_tokenizer(processor: Any) -> bool:
+    return isinstance(processor, PreTrainedTokenizerBase)
