@@ -150,5 +150,5 @@ def _one_each(model: LensModel, n_prompts: int, ids: int | Sequence[int]) -> lis
     listed = listed * n_prompts if len(listed) == 1 else listed
     if len(listed) != n_prompts:
         raise InputError(f"token ids {ids!r} for {n_prompts} prompts: give one, or one each.")
-    check_token_ids(model, min(listed), max(listed))
+    check_token_ids(model.cfg.d_vocab, min(listed), max(listed))
     return listed

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import re
 import signal
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
 
+from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     Reader,
@@ -34,6 +36,7 @@ from lch_plugin.adapters.transformer_lens import (
 )
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import check_new_directory, new_directory
+from lch_plugin.saes.hooked import HookedModel
 from lch_plugin.sites import Site
 
 _DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
@@ -44,7 +47,7 @@ _CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
 
 
 def train(
-    model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]
+    model: LensModel | HookedModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]
 ) -> TrainingSAE[Any]:
     """Train the SAE that ``config`` describes, with SAELens' own runner, and return it.
 
@@ -65,7 +68,8 @@ def train(
     that the runner replaces.
 
     Args:
-        model: TransformerBridge or HookedTransformer, or SAELens' subclass of either.
+        model: TransformerBridge or HookedTransformer, SAELens' subclass of either, or a
+            `lch_plugin.saes.HookedModel` for models that TransformerLens does not know.
         dataset: a `datasets` dataset of text or tokens, as SAELens takes them.
         config: SAELens' own configuration; its ``model_name`` is only recorded.
 
@@ -81,15 +85,12 @@ def train(
             "Wrap a list of texts as datasets.Dataset.from_dict({'text': texts})."
         )
     match = _CENTROID_HOOK.fullmatch(config.hook_name)
-    needs_attaching = match is not None and config.hook_name not in attached_readers(model)
-    handle = (
-        attach(model, site=Site(match[2] or "block", int(match[1])))  # type: ignore[arg-type]
-        if match and needs_attaching
-        else nullcontext()
-    )
+    handle: AbstractContextManager[Any] = nullcontext()
+    if match and not isinstance(model, HookedModel) and config.hook_name not in _readers(model):
+        handle = attach(model, site=Site(match[2] or "block", int(match[1])))  # type: ignore[arg-type]
     with handle, torch.enable_grad():
         _check(model, dataset, config)
-        reader = attached_readers(model).get(config.hook_name)
+        reader = _readers(model).get(config.hook_name)
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             # A shallow copy: SAELens sets the format of the dataset it is given.
@@ -106,8 +107,8 @@ class _Runner(LanguageModelSAETrainingRunner):
         self,
         config: LanguageModelSAERunnerConfig[Any],
         dataset: Any,
-        model: LensModel,
-        reader: Reader | None,
+        model: LensModel | HookedModel,
+        reader: Reader | huggingface.Reader | None,
     ) -> None:
         super().__init__(config, override_dataset=dataset, override_model=model)
         self.reader = reader
@@ -166,30 +167,43 @@ class _Runner(LanguageModelSAETrainingRunner):
         return metrics
 
 
-def _provenance(model: LensModel, reader: Reader, scaler: Any) -> dict[str, Any]:
+def _readers(model: LensModel | HookedModel) -> Mapping[str, Reader | huggingface.Reader]:
+    return model.readers if isinstance(model, HookedModel) else attached_readers(model)
+
+
+def _provenance(
+    model: LensModel | HookedModel, reader: Reader | huggingface.Reader, scaler: Any
+) -> dict[str, Any]:
+    processing = {}
+    if isinstance(reader, Reader):
+        processing["weight_processing"] = weight_processing(model, reader.layer or 0)
     return {
         **reader.record(),
-        "weight_processing": weight_processing(model, reader.layer or 0),
+        **processing,
         "scale": scaler.scaling_factor,
         "lch_plugin_version": version("lch-plugin"),
     }
 
 
-def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]) -> None:
+def _check(
+    model: LensModel | HookedModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]
+) -> None:
     """Everything about a configuration that can be known before work starts."""
-    hook, n_ctx = config.hook_name, model.cfg.n_ctx
+    hook = config.hook_name
+    n_ctx = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
     if hook not in model.hook_dict:
         place = hook.rpartition(".")[0]
         known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
         raise SiteError(
             f"hook_name={hook!r} is no hook point of this model. Beside it are {known}. Centroids "
-            "of mlp, attn and block are attached for you; attach other sites with lch.attach first."
+            "of mlp, attn and block are attached for you; attach other sites with lch.attach "
+            "first. A HookedModel has those it was made with."
         )
-    if hook in attached_readers(model) and config.hook_head_index is not None:
+    if hook in _readers(model) and config.hook_head_index is not None:
         raise InputError(
             f"hook_head_index={config.hook_head_index}: a centroid has no heads. Set it to None."
         )
-    if config.context_size > n_ctx:
+    if n_ctx is not None and config.context_size > n_ctx:
         raise InputError(
             f"context_size={config.context_size} is longer than the model's context of {n_ctx} "
             f"tokens. Set context_size to {n_ctx} or less."
@@ -227,7 +241,7 @@ def _check(model: LensModel, dataset: Any, config: LanguageModelSAERunnerConfig[
         _check_dataset(model, dataset, config.context_size)
 
 
-def _check_dataset(model: LensModel, dataset: Dataset, context_size: int) -> None:
+def _check_dataset(model: LensModel | HookedModel, dataset: Dataset, context_size: int) -> None:
     columns = [c for c in _COLUMNS if c in dataset.column_names]
     if len(dataset) == 0 or not columns:
         raise InputError(
@@ -252,4 +266,10 @@ def _check_dataset(model: LensModel, dataset: Dataset, context_size: int) -> Non
                 f"context_size={context_size}. Lower context_size, or tokenise into longer rows."
             )
         ids = compute.min_max(compute.list_flatten(rows)).as_py()
-        check_token_ids(model, ids["min"], ids["max"])
+        check_token_ids(_d_vocab(model), ids["min"], ids["max"])
+
+
+def _d_vocab(model: LensModel | HookedModel) -> int:
+    if isinstance(model, HookedModel):
+        return int(model.model.get_input_embeddings().num_embeddings)
+    return int(model.cfg.d_vocab)

@@ -35,7 +35,7 @@ def as_tokens(
             f"with at least one; got {found!r}."
         )
     tokens = tokens[None] if tokens.ndim == 1 else tokens
-    check_token_ids(model, int(tokens.min()), int(tokens.max()))
+    check_token_ids(model.cfg.d_vocab, int(tokens.min()), int(tokens.max()))
     if tokens.shape[-1] > model.cfg.n_ctx:
         raise InputError(
             f"{tokens.shape[-1]} tokens are longer than the model's context of {model.cfg.n_ctx}. "
@@ -44,13 +44,12 @@ def as_tokens(
     return tokens.to(next(model.parameters()).device)
 
 
-def check_token_ids(model: LensModel, lowest: int, highest: int) -> None:
+def check_token_ids(d_vocab: int, lowest: int, highest: int) -> None:
     """Refuse token ids that the model has no embedding for.
 
     Raises:
         InputError: an id below zero, or at or above ``d_vocab``.
     """
-    d_vocab = model.cfg.d_vocab
     if lowest < 0 or highest >= d_vocab:
         raise InputError(
             f"token ids {lowest} to {highest} leave the model's vocabulary, 0 to {d_vocab - 1}. "

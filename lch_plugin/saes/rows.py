@@ -1,0 +1,238 @@
+"""SAEs on models without text: images, sound, anything that comes in batches.
+
+SAELens' runner reads text. Its trainer takes rows from anywhere, so here what a model computes
+becomes rows, and SAELens' mixing buffer shuffles them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.training.mixing_buffer import mixing_buffer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+
+from lch_plugin.adapters.arguments import input_of, output_of
+from lch_plugin.adapters.huggingface import make_readers, resolve_arguments
+from lch_plugin.adapters.states import evaluating
+from lch_plugin.cotangents import Cotangent
+from lch_plugin.errors import InputError
+
+Of = Literal["centroid", "input", "output"]
+
+
+class Rows:
+    """What one component of a model has at each token, one row a token.
+
+    An iterable over tensors of rows, one for each batch. While a batch is under way the model is in
+    evaluation mode and stops after the component; between batches it is as it was.
+
+    Attributes:
+        model: any module.
+        batches: the model's inputs, tensors or mappings of keyword arguments.
+        module: name of the component, as in `lch_plugin.huggingface.attach`. Of one that is called
+            several times in a pass, rows are of the first call.
+        of: its centroid, what it reads (``"input"``), or what it writes (``"output"``).
+        positions: which tokens count. Of a ViT ``slice(0, 1)`` is the CLS token and
+            ``slice(1, None)`` are the patches.
+
+    Raises:
+        InputError: ``of`` is none of the three, or the name fits several components.
+        SiteError, VanishingCentroidError: as `lch_plugin.huggingface.attach`.
+
+    Example:
+        >>> rows = lch.saes.Rows(model, pixel_values.split(64), "encoder.layer.2.mlp")
+        >>> sae = lch.saes.train_on(rows, TopKTrainingSAEConfig(d_in=64, d_sae=512, k=8), config)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        module: str,
+        *,
+        of: Of = "centroid",
+        positions: slice = slice(None),
+        cotangent: Float[Tensor, " d_out"] | Cotangent | None = None,
+    ) -> None:
+        """Choose what rows are of; nothing runs yet."""
+        if of not in get_args(Of):
+            raise InputError(f"of={of!r} is not known; use one of {get_args(Of)}.")
+        targets, v = resolve_arguments(model, module, cotangent)
+        if len(targets) > 1:
+            raise InputError(f"module={module!r} fits {[t.name for t in targets]}: choose one.")
+        self.model, self.batches, self.module = model, batches, module
+        self.of, self.positions = of, positions
+        self._first = model.get_submodule(targets[0].first)
+        self._last = model.get_submodule(targets[0].last)
+        self._found: list[Tensor] = []
+        (self._reader,) = make_readers(
+            model, targets, v, lambda _: (self._found.append, lambda: True)
+        )
+
+    def __iter__(self) -> Iterator[Float[Tensor, "rows d_in"]]:
+        for batch in self.batches:
+            value = self._value(batch)
+            yield (value[:, self.positions] if value.ndim > 2 else value).flatten(0, -2)
+
+    def record(self) -> dict[str, Any]:
+        """What the rows are of, in terms of JSON."""
+        config = getattr(self.model, "config", None)
+        return {
+            **(self._reader.record() if self.of == "centroid" else {"site": self.module}),
+            "of": self.of,
+            "positions": [self.positions.start, self.positions.stop, self.positions.step],
+            "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
+            "revision": getattr(config, "_commit_hash", None),
+            "lch_plugin_version": version("lch-plugin"),
+        }
+
+    def _value(self, batch: Tensor | Mapping[str, Any]) -> Float[Tensor, "batch pos d_in"]:
+        self._found.clear()
+        hooks = []
+        if self.of == "input":
+            hooks.append(self._first.register_forward_pre_hook(self._on_input, with_kwargs=True))
+        elif self.of == "output":
+            hooks.append(self._last.register_forward_hook(self._on_output))
+        else:
+            self._reader.install()
+        hooks.append(self._last.register_forward_hook(_stop))
+        try:
+            with torch.no_grad(), evaluating(self.model):
+                self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
+        except _Stop:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._reader.remove()
+        if not self._found:
+            raise InputError(f"{self.module} was not called: the model's path does not lead there.")
+        return self._found[0]
+
+    def _on_input(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._found.append(input_of((args, kwargs), self.module)[0].detach())
+
+    def _on_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._found.append(output_of(output, self.module).detach())
+
+
+class _Stop(Exception):
+    """Nothing after the component is wanted."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+def train_on(
+    rows: Rows | Iterable[Float[Tensor, "rows d_in"]],
+    sae: TrainingSAEConfig,
+    config: SAETrainerConfig,
+    *,
+    buffer_size: int = 16_384,
+    seed: int = 0,
+) -> TrainingSAE[Any]:
+    """Train an SAE on rows, with SAELens' own trainer, and return it.
+
+    Of `Rows` the SAE carries ``cfg.metadata.lch_centroid``. With ``"expected_average_only_in"`` the
+    scale is estimated from ``config.n_batches_for_norm_estimate`` batches, folded into the weights,
+    and recorded; SAELens' default of 1,000 batches is more than most image sets have.
+
+    Args:
+        rows: as many as ``config.total_training_samples`` takes and the estimate of the scale, or
+            something to be iterated again and again until then.
+        sae: SAELens' own configuration of any architecture.
+        config: SAELens' own configuration of the trainer.
+        buffer_size: rows that are shuffled together; half of them stay for the next round.
+        seed: of initialisation and shuffling; the global random state is left alone.
+
+    Raises:
+        InputError: rows of another width than ``sae.d_in``, too small a buffer, or no rows.
+    """
+    if buffer_size < config.train_batch_size_samples:
+        raise InputError(
+            f"buffer_size={buffer_size} holds no training batch of "
+            f"train_batch_size_samples={config.train_batch_size_samples}. Raise it."
+        )
+    stream = _endless(rows)
+    first = next(stream)
+    if first.shape[-1] != sae.d_in:
+        raise InputError(
+            f"sae.d_in={sae.d_in}, but the rows have {first.shape[-1]} dimensions. Set "
+            f"d_in={first.shape[-1]}."
+        )
+    if config.lr_end is None:  # What SAELens' runner makes of it; its trainer needs a number.
+        config = dataclasses.replace(config, lr_end=config.lr / 10)
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        dictionary: TrainingSAE[Any] = TrainingSAE.from_dict(sae.to_dict())
+        batches = mixing_buffer(
+            buffer_size,
+            config.train_batch_size_samples,
+            itertools.chain([first], stream),
+        )
+        trainer = SAETrainer(config, dictionary, batches)
+        scaler = trainer.activation_scaler
+        if sae.normalize_activations == "expected_average_only_in":
+            # As the trainer does it, here to learn the factor before it is folded in.
+            scaler.estimate_scaling_factor(sae.d_in, batches, config.n_batches_for_norm_estimate)
+        if isinstance(rows, Rows):
+            record = {**rows.record(), "scale": scaler.scaling_factor, "seed": seed}
+            dictionary.cfg.metadata.lch_centroid = record
+        return trainer.fit()
+
+
+def reconstruction(
+    sae: SAE[Any] | TrainingSAE[Any], rows: Iterable[Float[Tensor, "rows d_in"]]
+) -> dict[str, float]:
+    """How well an SAE reconstructs rows it may not have seen, and how sparsely.
+
+    Returns:
+        ``explained_variance`` (one minus the squared error over the variance of the rows, by
+        SAELens), ``l0`` (mean number of active features a row), ``fired`` (features active at
+        least once) and ``n_rows``.
+
+    Raises:
+        InputError: no rows.
+    """
+    variance, fired = ExplainedVarianceCalculator(), torch.zeros(sae.cfg.d_sae, device=sae.device)
+    n_active, n_rows = 0.0, 0
+    with torch.no_grad():
+        for x in rows:
+            x = x.to(sae.device, sae.dtype)
+            features = sae.encode(x)
+            variance.add_batch(sae.decode(features), x)
+            fired += (features != 0).sum(0)
+            n_active += float((features != 0).sum())
+            n_rows += len(x)
+    if not n_rows:
+        raise InputError("there are no rows: the batches are empty.")
+    return {
+        "explained_variance": variance.compute(),
+        "l0": n_active / n_rows,
+        "fired": int((fired > 0).sum()),
+        "n_rows": n_rows,
+    }
+
+
+def _endless(rows: Iterable[Tensor]) -> Iterator[Tensor]:
+    while True:
+        n_rows = 0
+        for x in rows:
+            n_rows += len(x)
+            yield x
+        if not n_rows:
+            raise InputError(
+                "the rows came to an end before training did, or there were none. Pass batches "
+                "that can be iterated again, such as a list, or more of them."
+            )
