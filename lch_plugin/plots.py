@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
@@ -16,6 +17,7 @@ from lch_plugin.circuits import AblationCheck, NeuronAttribution
 
 CENTROIDS, ACTIVATIONS, GREY = "#c2410c", "#1d4ed8", "#9ca3af"
 
+_SOLID = ListedColormap([CENTROIDS])
 # Colour and marker of each kind of site; the colours of Okabe & Ito, told apart by anyone.
 SITES = {
     "mlp": ("#d55e00", "o"),
@@ -191,6 +193,55 @@ def centroids_by_site(statistics: Sequence[SiteStatistics], radii: Sequence[floa
         label = "span (to the last block)" if kind == "span" else kind
         handles.append(Line2D([], [], color=colour, marker=marker, linewidth=2, label=label))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False)
+    return figure
+
+
+def patches_by_feature(
+    images: Float[Tensor, "n channel height width"],
+    activations: Float[Tensor, "n_patches_of_all d_sae"],
+    features: Sequence[int] | None = None,
+    *,
+    n_features: int = 10,
+    n_images: int = 8,
+) -> Figure:
+    """The images, and the patches in them, in which features of a vision SAE are most active.
+
+    One row a feature, strongest image first.
+
+    Args:
+        images: as the model reads them.
+        activations: of each feature at each patch of each image, patches in reading order.
+        features: which; those that are active at most in the most images if None.
+        n_features: how many, if they are to be chosen.
+        n_images: shown for each.
+    """
+    side = round((len(activations) / len(images)) ** 0.5)
+    maps = activations.unflatten(0, (len(images), side, side)).movedim(-1, 0)
+    peaks = maps.amax((-1, -2))
+    if features is None:
+        features = (peaks > 0).sum(1).topk(min(n_features, len(maps))).indices.tolist()
+    # Pixels to [0, 1], whatever they were normalised to; colour as the mean of channels, so that
+    # the overlay can be told from it.
+    grey = images.float().mean(1)
+    grey = (grey - grey.amin((1, 2), True)) / (
+        grey.amax((1, 2), True) - grey.amin((1, 2), True)
+    ).clamp_min(1e-6)
+    figure, axes = _figure(0.9 * n_images, 0.95 * len(features), n_images, len(features))
+    for row, feature in enumerate(features):
+        strongest = peaks[feature].topk(min(n_images, len(images))).indices.tolist()
+        for column in range(n_images):
+            axis = axes[row * n_images + column]
+            axis.set_axis_off()
+            if column >= len(strongest):
+                continue
+            image = strongest[column]
+            size = grey.shape[-2:]
+            axis.imshow(grey[image], cmap="Greys", vmin=0, vmax=1.5)
+            heat = (maps[feature, image] / peaks[feature].amax().clamp_min(1e-12)).clamp(0, 1)
+            heat = heat.repeat_interleave(size[0] // side, 0).repeat_interleave(size[1] // side, 1)
+            axis.imshow(heat.new_ones(*heat.shape), cmap=_SOLID, alpha=0.75 * heat.numpy())
+            if column == 0:
+                axis.set_title(f"{feature}", fontsize=7, loc="left", pad=2)
     return figure
 
 
