@@ -1,0 +1,235 @@
+"""Rows of what vision models compute, and SAEs trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAEConfig,
+    TrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from torch import Tensor, nn
+from transformers import ViTImageProcessor
+
+import lch_plugin as lch
+from lch_plugin.saes import Images, Rows, reconstruction, train_on
+from tests import families
+
+MLP = "layers.1.mlp"
+D_MODEL, N_PATCHES, SIDE = 32, 4, 16
+
+
+@pytest.fixture(scope="module")
+def vit() -> Any:
+    return families.huggingface("vit_base", torch.float32)
+
+
+def pixels(n: int = 70) -> Tensor:
+    return torch.randn(n, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+
+
+def topk(**changes: Any) -> TrainingSAEConfig:
+    settings = {"d_in": D_MODEL, "d_sae": 64, "k": 4, "normalize_activations": "none"}
+    return TopKTrainingSAEConfig(**(settings | changes))
+
+
+def trainer(n: int = 2048, **changes: Any) -> SAETrainerConfig:
+    settings = {"train_batch_size_samples": 64, "lr": 3e-3, "n_batches_for_norm_estimate": 4}
+    return SAETrainerConfig(total_training_samples=n, **(settings | changes))
+
+
+def test_rows_are_the_adapters_centroids(vit: Any) -> None:
+    x = pixels()
+    with torch.no_grad(), lch.huggingface.attach(vit, MLP) as handle:
+        vit(x)
+    rows = torch.cat(list(Rows(vit, x.split(32), MLP)))
+    # The last bits depend on the size of the batch.
+    torch.testing.assert_close(rows, handle.cache[MLP].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    cls, patches = (
+        torch.cat(list(Rows(vit, x.split(32), MLP, positions=positions)))
+        for positions in (slice(0, 1), slice(1, None))
+    )
+    assert len(cls) == len(x)
+    assert len(patches) == N_PATCHES * len(x)
+
+
+@pytest.mark.parametrize("of", ["input", "output"])
+def test_rows_of_activations_are_the_modules_own(vit: Any, of: Any) -> None:
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        seen.append(args[0] if of == "input" else output)
+
+    handle = vit.get_submodule(MLP).register_forward_hook(hook)
+    with torch.no_grad():
+        vit(pixels(5))
+    handle.remove()
+    (rows,) = Rows(vit, [pixels(5)], MLP, of=of)
+    assert torch.equal(rows, seen[0].flatten(0, 1))
+
+
+def test_the_model_stops_after_the_component_and_is_as_before(vit: Any) -> None:
+    last_norm: list[int] = []
+    handle = vit.layernorm.register_forward_hook(lambda *_: last_norm.append(1))
+    vit.train()
+    before = [(m, m.training, "forward" in vars(m)) for m in vit.modules()]
+    for of in ("centroid", "input", "output"):
+        for _ in Rows(vit, pixels().split(32), MLP, of=of):  # type: ignore[arg-type]
+            assert [(m, m.training, "forward" in vars(m)) for m in vit.modules()] == before
+    handle.remove()
+    vit.eval()
+    assert last_norm == []
+
+
+def test_inputs_may_be_mappings(vit: Any) -> None:
+    (a,), (b,) = Rows(vit, [{"pixel_values": pixels(4)}], MLP), Rows(vit, [pixels(4)], MLP)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "standard"])
+def test_saes_learn_rows(vit: Any, architecture: str, normalize: str) -> None:
+    shared = {"d_in": D_MODEL, "d_sae": 64, "normalize_activations": normalize}
+    sae_config: TrainingSAEConfig = {
+        "topk": lambda: TopKTrainingSAEConfig(k=4, **shared),
+        "batchtopk": lambda: BatchTopKTrainingSAEConfig(k=4, **shared),
+        "standard": lambda: StandardTrainingSAEConfig(l1_coefficient=0.1, **shared),
+    }[architecture]()
+    rows = Rows(vit, Images(pixels(), seed=0), MLP, positions=slice(1, None))
+    before = reconstruction(train_on(rows, sae_config, trainer(64), buffer_size=256), rows)
+    sae = train_on(rows, sae_config, trainer(8192), buffer_size=256)
+    after = reconstruction(sae, rows)
+    assert after["explained_variance"] > before["explained_variance"] + 0.1
+    assert after["n_rows"] == N_PATCHES * 70
+    record = sae.cfg.metadata.lch_centroid
+    assert record["site"] == MLP
+    assert (record["scale"] is None) == (normalize == "none")
+
+
+def test_the_decoders_bias_starts_at_the_mean(vit: Any) -> None:
+    rows = Rows(vit, [pixels()], MLP)
+    mean = next(iter(rows)).mean(0)
+    settings = trainer(1, train_batch_size_samples=N_PATCHES * 70, lr=0.0)
+    for normalize in ("none", "expected_average_only_in"):
+        sae = train_on(rows, topk(normalize_activations=normalize), settings, buffer_size=1000)
+        assert float((sae.b_dec - mean).norm() / mean.norm()) < 0.05
+
+
+def test_training_is_reproducible_and_leaves_the_global_generator_alone(vit: Any) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    weights = [
+        train_on(
+            Rows(vit, Images(pixels(), seed=0), MLP), topk(), trainer(640), buffer_size=256, seed=s
+        ).W_enc
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_reconstruction_of_what_an_sae_cannot_miss() -> None:
+    """With as many features as dimensions, k all of them, and identity weights, nothing is lost."""
+    sae = train_on([torch.rand(64, 4) + 1], topk(d_in=4, d_sae=4, k=4), trainer(64), buffer_size=64)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(4))
+        sae.W_dec.copy_(torch.eye(4))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    scores = reconstruction(sae, [torch.rand(10, 4) + 1, torch.rand(5, 4) + 1])
+    assert scores == {
+        "explained_variance": pytest.approx(1, abs=1e-6),
+        "l0": 4.0,
+        "fired": 4,
+        "n_rows": 15,
+    }
+
+
+def pictures(n: int = 10) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA")
+    return [
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).convert(modes[i % 3])
+        for i in range(n)
+    ]
+
+
+def streamed() -> IterableDataset:
+    def rows() -> Iterator[dict[str, Any]]:
+        for picture in pictures():
+            yield {"image": picture}
+
+    return IterableDataset.from_generator(rows)
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "list": pictures,
+    "dataset": lambda: Dataset.from_dict({"image": [{"bytes": None, "path": None}]}),
+    "generator": lambda: iter(pictures()),
+    "streamed": streamed,
+}
+SOURCES["dataset"] = lambda: Dataset.from_list([{"image": p} for p in pictures()])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_images_of_every_kind_make_the_same_batches(source: str) -> None:
+    processor = ViTImageProcessor(size={"height": SIDE, "width": SIDE})
+    truth = processor(images=[p.convert("RGB") for p in pictures()], return_tensors="pt")
+    batches = list(Images(SOURCES[source](), processor, batch_size=4))
+    assert [len(b["pixel_values"]) for b in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([b["pixel_values"] for b in batches]), truth["pixel_values"])
+
+
+def test_images_come_in_another_order_each_time_and_the_same_for_a_seed() -> None:
+    x = torch.arange(10.0).reshape(10, 1, 1, 1)
+
+    def order(images: Images) -> list[float]:
+        return torch.cat([b["pixel_values"] for b in images]).flatten().tolist()
+
+    images, again = Images(x, batch_size=3, seed=1), Images(x, batch_size=3, seed=1)
+    first, second = order(images), order(images)
+    assert first != second
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert [order(again), order(again)] == [first, second]
+    assert order(Images(x)) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda vit: Rows(vit, [], MLP, of="centroids"), "of='centroids' is not known"),
+        (lambda vit: Rows(vit, [], "layers.*.mlp"), "choose one"),
+        (lambda vit: Rows(vit, [], "layers.7.mlp"), "fits no module"),
+        (lambda vit: train_on(Rows(vit, [], MLP), topk(), trainer()), "came to an end"),
+        (lambda vit: train_on(iter([torch.ones(70, 32)]), topk(), trainer()), "came to an end"),
+        (lambda vit: train_on(Rows(vit, [pixels()], MLP), topk(d_in=31), trainer()), "d_in=32"),
+        (lambda vit: train_on([torch.ones(4, 32)], topk(), trainer(), buffer_size=8), "Raise it"),
+        (
+            lambda vit: reconstruction(
+                train_on([pixels(64).flatten(1)[:, :32]], topk(), trainer(64), buffer_size=64), []
+            ),
+            "no rows",
+        ),
+        (lambda vit: Images(pictures()), "image processor"),
+        (lambda vit: Images(torch.zeros(0, 3, 8, 8)), r"\(n, channel, height, width\)"),
+        (lambda vit: Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "floating point"),
+        (lambda vit: Images(iter(pictures()), object(), seed=0), "have no order"),
+        (lambda vit: Images(SOURCES["dataset"](), object(), column="img"), "column='img'"),
+        (lambda vit: Images(pixels(), batch_size=0), "at least 1"),
+    ],
+)
+def test_bad_input_is_refused(
+    vit: Any, make: Callable[[Any], Any], message: str, as_users_run: None
+) -> None:
+    with pytest.raises(lch.LCHError, match=message):
+        make(vit)
