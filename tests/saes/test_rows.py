@@ -14,6 +14,7 @@ from sae_lens import (
     BatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
+    TrainingSAE,
     TrainingSAEConfig,
 )
 from sae_lens.config import SAETrainerConfig
@@ -174,11 +175,10 @@ def streamed() -> IterableDataset:
 
 SOURCES: dict[str, Callable[[], Any]] = {
     "list": pictures,
-    "dataset": lambda: Dataset.from_dict({"image": [{"bytes": None, "path": None}]}),
+    "dataset": lambda: Dataset.from_list([{"image": p} for p in pictures()]),
     "generator": lambda: iter(pictures()),
     "streamed": streamed,
 }
-SOURCES["dataset"] = lambda: Dataset.from_list([{"image": p} for p in pictures()])
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -214,12 +214,7 @@ def test_images_come_in_another_order_each_time_and_the_same_for_a_seed() -> Non
         (lambda vit: train_on(iter([torch.ones(70, 32)]), topk(), trainer()), "came to an end"),
         (lambda vit: train_on(Rows(vit, [pixels()], MLP), topk(d_in=31), trainer()), "d_in=32"),
         (lambda vit: train_on([torch.ones(4, 32)], topk(), trainer(), buffer_size=8), "Raise it"),
-        (
-            lambda vit: reconstruction(
-                train_on([pixels(64).flatten(1)[:, :32]], topk(), trainer(64), buffer_size=64), []
-            ),
-            "no rows",
-        ),
+        (lambda vit: reconstruction(TrainingSAE.from_dict(topk().to_dict()), []), "no rows"),
         (lambda vit: Images(pictures()), "image processor"),
         (lambda vit: Images(torch.zeros(0, 3, 8, 8)), r"\(n, channel, height, width\)"),
         (lambda vit: Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "floating point"),
