@@ -33,6 +33,38 @@ def demo(
     run(out, seed=seed, device=device)
 
 
+@app.command()
+def centroids(
+    prompts: Annotated[list[str], typer.Argument(help="Texts, run together.")],
+    model: Annotated[
+        str, typer.Option(help="Name on the hub, local directory, or .gguf file.")
+    ] = "",
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Components, * for a part of a name; all MLPs by default. Repeatable."),
+    ] = None,
+    random_cotangent: Annotated[
+        int | None, typer.Option(help="Seed of a random cotangent in place of all ones.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16...; the checkpoint's by default.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Directory to make.")] = Path("centroids"),
+) -> None:
+    """Centroids of prompts, as safetensors. The embedded model if none is named."""
+    from lch_plugin.cotangents import Random
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.extract import extract
+    from lch_plugin.files import check_new_directory
+    from lch_plugin.loading import load
+
+    check_new_directory(out)
+    loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
+    cotangent = None if random_cotangent is None else Random(random_cotangent)
+    extract(loaded, prompts, out, modules=modules, cotangent=cotangent)
+
+
 def entry_point() -> None:
     """Run the command; a mistake of the user's is a message, not a traceback."""
     # As an exception, so that temporary files are cleaned up on the way out.

@@ -238,8 +238,8 @@ def activation_and_derivative(
     return value, derivative
 
 
-# Each activation beside its backward, (weight, z) -> act'(z) * weight. Spelled as functions of ours,
-# torch's own being looked up when called: these travel to other processes, torch's do not.
+# Each activation beside its backward, (weight, z) -> act'(z) * weight. Functions of ours, which
+# look torch's up when called: ours travel to other processes, and torch's do not.
 _KERNELS: tuple[tuple[Activation, Callable[[Tensor, Tensor], Tensor]], ...] = (
     (
         lambda z: F.gelu(z, approximate="tanh"),

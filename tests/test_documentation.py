@@ -12,10 +12,17 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
-def test_the_readmes_python_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 4
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "n_blocks"), [("README.md", 6), ("docs/adapters.md", 5)])
+def test_the_pages_python_runs(
+    page: str, n_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) >= n_blocks
+    # From a file: nnsight reads the source of what it traces.
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks))
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

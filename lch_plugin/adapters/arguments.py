@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -15,28 +15,40 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Of a model's output, what the centroid is of.
 _OUTPUTS = ("logits", "last_hidden_state")
-_MASKS = ("attention_mask", "encoder_attention_mask")
+# Of its arguments, what says which of the positions it reads are tokens. T5's attention has "mask".
+_MASKS = ("attention_mask", "mask")
+# Masks that are added to attention have this or less (or -inf) where attention must not go; biases
+# by distance, which may be added to them, are zero where a token attends to itself.
+_BLOCKED = -1e4
 
 
 def input_of(call: Call, name: str) -> tuple[Tensor, Callable[[Tensor], Call]]:
     """What a module reads, its first floating-point argument, and the call with another in place.
 
+    Wherever the same tensor is passed (attention's query, key and value) the other one goes.
+
     Raises:
         InputError: it has none.
     """
     args, kwargs = call
-    place = next((i for i, value in enumerate(args) if _is_float(value)), None)
-    if place is not None:
-        before, after = args[:place], args[place + 1 :]
-        return args[place], lambda x: ((*before, x, *after), kwargs)
-    key = next((k for k, value in kwargs.items() if _is_float(value) and k not in _MASKS), None)
-    if key is not None:
-        return kwargs[key], lambda x: (args, {**kwargs, key: x})
-    found = [type(v).__name__ for v in (*args, *kwargs.values())]
-    raise InputError(
-        f"{name} was called with {found}: no floating-point tensor to take a centroid with respect "
-        "to. A model that reads token ids has none; name its first block, or pass inputs_embeds."
-    )
+    named = (value for key, value in kwargs.items() if not key.endswith("mask"))
+    x = next((value for value in (*args, *named) if _is_float(value)), None)
+    if x is None:
+        found = [type(v).__name__ for v in (*args, *kwargs.values())]
+        raise InputError(
+            f"{name} was called with {found}: no floating-point tensor to take a centroid with "
+            "respect to. A model that reads token ids has none; name its first block, or pass "
+            "inputs_embeds."
+        )
+
+    # No annotations: nnsight sends this by value, and jaxtyping is not where it arrives.
+    def instead(other):  # type: ignore[no-untyped-def]
+        return (
+            tuple(other if value is x else value for value in args),
+            {key: other if value is x else value for key, value in kwargs.items()},
+        )
+
+    return x, instead
 
 
 def output_of(output: Any, name: str) -> Tensor:
@@ -45,8 +57,8 @@ def output_of(output: Any, name: str) -> Tensor:
     Raises:
         InputError: nothing of the kind.
     """
-    for attribute in _OUTPUTS:
-        output = getattr(output, attribute, output)
+    named = output.get if isinstance(output, dict) else lambda key: getattr(output, key, None)
+    output = next((named(key) for key in _OUTPUTS if named(key) is not None), output)
     if isinstance(output, dict):
         output = tuple(output.values())
     for value in output if isinstance(output, tuple | list) else (output,):
@@ -63,21 +75,27 @@ def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
     """Which positions are tokens and not padding, from the attention mask; None without one.
 
     Of a mask ``(batch, head, query, key)`` a token is a key that some query attends to. It may
-    cover keys of earlier passes as well, so the last ``n_pos`` count.
+    cover keys of earlier passes as well, so the last ``n_pos`` count. Masks of what a module
+    attends to besides (the encoder's tokens, in a decoder) are not meant.
     """
     args, kwargs = call
-    named = [kwargs[key] for key in _MASKS if isinstance(kwargs.get(key), Tensor)]
-    for mask in (*named, *(a for a in args[1:] if isinstance(a, Tensor) and a.ndim == 4)):
-        if mask.ndim not in (2, 4) or mask.shape[-1] < n_pos:
+    others = (kwargs.get(key) for key in ("key_value_states", "encoder_hidden_states"))
+    if any(_is_float(value) for value in others) and "encoder_attention_mask" not in kwargs:
+        return None  # Attention to others alone.
+    if any(key.startswith("decoder_") and isinstance(kwargs[key], Tensor) for key in kwargs):
+        named = [kwargs.get("decoder_attention_mask")]  # A model that writes at other positions.
+    else:
+        named = [kwargs.get(key) for key in _MASKS]
+    # The encoder's hidden states come before the encoder's mask.
+    own = itertools.takewhile(lambda a: not (_is_float(a) and a.ndim == 3), args[1:])
+    masks = (*named, *(a for a in own if isinstance(a, Tensor) and a.ndim == 4))
+    for mask in masks:
+        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.shape[-1] < n_pos:
             continue
-        if mask.is_floating_point() and mask.ndim == 4:
-            # The lowest finite number where attention must not go, or something near it.
-            tokens = mask > torch.finfo(mask.dtype).min / 2
-        else:
-            tokens = mask != 0
-        if mask.ndim == 4:
-            tokens = tokens.any(dim=(1, 2))
-        return tokens[:, -n_pos:]
+        if mask.ndim == 2:
+            return (mask != 0)[:, -n_pos:]
+        tokens = mask > _BLOCKED if mask.is_floating_point() else mask != 0
+        return tokens.any(dim=(1, 2))[:, -n_pos:]
     return None
 
 
@@ -94,10 +112,12 @@ def without_padding(
     return v * mask[..., None].to(y.dtype)
 
 
-def caches(call: Call) -> Iterator[Any]:
-    """Key-value caches among the arguments."""
-    args, kwargs = call
-    return (value for value in (*args, *kwargs.values()) if is_cache(value))
+def caches(values: Iterable[Any]) -> Iterator[Any]:
+    """Key-value caches among arguments or results, those within others (encoder-decoders) too."""
+    for value in values:
+        if is_cache(value):
+            yield value
+            yield from caches(vars(value).values())
 
 
 def is_cache(value: Any) -> bool:

@@ -6,8 +6,8 @@ model has it as a property.
 
 An MLP's centroid comes from the outputs of its own projections, in closed form (`lch_plugin.mlp`).
 Any other module's takes its inputs and one vector-Jacobian product through the module, called anew
-with them: nnsight's own way to apply a module ad hoc, which leaves its place in the forward pass
-alone. The graph is of that call only, and gone when it is done.
+with them, while the trace stands down as it does for nnsight's own ad-hoc calls: the module's place
+in the forward pass stays free. The graph is of that call only, and gone when it is done.
 
 For ``remote=True`` code travels by value: ``nnsight.register("lch_plugin")`` once, and call
 `centroid` by a name of its own (``centroid = lch.nnsight.centroid``). Nothing here may depend on
@@ -18,8 +18,11 @@ not, and so no annotation in a nested function, which would be evaluated.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from nnsight import Envoy
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 
 from lch_plugin.adapters.arguments import (
     Call,
+    caches,
     input_of,
     is_cache,
     output_of,
@@ -42,12 +46,22 @@ from lch_plugin.adapters.checks import (
 )
 from lch_plugin.adapters.structure import Structure, recognise
 from lch_plugin.centroids import centroid as vjp
-from lch_plugin.cotangents import Cotangent, Logit, Metric, Ones, as_cotangent, evaluate, is_fixed
+from lch_plugin.cotangents import (
+    Cotangent,
+    Logit,
+    Metric,
+    Ones,
+    Vector,
+    as_cotangent,
+    evaluate,
+    is_fixed,
+)
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.memo import Memo
-from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
+from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 
-_structures: Memo[Structure | None] = Memo()
+# Each beside the ids of the modules it was recognised in.
+_structures: Memo[tuple[tuple[int, ...], Structure | None]] = Memo()
 # Names of cotangents, by module.
 _seen: Memo[set[str]] = Memo()
 
@@ -83,9 +97,7 @@ def centroid(
         ...     mu = lch.nnsight.centroid(model.transformer.h[5].mlp).save()
     """
     v = _check(envoy, cotangent)
-    if envoy._module not in _structures:
-        _structures[envoy._module] = recognise(envoy._module, call=envoy)
-    structure = _structures[envoy._module]
+    structure = _structure_of(envoy)
     try:
         if structure is None:
             return _by_vjp(envoy, v)
@@ -117,7 +129,10 @@ class CentroidEnvoy(Envoy):
     @property
     def centroid(self) -> Float[Tensor, ...]:
         """The module's centroid, inside a trace."""
-        return centroid(self, self.cotangent)
+        try:
+            return centroid(self, self.cotangent)
+        except AttributeError as error:  # An envoy would look for `centroid` in its module instead.
+            raise RuntimeError(f"centroid of {self.path}: {error}") from error
 
 
 def _check(envoy: Envoy, cotangent: Any) -> Cotangent:
@@ -143,32 +158,66 @@ def _check(envoy: Envoy, cotangent: Any) -> Cotangent:
     return v
 
 
+def _structure_of(envoy: Envoy) -> Structure | None:
+    """How a module is an MLP with a closed form; None if it is not, or not in this very pass.
+
+    Recognised in evaluation mode and without hooks: what dropout, or a hook of somebody's, does on
+    the way only the module itself knows.
+    """
+    modules = list(envoy._module.modules())
+    ids = tuple(map(id, modules))
+    if _structures.get(envoy._module, (None, None))[0] != ids:
+        _structures[envoy._module] = ids, recognise(envoy._module, call=envoy)
+    for m in modules:
+        if m.training and isinstance(m, nn.Dropout) and m.p > 0:
+            return None
+        if m is not envoy._module and (m._forward_hooks or m._forward_pre_hooks):
+            return None
+    return _structures[envoy._module][1]
+
+
 def _in_closed_form(envoy: Envoy, structure: Structure, v: Cotangent) -> Tensor:
     mlp = structure.weights
-    if is_fixed(v) and _is_new(envoy, v):
+    is_new = _key(v) not in _seen.get(envoy._module, ())
+    if is_fixed(v) and is_new:
         check_mlp_cotangent(envoy.path, mlp, v)
-    outputs = [_envoy_of(envoy, module).output.detach() for module in structure.inputs]
+    # Copies: the model, or an activation in place, may write to them before they are all there.
+    outputs = [_envoy_of(envoy, module).output.detach().clone() for module in structure.inputs]
+    pre = structure.pre_activations(outputs)
     if isinstance(v, Ones):
         w = None
     elif is_fixed(v):
         w = evaluate(v, mlp.W_out[0])
     else:  # It depends on what the module writes, and waits for it.
-        w = evaluate(v, output_of(envoy.output, envoy.path))
-    mu = centroid_of_neurons(mlp, structure.pre_activations(outputs), read_direction(mlp, w))
+        y = output_of(envoy.output, envoy.path)
+        w = evaluate(v, y).to(y).expand_as(y)
+    mu = _aside(envoy, _closed_form, mlp, pre, w)
+    if is_new and not is_fixed(v):
+        assert w is not None
+        check_cotangent(
+            envoy.path, w, mu, lambda r: _aside(envoy, _closed_form, mlp, pre, r), w.dtype
+        )
     check_finite(envoy.path, mu)
+    _seen.setdefault(envoy._module, set()).add(_key(v))
     return mu
+
+
+def _closed_form(mlp: MLP, pre: tuple[Tensor, ...], w: Tensor | None) -> Tensor:
+    return centroid_of_neurons(mlp, pre, read_direction(mlp, w))
 
 
 def _by_vjp(envoy: Envoy, v: Cotangent) -> Tensor:
     component = _Component(envoy)
     weighed = _Weighed(v, component.mask)
-    mu = vjp(component, component.x, weighed)
-    if _is_new(envoy, v):
-        assert weighed.v is not None
-        check_cotangent(
-            envoy.path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
-        )
+    with component.backward:
+        mu = vjp(component, component.x, weighed)
+        if _key(v) not in _seen.get(envoy._module, ()):
+            assert weighed.v is not None
+            check_cotangent(
+                envoy.path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
+            )
     check_finite(envoy.path, mu)
+    _seen.setdefault(envoy._module, set()).add(_key(v))
     return mu.to(at_least_float32(mu))
 
 
@@ -178,6 +227,7 @@ class _Component:
     Attributes:
         x: what it reads in the model's own call.
         mask: which positions are tokens.
+        backward: context for a gradient through it.
     """
 
     def __init__(self, envoy: Envoy) -> None:
@@ -185,12 +235,30 @@ class _Component:
         call: Call = envoy.inputs
         self.x, self._call_with = input_of(call, envoy.path)
         self.mask = token_mask(call, self.x.shape[1]) if self.x.ndim == 3 else None
+        # Linear attention writes to states in place that its gradient needs.
+        in_place = any(
+            hasattr(layer, "recurrent_states")
+            for cache in caches([*call[0], *call[1].values()])
+            for i, layer in enumerate(getattr(cache, "layers", ()))
+            if i in _layers(envoy)
+        )
+        self.backward = (
+            torch.autograd.graph.allow_mutation_on_saved_tensors() if in_place else nullcontext()
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         args, kwargs = self._call_with(x)
         args = tuple(_for_us_alone(self._envoy, value) for value in args)
         kwargs = {key: _for_us_alone(self._envoy, value) for key, value in kwargs.items()}
-        return output_of(self._envoy(*args, **kwargs), self._envoy.path)
+        module = self._envoy._module
+        # The numbers that dropout is about to draw in the model's own call, and for it to draw.
+        random = torch.random.fork_rng(
+            [x.device] if x.is_cuda else [], enabled=any(m.training for m in module.modules())
+        )
+        with random:
+            # Not the module: its arguments are as its pre-hooks left them.
+            output = _aside(self._envoy, module.forward, *args, **kwargs)
+        return output_of(output, self._envoy.path)
 
 
 class _Weighed:
@@ -210,20 +278,33 @@ class _Weighed:
         return self.v
 
 
-def _is_new(envoy: Envoy, v: Cotangent) -> bool:
-    """Whether a module is asked for a centroid through a cotangent of this name for the first time.
+def _key(v: Cotangent) -> str:
+    """Tells cotangents apart whose centroids are to be checked once each."""
+    return f"{v.name} {hash(tuple(v.v.tolist()))}" if isinstance(v, Vector) else v.name
 
-    What is checked only then is more than noise stays so.
+
+def _aside(envoy: Envoy, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function gives while the trace stands down, as ``Envoy.__call__`` has it.
+
+    Modules it calls, activations too, would otherwise count as calls of the model's own.
     """
-    names = _seen.setdefault(envoy._module, set())
-    is_new = v.name not in names
-    names.add(v.name)
-    return is_new
+    interleaver = envoy.interleaver
+    interleaving, interleaver.interleaving = interleaver.interleaving, False
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        interleaver.interleaving = interleaving
 
 
 def _envoy_of(envoy: Envoy, module: nn.Module) -> Envoy:
     """The envoy of a module within another's, whatever it is called there."""
-    return next(e for e in envoy.modules() if e._module is module)
+    for e in envoy.modules():
+        if e._module is module:
+            return e
+    raise SiteError(
+        f"{envoy.path} has a {type(module).__name__} that nnsight does not know: the model was "
+        "changed after it was wrapped. Wrap it anew."
+    )
 
 
 def _for_us_alone(envoy: Envoy, argument: Any) -> Any:
@@ -234,8 +315,12 @@ def _for_us_alone(envoy: Envoy, argument: Any) -> Any:
     """
     if not is_cache(argument):
         return apply(argument, lambda t: t.clone() if t.is_inference() else t, Tensor)
-    layers = {getattr(module, "layer_idx", None) for module in envoy._module.modules()}
-    return _copy_of_cache(envoy, argument, layers)
+    return _copy_of_cache(envoy, argument, _layers(envoy))
+
+
+def _layers(envoy: Envoy) -> set[int | None]:
+    """Where the modules within keep what they remember in a key-value cache."""
+    return {getattr(module, "layer_idx", None) for module in envoy._module.modules()}
 
 
 def _copy_of_cache(envoy: Envoy, cache: Any, layers: set[int | None]) -> Any:
@@ -257,9 +342,13 @@ def _copy_of_cache(envoy: Envoy, cache: Any, layers: set[int | None]) -> Any:
 def _copy_of_layer(envoy: Envoy, layer: Any) -> Any:
     batcher = envoy.interleaver.batcher
     group = Mediator.current(envoy.path).batch_group
+
+    # No annotations: see above.
+    def of_our_rows(tensor):  # type: ignore[no-untyped-def]
+        rows = tensor if batcher is None or not tensor.ndim else batcher.narrow(tensor, group)
+        return rows.detach().clone()
+
     mine = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, Tensor):
-            value = value if batcher is None else batcher.narrow(value, group)
-            setattr(mine, name, value.detach().clone())
+    # In dictionaries too: the states of linear attention.
+    vars(mine).update(apply(vars(layer), of_our_rows, Tensor))
     return mine

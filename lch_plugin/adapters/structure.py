@@ -3,14 +3,16 @@
 Families name the parts of an MLP as they like: ``c_fc`` and ``c_proj``, ``gate_proj``, ``up_proj``
 and ``down_proj``, ``fc1`` and ``fc2``, ``weights_in`` and ``weights_out``, the numbers of a
 ``Sequential``. So names are not looked at. A module with two or three linear maps and an
-activation can be a plain or gated MLP in a few ways; each way's closed form is compared with a
-gradient through the module itself, and the one that agrees is what the module is.
+activation can be a plain or gated MLP in a few ways; each way's closed form, from what the
+projections give when the module runs on noise, is compared with a gradient through the module
+itself, and the one that agrees is what the module is.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -23,7 +25,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lch_plugin.adapters.checks import TOLERANCE, check_loaded, noise
 from lch_plugin.centroids import centroid
-from lch_plugin.errors import LCHError
 from lch_plugin.mlp import MLP, Activation, GatedMLP, PlainMLP, at_least_float32, mlp_centroid
 
 # For modules that call a function rather than keep it.
@@ -34,8 +35,21 @@ _FUNCTIONS: tuple[Activation, ...] = (
     lambda z: F.silu(z),
     lambda z: torch.tanh(z),
 )
-# Rows to try, the standard deviation of their pre-activations, and the most to scale them by.
-_N_ROWS, _SPREAD, _LARGEST_SCALE = 4, 2.0, 1e3
+# Rows to try for each standard deviation of pre-activations, and the most to scale them by. Where
+# they are near zero activations differ most; far out are clamps, as DeepSeek's at 10.
+_N_ROWS, _SPREADS, _LARGEST_SCALE = 16, (2.0, 32.0), 1e3
+# What a module keeps of its mode, of hooks and of compiled code, and what stands there while it is
+# tried out.
+_SILENCED: dict[str, Callable[[], Any]] = {
+    "training": bool,
+    "_forward_hooks": OrderedDict,
+    "_forward_pre_hooks": OrderedDict,
+    "_backward_hooks": OrderedDict,
+    "_backward_pre_hooks": OrderedDict,
+    "_compiled_call_impl": lambda: None,
+}
+# What a module keeps that runs the module.
+_FORWARDS = ("forward", "_old_forward", "_compiled_call_impl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,28 +116,49 @@ def recognise(
     for module in modules:
         check_loaded(module, type(module).__name__)
     run = call or (first if last is None else lambda x: last(first(x)))
-    x = _random_input(linear[0])
-    ran: list[nn.Module] = []
+    ran: dict[nn.Module, Tensor] = {}
     with _Laboratory(modules):
-        hooks = [m.register_forward_hook(lambda m, _i, _o: ran.append(m)) for m in linear]
+        x = _random_input(linear[0])
+        hooks = [
+            # Without a copy, as a reader gets it: what is written to it in place is part of it.
+            m.register_forward_hook(lambda m, _i, output: ran.update({m: output.detach()}))
+            for m in linear
+        ]
         try:
             y = run(x)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
-            return None  # It takes more than one tensor, or other shapes.
+        except Exception:  # It takes more than one tensor, other shapes, or no noise.
+            return None
         finally:
             for hook in hooks:
                 hook.remove()
-        if not isinstance(y, Tensor) or len(ran) != len(linear) or set(ran) != set(linear):
+        if not isinstance(y, Tensor) or y.shape[:-1] != x.shape[:-1] or len(ran) != len(linear):
             return None
         v = noise(y[0, 0])
         try:
             truth = centroid(run, x, v)
-        except (LCHError, RuntimeError):
+        except Exception:
             return None
-        for candidate in _candidates(ran, [*_activations(modules), *_FUNCTIONS]):
-            if _agrees(candidate, x, v, truth):
+        if not bool(truth.any()):
+            return None  # Zero weights, with which every activation agrees.
+        outputs = [ran[m] for m in ran]
+        for candidate in _candidates([*ran], [*_activations(modules), *_FUNCTIONS]):
+            if _agrees(candidate, outputs[:-1], v, truth):
                 return candidate
     return None
+
+
+def stand_ins(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    """What was put in place of a module's ``forward``, the last first, and what it stands for."""
+    forward = vars(module).get("forward")
+    while forward is not None:
+        yield forward
+        forward = getattr(forward, "__wrapped__", None)
+
+
+def is_watching(forward: Callable[..., Any]) -> bool:
+    """Whether it is a `lch_plugin.adapters.huggingface.calls.WatchedForward`."""
+    # By the class: functools.wraps copies attributes.
+    return hasattr(type(forward), "is_asleep")
 
 
 def _candidates(ran: list[nn.Module], acts: list[Activation]) -> Iterator[Structure]:
@@ -138,25 +173,26 @@ def _candidates(ran: list[nn.Module], acts: list[Activation]) -> Iterator[Struct
                 yield Structure(tuple(inputs), output, act, gate)
 
 
-def _agrees(candidate: Structure, x: Tensor, v: Tensor, truth: Tensor) -> bool:
-    mlp = candidate.weights
+def _agrees(candidate: Structure, outputs: list[Tensor], v: Tensor, truth: Tensor) -> bool:
     try:
-        mu = mlp_centroid(mlp, mlp.pre_activations(x), v)
+        mu = mlp_centroid(candidate.weights, candidate.pre_activations(outputs), v)
     except Exception:  # Whatever a module keeps may be called here, activation or not.
         return False
     if mu.shape != truth.shape:
         return False
-    truth = truth.to(at_least_float32(truth))
-    return bool((mu - truth).norm() <= TOLERANCE[x.dtype] * truth.norm())
+    # For each spread on its own: the larger one's gradients may be larger by far, or (tanh) vanish.
+    by_spread = (len(_SPREADS), -1)
+    errors = (mu - truth).reshape(by_spread).norm(dim=-1)
+    norms = truth.reshape(by_spread).norm(dim=-1)
+    return bool((errors <= TOLERANCE[truth.dtype] * norms.clamp(min=norms[0])).all())
 
 
 def _random_input(projection: nn.Module) -> Float[Tensor, "1 pos d_in"]:
     """Noise whose pre-activations are so large that one activation is not taken for another."""
-    W, b = _weight_and_bias(projection)
-    with torch.no_grad():
-        x = noise(W.new_empty(1, _N_ROWS, W.shape[0]))
-        z = x @ W if b is None else x @ W + b
-        return x * float((_SPREAD / z.std()).clamp(max=_LARGEST_SCALE))
+    W, _ = _weight_and_bias(projection)
+    rows = noise(W.new_empty(_N_ROWS, W.shape[0]))
+    unit = (1 / (rows @ W).std()).clamp(max=_LARGEST_SCALE / _SPREADS[0])
+    return torch.cat([rows * (unit * spread) for spread in _SPREADS])[None]
 
 
 def _activations(modules: list[nn.Module]) -> Iterator[Activation]:
@@ -164,9 +200,10 @@ def _activations(modules: list[nn.Module]) -> Iterator[Activation]:
     for module in (m for top in modules for m in top.modules()):
         is_leaf = not any(True for _ in module.children())
         if is_leaf and not any(True for _ in module.parameters()) and module not in modules:
-            yield module.forward  # Not the module: hooks on it belong to the model's own call.
+            # Not the module, nor a watched forward: these belong to the model's own call.
+            yield next((f for f in stand_ins(module) if not is_watching(f)), module.forward)
         for name, value in vars(module).items():
-            if callable(value) and not isinstance(value, type) and name != "forward":
+            if callable(value) and not isinstance(value, type) and name not in _FORWARDS:
                 yield value
 
 
@@ -192,23 +229,40 @@ def _parameters(modules: list[nn.Module]) -> Iterator[Tensor]:
 
 
 class _Laboratory:
-    """Evaluation mode, no hooks of anybody's, no gradients kept.
+    """Evaluation mode in at least float32, no hooks or watchers of anybody's, no gradients kept.
+
+    In half precision activations that differ by some percent could not be told apart. One MLP's
+    weights are converted at a time, and nothing of that is left.
 
     A class and not a decorated generator: nnsight sends functions without their decorators.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        every = dict.fromkeys(m for module in modules for m in module.modules())
-        self._kept = [(m, m.training, m._forward_hooks, m._forward_pre_hooks) for m in every]
-        self._no_grad = torch.no_grad()
+        every = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        kept = [(vars(m), _SILENCED.keys() & vars(m)) for m in every]
+        self._kept = [(state, {name: state[name] for name in names}) for state, names in kept]
+        self._watching = [f for m in every for f in stand_ins(m) if is_watching(f)]
+        self._weights = {p: p.data for m in every for p in m.parameters(recurse=False)}
+        self._modes = ExitStack()
 
     def __enter__(self) -> None:
-        self._no_grad.__enter__()
-        for m, _, _, _ in self._kept:
-            m.training = False
-            m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
+        devices = {p.device.type for p in self._weights}
+        self._modes.enter_context(torch.inference_mode(False))
+        self._modes.enter_context(torch.no_grad())
+        for device in devices:
+            self._modes.enter_context(torch.autocast(device, enabled=False))
+        for state, kept in self._kept:
+            state.update({name: _SILENCED[name]() for name in kept})
+        for forward in self._watching:
+            forward.is_asleep = True  # type: ignore[attr-defined]
+        for p, data in self._weights.items():
+            p.data = data.to(at_least_float32(data))
 
     def __exit__(self, *_: object) -> None:
-        for m, training, hooks, pre_hooks in self._kept:
-            m.training, m._forward_hooks, m._forward_pre_hooks = training, hooks, pre_hooks
-        self._no_grad.__exit__(None, None, None)
+        for p, data in self._weights.items():
+            p.data = data
+        for forward in self._watching:
+            forward.is_asleep = False  # type: ignore[attr-defined]
+        for state, kept in self._kept:
+            state.update(kept)
+        self._modes.close()

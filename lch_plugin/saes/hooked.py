@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from jaxtyping import Float
 from sae_lens.load_model import HookedProxyLM
@@ -11,7 +10,13 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerBase
 
-from lch_plugin.adapters.huggingface import Reader, Target, make_readers, resolve_arguments
+from lch_plugin.adapters.huggingface import (
+    Reader,
+    Target,
+    context_length,
+    make_readers,
+    resolve_arguments,
+)
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
 
@@ -60,7 +65,7 @@ class HookedModel(HookedProxyLM):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise InputError(
                 f"tokenizer is a {type(tokenizer).__name__}; SAELens reads text through one of "
-                "transformers. For images and other inputs without text use lch.saes.rows."
+                "transformers. For images and other inputs without text use lch.saes.Rows."
             )
         targets, v = resolve_arguments(model, modules, cotangent)
         points = {target: HookPoint() for target in targets}
@@ -86,9 +91,7 @@ class HookedModel(HookedProxyLM):
     @property
     def n_ctx(self) -> int | None:
         """The longest sequence, if the model's config says."""
-        config: Any = getattr(self.model, "config", None)
-        names = ("max_position_embeddings", "n_positions")
-        return next((n for name in names if (n := getattr(config, name, None))), None)
+        return context_length(self.model)
 
 
 def _hook_name(target: Target) -> str:

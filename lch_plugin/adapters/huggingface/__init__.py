@@ -12,9 +12,11 @@ from lch_plugin.adapters.huggingface.attaching import (
     CentroidCache,
     Handle,
     attach,
+    context_length,
     make_readers,
+    resolve_arguments,
 )
-from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
+from lch_plugin.adapters.huggingface.names import Target, mlp_names
 from lch_plugin.adapters.huggingface.readers import Reader
 
 __all__ = [
@@ -23,7 +25,8 @@ __all__ = [
     "Reader",
     "Target",
     "attach",
+    "context_length",
     "make_readers",
     "mlp_names",
-    "resolve",
+    "resolve_arguments",
 ]

@@ -13,15 +13,14 @@ from lch_plugin.adapters.arguments import Call
 from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
-from lch_plugin.adapters.huggingface.readers import ClosedFormReader, Reader, VJPReader
-from lch_plugin.adapters.passes import Pass
+from lch_plugin.adapters.huggingface.readers import ClosedFormReader, Graph, Reader, VJPReader
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.cotangents import Cotangent, Logit, Metric, as_cotangent
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.memo import Memo
 
-# Components of one model share graphs, whoever attached to them.
-_graphs: Memo[Pass] = Memo()
+# By module: components of one model share graphs, whoever attached to them.
+_graphs: Memo[Graph] = Memo()
 
 
 class CentroidCache(Mapping[str, Tensor]):
@@ -62,6 +61,11 @@ class CentroidCache(Mapping[str, Tensor]):
                 f"{call}."
             ) from None
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The centroid of a component, or the default where there is none."""
+        name = key[0] if isinstance(key, tuple) else key
+        return self[key] if name in self else default
+
     def __iter__(self) -> Iterator[str]:
         return (name for name, values in self._values.items() if values)
 
@@ -86,7 +90,7 @@ class CentroidCache(Mapping[str, Tensor]):
 
 
 class Handle:
-    """A model with centroids, until `detach`; a context manager.
+    """A model with centroids, until `detach`; a context manager. Copies of the model have none.
 
     Attributes:
         model: as it was passed to `attach`.
@@ -96,6 +100,7 @@ class Handle:
     def __init__(self, model: nn.Module, targets: list[Target], cotangent: Cotangent) -> None:
         self.model = model
         self.cache = CentroidCache(target.name for target in targets)
+        self._graph = _graph_of(model)
         self._depth = 0
         self._is_attached = True
         self._readers = make_readers(
@@ -117,6 +122,10 @@ class Handle:
     def names(self) -> list[str]:
         """Names of the components, as in `cache`."""
         return list(self.methods)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What each centroid is of, in terms of JSON, in the order of `names`."""
+        return [reader.record() for reader in self._readers]
 
     def detach(self) -> None:
         """Restore the model exactly. Once is enough, and twice does no harm."""
@@ -161,7 +170,8 @@ class Handle:
         """Nothing of ours."""
 
     def end(self, _call: Call, output: Any) -> Any:
-        return output
+        # Attention patterns and hidden states from within come out here too.
+        return self._graph.drop(output, []) if "vjp" in self.methods.values() else output
 
     def close(self) -> None:
         self._depth = max(0, self._depth - 1)
@@ -179,13 +189,18 @@ def attach(
     compute; attention, blocks, norms, convolutions and all else take one vector-Jacobian product on
     the model's own graph, whatever the caller's grad mode. Nothing the model computes changes.
 
+    Hooks that edit what a component reads, or values within it, are seen: of an MLP with a closed
+    form, those on the outputs of its input projections. What comes after these (dropout, hooks on
+    the activation) is no part of a closed form, and edits of what a component writes are of none.
+
     Args:
         model: HuggingFace's or any other.
         modules: names as in ``model.named_modules()``; ``*`` stands for a part of a name without
             dots (``"encoder.layer.*.mlp"``), and ``first:last`` for all that lies between the input
             of one module and the output of another (``"h.1:h.3"``,
-            ``"encoder.layer.*.intermediate:encoder.layer.*.output.dense"``). The empty name is the
-            model itself. If None, every MLP that has a closed form.
+            ``"encoder.layer.*.intermediate:encoder.layer.*.output.dense"``); what passes by the
+            first module (a residual stream) is no part of it. The empty name is the model itself.
+            If None, every MLP that has a closed form.
         cotangent: ``v`` of the centroids ``J^T v``: shape ``(d_out,)``, or from
             `lch_plugin.cotangents` but for `Logit` and `Metric`; all ones if None.
 
@@ -200,6 +215,16 @@ def attach(
         ...     model(**inputs)
         >>> handle.cache["h.5.mlp"]  # (batch, pos, d_model)
     """
+    targets, v = resolve_arguments(model, modules, cotangent)
+    return Handle(model, targets, v)
+
+
+def resolve_arguments(
+    model: nn.Module,
+    modules: str | Iterable[str] | None,
+    cotangent: Float[Tensor, " d_out"] | Cotangent | None,
+) -> tuple[list[Target], Cotangent]:
+    """Components and cotangent that the arguments of `attach` stand for; raises as it does."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; a torch.nn.Module is needed.")
     v = as_cotangent(cotangent)
@@ -220,7 +245,7 @@ def attach(
     patterns = [modules] if isinstance(modules, str) else list(modules)
     if not patterns:
         raise InputError("modules is empty: name at least one.")
-    return Handle(model, resolve(model, patterns), v)
+    return resolve(model, patterns), v
 
 
 Sink = tuple[Callable[[Tensor], None], Callable[[], bool]]
@@ -237,7 +262,7 @@ def make_readers(
         cotangent: ``v``.
         sink: where each one's centroids go, and whether anybody wants them.
     """
-    graph = _graphs.setdefault(model, Pass())
+    graph = _graph_of(model)
     readers: list[Reader] = []
     for target in targets:
         first, last = (model.get_submodule(name) for name in (target.first, target.last))
@@ -245,7 +270,8 @@ def make_readers(
         check_loaded(last, target.last or "the model")
         publish, is_wanted = sink(target)
         modules = (first, last, _around(model, target))
-        structure = recognise(first, None if last is first else last)
+        is_within = first is not last and (first in {*last.modules()} or last in {*first.modules()})
+        structure = None if is_within else recognise(first, None if last is first else last)
         options: dict[str, Any] = {"publish": publish, "is_wanted": is_wanted}
         if structure is None:
             readers.append(VJPReader(target, modules, cotangent, graph, **options))
@@ -254,6 +280,14 @@ def make_readers(
                 ClosedFormReader(target, modules, cotangent, graph, structure=structure, **options)
             )
     return readers
+
+
+def _graph_of(model: nn.Module) -> Graph:
+    """One for models that share modules, as a model and a part of it do."""
+    modules = list(model.modules())
+    graph = next((_graphs[m] for m in modules if m in _graphs), Graph())
+    _graphs.update(dict.fromkeys(modules, graph))
+    return graph
 
 
 def _around(model: nn.Module, target: Target) -> nn.Module:
@@ -269,3 +303,10 @@ def _around(model: nn.Module, target: Target) -> nn.Module:
         shared -= 1
         module = model.get_submodule(".".join(ends[0][:shared]))
     return module
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence a HuggingFace model reads, if its config says."""
+    config: Any = getattr(model, "config", None)
+    names = ("max_position_embeddings", "n_positions")
+    return next((n for name in names if (n := getattr(config, name, None))), None)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from lch_plugin.adapters.arguments import Call
+from lch_plugin.adapters.structure import stand_ins
 
 
 @runtime_checkable
@@ -36,18 +37,30 @@ class Watcher(Protocol):
 
 
 class WatchedForward:
-    """In place of a module's ``forward`` for as long as anybody watches it."""
+    """In place of a module's ``forward`` for as long as anybody watches it.
+
+    Attributes:
+        is_asleep: whether calls go unseen, as those of `lch_plugin.adapters.structure` do.
+    """
+
+    is_asleep = False
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
         self.original = module.forward
         self.was_attribute = "forward" in vars(module)
         self.enclosing: list[Watcher] = []
         self.starting: list[Watcher] = []
         self.ending: list[Watcher] = []
-        functools.update_wrapper(self, self.original)  # transformers asks for its signature.
+        # transformers asks for its signature. Not its attributes: it may wrap one of our own.
+        functools.update_wrapper(self, self.original, updated=())
+
+    def __reduce__(self) -> Any:
+        # Copies of a module, pickled ones too, are not watched: whose handle would theirs be?
+        return _itself, (self.original,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_asleep:
+            return self.original(*args, **kwargs)
         # As they are now: detaching within the call is allowed.
         enclosing, starting, ending = [*self.enclosing], [*self.starting], [*self.ending]
         try:
@@ -78,21 +91,21 @@ def watch(watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module
 def unwatch(watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module) -> None:
     """Take it off again; a module that nobody watches gets its own ``forward`` back."""
     for module in {first, last, around}:
-        watched = vars(module).get("forward")
-        while watched is not None and not isinstance(watched, WatchedForward):
-            # Somebody put theirs before ours.
-            watched = getattr(watched, "__wrapped__", None)
-        if watched is None:
-            continue
-        for watchers in (watched.enclosing, watched.starting, watched.ending):
-            if watcher in watchers:
-                watchers.remove(watcher)
-        idle = not (watched.enclosing or watched.starting or watched.ending)
-        if idle and vars(module)["forward"] is watched:
-            if watched.was_attribute:
-                module.forward = watched.original
-            else:
-                del module.forward
+        # Several, if somebody put theirs before one of ours, and we another before theirs.
+        for watched in [f for f in stand_ins(module) if isinstance(f, WatchedForward)]:
+            for watchers in (watched.enclosing, watched.starting, watched.ending):
+                if watcher in watchers:
+                    watchers.remove(watcher)
+            idle = not (watched.enclosing or watched.starting or watched.ending)
+            if idle and vars(module).get("forward") is watched:
+                if watched.was_attribute:
+                    module.forward = watched.original
+                else:
+                    del module.forward
+
+
+def _itself(forward: Any) -> Any:
+    return forward
 
 
 def _watched(module: nn.Module) -> WatchedForward:

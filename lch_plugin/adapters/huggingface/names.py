@@ -40,10 +40,11 @@ def resolve(model: nn.Module, patterns: Iterable[str]) -> list[Target]:
     """The components that names with wildcards stand for, in the order of the model.
 
     ``*`` and ``?`` stand for a part of a name without dots, ``[0-3]`` for one character. In
-    ``first:last`` what the wildcards of ``first`` stand for is put in place of those of ``last``.
+    ``first:last`` what the wildcards of ``first`` stand for is put in place of those of ``last``;
+    the empty name is the model, so ``first:`` reaches to its end.
 
     Raises:
-        InputError: a pattern that is no string.
+        InputError: a pattern that is no string, or no pattern.
         SiteError: a pattern that fits no module.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -65,20 +66,23 @@ def mlp_names(model: nn.Module) -> list[str]:
         if first is not None and last is not None and recognise(first, last) is not None:
             names.append(f"{prefix}{_HALVES[0]}{SEPARATOR}{prefix}{_HALVES[1]}")
         # Within an MLP there is no other.
-        elif not any(name.startswith(f"{n}.") for n in names) and recognise(module) is not None:
+        elif not any(_is_within(name, n) for n in names) and recognise(module) is not None:
             names.append(name)
     return names
 
 
 def _matches(pattern: str, modules: dict[str, nn.Module]) -> list[Target]:
-    first, _, last = pattern.partition(SEPARATOR)
-    expression = re.compile(_regex(first))
+    first, separator, last = pattern.partition(SEPARATOR)
+    try:
+        expression = re.compile(_regex(first))
+    except re.error as error:
+        raise InputError(f"{first!r} is no pattern of names: {error}.") from error
     targets: list[Target] = []
     for name in modules:
         match = expression.fullmatch(name)
         if match is None:
             continue
-        end = name if not last else _substitute(last, list(match.groups()))
+        end = _substitute(last, list(match.groups())) if separator else name
         if end not in modules:
             raise SiteError(
                 f"{pattern!r}: {name!r} exists and {end!r} does not.{_hint(end, modules)}"
@@ -109,6 +113,10 @@ def _hint(name: str, modules: dict[str, nn.Module]) -> str:
     plain = _WILDCARD.sub("0", name)
     close = difflib.get_close_matches(plain, modules, n=3, cutoff=0.4) or list(modules)[1:4]
     return f" Near it are {close}; model.named_modules() lists all."
+
+
+def _is_within(name: str, other: str) -> bool:
+    return name.startswith(f"{other}." if other else "")
 
 
 def _get(module: nn.Module, name: str) -> nn.Module | None:

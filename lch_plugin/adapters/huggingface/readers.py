@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, ValuesView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,35 @@ class Running:
         return self.name
 
 
+class Graph(Pass):
+    """That of one model.
+
+    Attributes:
+        is_asked: whether it is being differentiated. Gradient checkpointing runs modules again to
+            that end, and these runs are not the model's.
+    """
+
+    is_asked = False
+
+    def gradient(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor | None:
+        """Gradient of ``v . y`` by ``x``; None if ``y`` does not depend on it."""
+        self.is_asked = True
+        try:
+            return torch.autograd.grad(y, x, v, retain_graph=True, allow_unused=True)[0]
+        finally:
+            self.is_asked = False
+
+    def drop(self, output: Any, caches_called_with: list[Any]) -> Any:
+        """What a module has returned, without a graph that nobody but centroids wants."""
+        if self.is_open or torch.is_grad_enabled():
+            return output
+        values = output.values() if isinstance(output, dict) else output
+        results = values if isinstance(values, tuple | list | ValuesView) else ()
+        for cache in (*caches_called_with, *caches(results)):
+            detach_cache(cache)
+        return without_graph(output)
+
+
 class Reader:
     """One component of one model.
 
@@ -73,7 +102,7 @@ class Reader:
         target: Target,
         modules: tuple[nn.Module, nn.Module, nn.Module],
         cotangent: Cotangent,
-        graph: Pass,
+        graph: Graph,
         *,
         publish: Callable[[Tensor], None],
         is_wanted: Callable[[], bool],
@@ -114,9 +143,12 @@ class Reader:
         self._calls.append(None)
 
     def begin(self, call: Call) -> Call:
-        if not self._calls or not self.is_wanted():
+        if not self._calls or self._graph.is_asked or not self.is_wanted():
             return call
-        running = self._calls[-1] = Running(self.name)
+        before, running = self._calls[-1], Running(self.name)
+        self._calls[-1] = running
+        if before is not None:  # The first module runs again before the last has.
+            self._stop(before)
         return self._start(running, call)
 
     def pass_on(self, output: Any) -> None:
@@ -125,7 +157,7 @@ class Reader:
 
     def end(self, call: Call, output: Any) -> Any:
         running = self._calls[-1] if self._calls else None
-        if running is None:
+        if running is None or self._graph.is_asked:
             return output
         self._calls[-1] = None
         try:
@@ -165,6 +197,7 @@ class ClosedFormReader(Reader):
         super().__init__(*args, **kwargs)
         self._structure = structure
         self._is_connected = self._modules[0] is self._modules[1]
+        self._parts = self._list_parts()
         if is_fixed(self.cotangent):
             check_mlp_cotangent(self.name, structure.weights, self.cotangent)
 
@@ -180,6 +213,11 @@ class ClosedFormReader(Reader):
 
     def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
         structure = self._structure
+        if self._list_parts() != self._parts:
+            raise SiteError(
+                f"{self.name}: modules within it were added or replaced since it was attached to, "
+                "and it may be another MLP now, or none. Detach and attach again."
+            )
         if len(running.outputs) != len(structure.inputs):
             raise SiteError(
                 f"{self.name}: its input projections ran {len(running.outputs)} times in one call, "
@@ -191,6 +229,10 @@ class ClosedFormReader(Reader):
             mlp, pre = structure.weights, structure.pre_activations(running.outputs)
             v = None if isinstance(self.cotangent, Ones) else evaluate(self.cotangent, y)
             return centroid_of_neurons(mlp, pre, read_direction(mlp, v))
+
+    def _list_parts(self) -> list[nn.Module]:
+        first, last, _ = self._modules
+        return [*first.modules(), *last.modules()]
 
     def _check_connected(self, running: Running, call: Call) -> None:
         """Once, that the second module reads what the first has given."""
@@ -219,13 +261,20 @@ class VJPReader(Reader):
     def _start(self, running: Running, call: Call) -> Call:
         x, instead = input_of(call, self.name)
         self._graph.hold(running)
-        running.x, x = self._graph.variable(x)
+        # A tensor of the component's own: paths from x that lead around the component do not count.
+        own = x.clone() if x.requires_grad or x.is_inference() else x.detach()
+        running.x = own.requires_grad_()
         running.mask = token_mask(call, x.shape[1]) if x.ndim == 3 else None
-        running.caches = list(caches(call))
-        return instead(x)
+        running.caches = list(caches((*call[0], *call[1].values())))
+        # A copy, so that the module, or a hook of the user's, may write to it in place.
+        return instead(running.x.clone())
 
     def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
-        v = without_padding(evaluate(self.cotangent, y), y, running.mask)
+        assert running.x is not None
+        mask = token_mask(call, y.shape[1]) if y.ndim == 3 else None
+        if mask is None and y.shape[:2] == running.x.shape[:2]:
+            mask = running.mask  # A last module without one, as a norm, has that of the first.
+        v = without_padding(evaluate(self.cotangent, y), y, mask)
         mu = self._gradient(running, y, v)
         if not self._is_checked:
             check_cotangent(self.name, v, mu, lambda r: self._gradient(running, y, r), y.dtype)
@@ -237,7 +286,7 @@ class VJPReader(Reader):
         mu = None
         if y.requires_grad:
             try:
-                (mu,) = torch.autograd.grad(y, running.x, v, retain_graph=True, allow_unused=True)
+                mu = self._graph.gradient(y, running.x, v)
             except RuntimeError as error:
                 if "modified by an inplace operation" not in str(error):
                     raise
@@ -257,8 +306,4 @@ class VJPReader(Reader):
         self._graph.release(running)
 
     def _returned(self, running: Running, output: Any) -> Any:
-        if self._graph.is_open or torch.is_grad_enabled():
-            return output
-        for cache in running.caches:
-            detach_cache(cache)
-        return without_graph(output)
+        return self._graph.drop(output, running.caches)

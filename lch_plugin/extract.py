@@ -1,0 +1,107 @@
+"""Centroids of prompts into a directory: what ``lch centroids`` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lch_plugin.adapters import huggingface
+from lch_plugin.cotangents import Cotangent
+from lch_plugin.errors import InputError
+from lch_plugin.files import new_directory
+from lch_plugin.loading import LoadedModel
+
+CENTROIDS, RECORD = "centroids.safetensors", "record.json"
+
+
+def extract(
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    modules: Sequence[str] | None = None,
+    cotangent: Cotangent | None = None,
+) -> dict[str, Any]:
+    """Write the centroids of prompts, and what they are of, to a new directory.
+
+    ``centroids.safetensors`` holds a tensor ``(prompt, pos, d_in)`` for each component, under its
+    name, with ``input_ids`` and ``attention_mask`` beside them; ``record.json`` says which model,
+    components, cotangent and versions.
+
+    Args:
+        loaded: a language model with its tokenizer.
+        prompts: run together, padded to the longest.
+        out: an absent or empty directory.
+        modules: as `lch_plugin.huggingface.attach`.
+        cotangent: ``v``; all ones if None.
+
+    Returns:
+        The record.
+
+    Raises:
+        InputError: no prompts, a model without a tokenizer, or prompts longer than its context.
+        OutputError: ``out`` holds something.
+        SiteError, VanishingCentroidError: as `lch_plugin.huggingface.attach`.
+    """
+    inputs = _tokenize(loaded, prompts)
+    with new_directory(out) as directory:
+        with (
+            huggingface.attach(loaded.model, modules, cotangent=cotangent) as handle,
+            torch.no_grad(),
+        ):
+            loaded.model(**inputs)
+        tensors = {name: mu.contiguous().cpu() for name, mu in handle.cache.items()}
+        record = {
+            "model": loaded.name,
+            "revision": loaded.revision,
+            "dtype": str(loaded.model.dtype),
+            "prompts": list(prompts),
+            "components": handle.records(),
+            "methods": handle.methods,
+            "versions": {name: version(name) for name in ("lch-plugin", "torch", "transformers")},
+        }
+        save_file({**tensors, **{k: v.cpu() for k, v in inputs.items()}}, directory / CENTROIDS)
+        (directory / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+    _print(tensors, handle.methods, inputs["attention_mask"].cpu())
+    return record
+
+
+def _tokenize(loaded: LoadedModel, prompts: Sequence[str]) -> dict[str, Tensor]:
+    tokenizer = loaded.processor
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"{loaded.name} has no tokenizer, so it cannot read prompts. For images and other "
+            "inputs use lch.huggingface.attach or lch.saes.Rows in Python."
+        )
+    if not prompts or not all(prompts):
+        raise InputError("there is no prompt, or an empty one: give at least one, with text in it.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    n_pos, n_ctx = inputs["input_ids"].shape[1], huggingface.context_length(loaded.model)
+    if n_ctx is not None and n_pos > n_ctx:
+        raise InputError(
+            f"the longest prompt has {n_pos} tokens, more than the model's context of {n_ctx}."
+        )
+    wanted = ("input_ids", "attention_mask")
+    return {key: inputs[key].to(loaded.model.device) for key in wanted}
+
+
+def _print(tensors: dict[str, Tensor], methods: dict[str, str], mask: Tensor) -> None:
+    table = Table("component", "method", "shape", "mean norm")
+    for name, mu in tensors.items():
+        norms = mu.norm(dim=-1)
+        is_token = mask.bool() if mask.shape == norms.shape else torch.ones_like(norms).bool()
+        shape = " x ".join(map(str, mu.shape))
+        table.add_row(name, methods[name], shape, f"{norms[is_token].mean():.4g}")
+    Console().print(table)
