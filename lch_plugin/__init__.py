@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
+    from lch_plugin.demo.vision import load_demo_vision_model
     from lch_plugin.loading import LoadedModel, load
 
 __version__ = version("lch-plugin")
@@ -66,6 +67,7 @@ __all__ = [
     "huggingface",
     "load",
     "load_demo_model",
+    "load_demo_vision_model",
     "local_centroid",
     "nnsight",
     "saes",
@@ -78,6 +80,7 @@ _LAZY_FUNCTIONS = {
     "LoadedModel": "lch_plugin.loading",
     "load": "lch_plugin.loading",
     "load_demo_model": "lch_plugin.demo",
+    "load_demo_vision_model": "lch_plugin.demo.vision",
 }
 _LAZY_MODULES = {
     "circuits": "lch_plugin.circuits",
