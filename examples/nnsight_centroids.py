@@ -1,4 +1,4 @@
-"""Centroids inside nnsight traces: every layer at once, under an intervention, and while generating.
+"""Centroids in nnsight traces: every layer at once, under an intervention, while generating.
 
 python examples/nnsight_centroids.py [MODEL]
 
@@ -40,7 +40,6 @@ with torch.no_grad():
         for _ in tracer.iter[:]:
             # The new token's, by one vector-Jacobian product through the whole block.
             steps.append(lch.nnsight.centroid(layers[2])[0, -1])
-        text = tracer.result.save()
 
 print("layer  |centroid|  cosine with the centroid once layer 0's attention is off")
 for i, (a, b) in enumerate(zip(plain, edited, strict=True)):

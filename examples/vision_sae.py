@@ -4,7 +4,7 @@ python examples/vision_sae.py [--out vision_sae.png]
 
 takes the embedded model, trained on digits. Any other goes by name, with a dataset of images:
 
-python examples/vision_sae.py --model facebook/dinov2-base --images frgfm/imagenette \
+python examples/vision_sae.py --model facebook/dinov2-base --images frgfm/imagenette:320px \
     --module encoder.layer.8.mlp --d-sae 6144 --rows 4_000_000
 """
 
@@ -26,7 +26,10 @@ from lch_plugin.saes import Images, Rows, reconstruction, train_on
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", help="name on the hub, or a directory; the embedded one by default")
-parser.add_argument("--images", help="dataset with columns image and label, splits train and test")
+parser.add_argument(
+    "--images",
+    help="dataset[:configuration] with columns image and label; or a directory of such images",
+)
 parser.add_argument("--module", default="encoder.layer.2.mlp")
 parser.add_argument("--k", type=int, default=8)
 parser.add_argument("--d-sae", type=int, default=256)
@@ -37,8 +40,9 @@ args = parser.parse_args()
 if args.model:
     loaded = lch.load(args.model)
     model, processor = loaded.model, loaded.processor
-    train = load_dataset(args.images, split="train")
-    test = load_dataset(args.images, split="test").shuffle(seed=0)
+    splits = load_dataset(*args.images.split(":"))
+    train = splits["train"]
+    test = splits["test" if "test" in splits else "validation"].shuffle(seed=0)
     train_labels, test_labels = train["label"], test["label"]
 else:
     model, processor = load_demo_vision_model(), None
@@ -53,7 +57,6 @@ def rows(images: Any, of: Any, seed: int | None = None) -> Rows:
 
 def codes(sae: Any, images: Any, of: Any) -> torch.Tensor:
     """Features of each image, averaged over its patches."""
-    n_patches = (model.config.image_size // model.config.patch_size) ** 2
     with torch.no_grad():
         means = [sae.encode(x).unflatten(0, (-1, n_patches)).mean(1) for x in rows(images, of)]
     return torch.cat(means)
@@ -66,6 +69,8 @@ def accuracy(sae: Any, of: Any) -> float:
     return float(probe.score(codes(sae, test, of), test_labels))
 
 
+first = next(iter(Images(test, processor)))["pixel_values"]
+n_patches = len(next(iter(rows(test, "centroid")))) // len(first)
 trainer = SAETrainerConfig(
     total_training_samples=args.rows,
     train_batch_size_samples=512,
@@ -91,9 +96,8 @@ for name, of, config in (
         f"{scores['fired']:7} of {args.d_sae} {accuracy(saes[name], of):12.1%}"
     )
 
-first = next(iter(Images(test, processor, batch_size=256)))
 sae = saes["centroid, TopK"]
-features = torch.cat([sae.encode(x).detach() for x in rows(first["pixel_values"], "centroid")])
-figure = plots.patches_by_feature(first["pixel_values"], features)
+features = sae.encode(next(iter(rows(test, "centroid")))).detach()
+figure = plots.patches_by_feature(first, features)
 figure.savefig(args.out)
 print("wrote", args.out)
