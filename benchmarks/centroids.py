@@ -14,6 +14,9 @@ Every MLP of a model:
 
 Memory is what the pass allocates at its peak above a plain pass, in buffers of (tokens, d_mlp).
 
+The same through the other adapters, on the plain HuggingFace model: attached to it, and inside an
+nnsight trace, beside a trace that asks for the output alone.
+
 A span of all blocks, as time above the plain pass, beside one backward pass over the same blocks;
 and local centroids of one MLP, a point at a time, beside the matrix products they consist of.
 """
@@ -35,6 +38,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from nnsight import NNsight
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -46,6 +50,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedModel,
 )
 
 import lch_plugin as lch
@@ -68,17 +73,20 @@ class Shape:
             return torch.randn(self.batch, 3, 224, 224)
         return torch.randint(0, self.config["vocab_size"], (self.batch, self.pos))
 
-    def build(self) -> TransformerBridge:
+    def huggingface(self) -> PreTrainedModel:
         config = AutoConfig.for_model(self.model_type, **self.config)
         auto = AutoModelForImageClassification if self.model_type == "vit" else AutoModelForCausalLM
         model = auto.from_config(config, attn_implementation="eager").eval()
         model.config.architectures = [type(model).__name__]
+        return model
+
+    def build(self) -> TransformerBridge:
         # For a model of images TransformerLens asks the hub for a processor, which noise can do
         # without.
         with mock.patch.object(AutoProcessor, "from_pretrained", return_value=None):
             return TransformerBridge.boot_transformers(
                 "benchmark",
-                hf_model=model,
+                hf_model=self.huggingface(),
                 tokenizer=AutoTokenizer.from_pretrained(DEMO_MODEL_DIR),
                 device="cpu",
             )
@@ -209,6 +217,55 @@ def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
     ]
 
 
+def other_adapters(label: str, shape: Shape, rounds: int) -> list[str]:
+    bare, attached = shape.huggingface(), shape.huggingface()
+    names = lch.huggingface.mlp_names(bare)
+    lch.huggingface.attach(attached, names)
+    traced = NNsight(shape.huggingface())
+    envoys = [traced.get(name) for name in names]
+    x = shape.input()
+    weights = [
+        W
+        for module in map(bare.get_submodule, names)
+        for W in (p for p in module.parameters() if p.ndim == 2)
+    ]
+    # Of each MLP all matrices but the last, which writes.
+    d_model = bare.config.hidden_size
+    reading = [W for i, W in enumerate(weights) if (i + 1) % (len(weights) // len(names))]
+    oriented = [W if W.shape[0] == d_model else W.T for W in reading]
+    buffer = torch.randn(shape.batch * shape.pos, oriented[0].shape[1])
+
+    def limit() -> None:
+        bare(x)
+        for W in oriented:
+            buffer @ W.T
+
+    def trace() -> None:
+        with traced.trace(x):
+            traced.output.save()
+
+    def centroids_in_trace() -> None:
+        with traced.trace(x):
+            for envoy in envoys:
+                lch.nnsight.centroid(envoy)
+
+    tasks: dict[str, Task] = {
+        "forward": lambda: bare(x),
+        "limit": limit,
+        "attached": lambda: attached(x),
+        "trace": trace,
+        "centroids in it": centroids_in_trace,
+    }
+    seconds = in_turn(tasks, rounds)
+    return [
+        label,
+        f"{statistics.median(seconds['forward']):.3f}",
+        *(f"{ratio(seconds, name, 'forward'):.3f}" for name in list(tasks)[1:]),
+        f"{ratio(seconds, 'attached', 'limit'):.3f}",
+        f"{ratio(seconds, 'centroids in it', 'limit'):.3f}",
+    ]
+
+
 def span(label: str, shape: Shape, rounds: int) -> list[str]:
     bare, differentiated = shape.build(), shape.build()
     last = len(bare.blocks) - 1
@@ -312,7 +369,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["mlps", "idle", "spans", "local"])
+    parser.add_argument("--only", choices=["mlps", "adapters", "idle", "spans", "local"])
     options = parser.parse_args()
     console = Console(width=140)
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformer-lens", "transformers"))
@@ -329,6 +386,11 @@ def main() -> None:
         columns = ["model", "forward, s", "idle", "limit", "centroids", "recipe"]
         columns += ["centroids / limit", "recipe / centroids", "memory, buffers"]
         console.print(table("Every MLP, as ratios to forward", columns, measured(every_mlp)))
+    if options.only in (None, "adapters"):
+        columns = ["model", "forward, s", "limit", "attached", "trace", "centroids in it"]
+        columns += ["attached / limit", "in a trace / limit"]
+        title = "Every MLP of the HuggingFace model, as ratios to forward"
+        console.print(table(title, columns, measured(other_adapters)))
     if options.only in (None, "idle"):
         with torch.no_grad():
             rows = idle(20 * options.rounds)
