@@ -75,8 +75,8 @@ def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
     """Which positions are tokens and not padding, from the attention mask; None without one.
 
     Of a mask ``(batch, head, query, key)`` a token is a key that some query attends to. It may
-    cover keys of earlier passes as well, so the last ``n_pos`` count. Masks of what a module
-    attends to besides (the encoder's tokens, in a decoder) are not meant.
+    cover keys of earlier passes as well, so the last ``n_pos`` of those that exist count. Masks of
+    what a module attends to besides (the encoder's tokens, in a decoder) are not meant.
     """
     args, kwargs = call
     others = (kwargs.get(key) for key in ("key_value_states", "encoder_hidden_states"))
@@ -95,7 +95,11 @@ def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
         if mask.ndim == 2:
             return (mask != 0)[:, -n_pos:]
         tokens = mask > _BLOCKED if mask.is_floating_point() else mask != 0
-        return tokens.any(dim=(1, 2))[:, -n_pos:]
+        tokens = tokens.any(dim=(1, 2))
+        # Keys that a static cache has yet to write come after the tokens.
+        written = tokens.any(dim=0).nonzero()
+        end = max(n_pos, int(written[-1]) + 1) if len(written) else tokens.shape[-1]
+        return tokens[:, end - n_pos : end]
     return None
 
 

@@ -10,9 +10,15 @@ with them, while the trace stands down as it does for nnsight's own ad-hoc calls
 in the forward pass stays free. The graph is of that call only, and gone when it is done.
 
 For ``remote=True`` code travels by value: ``nnsight.register("lch_plugin")`` once, and call
-`centroid` by a name of its own (``centroid = lch.nnsight.centroid``). Nothing here may depend on
-what a server lacks: torch, transformers and nnsight are there, jaxtyping and TransformerLens are
-not, and so no annotation in a nested function, which would be evaluated.
+`centroid` by a name of its own (``centroid = lch.nnsight.centroid``), or as a `CentroidEnvoy`'s;
+written out, ``lch.nnsight.centroid`` would take along all that the package holds. Nothing here may
+depend on what a server lacks: torch, transformers and nnsight are there, jaxtyping and
+TransformerLens are not, and so no annotation in a nested function, which would be evaluated.
+
+Private attributes used, for want of a public way:
+    ``Envoy._module``, and `Mediator` and `Interleaver` as the envoys have them (nnsight);
+    ``Module._forward_hooks`` and ``._forward_pre_hooks``, and ``torch._guards.detect_fake_mode``
+    as nnsight has it (torch).
 """
 
 from __future__ import annotations
@@ -28,6 +34,7 @@ from nnsight import Envoy
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from nnsight.util import apply
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from lch_plugin.adapters.arguments import (
     Call,
@@ -73,9 +80,14 @@ def centroid(
 
     Reads what the module computes, in the order it does: of an MLP with a closed form the outputs
     of its input projections, of any other module its inputs. So ask for centroids in the order the
-    model runs, like for any value, and edit before you ask. Of a module that runs several times
-    (tied layers, generation) it is the first call's, or the one that ``tracer.iter`` is at. Each
-    invoke gets its own rows, padding included; outputs at padding do not count where positions mix.
+    model runs, like for any value, and edit before you ask: what a trace changes within a module
+    after that is not seen, and of an edit of a pre-activation its value is, not its derivative.
+    Hooks of torch's are part of the model. They may run an additional time, and an MLP with hooks
+    within, or with dropout in training mode, is a module like any other.
+
+    Of a module that runs several times (tied layers, generation) it is the first call's, or the one
+    that ``tracer.iter`` is at. Each invoke gets its own rows, padding included; outputs at padding
+    do not count where positions mix.
 
     Args:
         envoy: of the module, as in ``model.transformer.h[5].mlp``.
@@ -87,10 +99,13 @@ def centroid(
         at least float32, without a graph.
 
     Raises:
-        InputError: outside a trace, not an envoy, or no cotangent that works here.
-        SiteError: the module does not run, or ran before this point of the trace; or its weights
-            are not loaded or quantised.
+        InputError: outside a trace or in a scan, not an envoy, a module that reads no
+            floating-point tensor, or no cotangent that works here.
+        SiteError: the module does not run, or ran before this point of the trace; its weights are
+            not loaded or quantised; or a module within is unknown to nnsight.
         VanishingCentroidError: the cotangent reads nothing of what the module writes.
+        NotDifferentiableError: no gradient leads from what it writes to what it reads.
+        NonFiniteError: the centroid has NaN or infinite values.
 
     Example:
         >>> with model.trace("I climbed up the pear tree"):
@@ -154,6 +169,11 @@ def _check(envoy: Envoy, cotangent: Any) -> Cotangent:
             f"the centroid of {envoy.path} was asked for outside a trace, where there is no "
             "forward pass. Put it in `with model.trace(...):`."
         ) from error
+    if detect_fake_mode() is not None:
+        raise InputError(
+            f"a scan computes shapes and no values. The centroid of {envoy.path} has the shape of "
+            "what the module reads."
+        )
     check_loaded(envoy._module, envoy.path)
     return v
 

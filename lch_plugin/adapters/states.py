@@ -27,8 +27,11 @@ def without_graph(output: Any) -> Any:
     """The same output without a graph. Containers that can be changed are changed in place."""
     if isinstance(output, Tensor):
         return output.detach() if output.requires_grad else output
-    if isinstance(output, tuple) and type(output) is tuple:
-        return tuple(map(without_graph, output))
+    if isinstance(output, tuple):
+        values = tuple(map(without_graph, output))
+        return type(output)(*values) if hasattr(output, "_fields") else values
+    if isinstance(output, list):
+        output[:] = map(without_graph, output)
     if isinstance(output, dict):
         for key in list(output):
             output[key] = without_graph(output[key])
@@ -36,9 +39,11 @@ def without_graph(output: Any) -> Any:
 
 
 def detach_cache(cache: Any) -> None:
-    """Keys and values kept for the next token must not keep this pass's graph alive."""
+    """What is kept for the next token must not keep this pass's graph alive.
+
+    Keys and values, and the states of layers without attention, which some keep in dictionaries.
+    """
     for entry in getattr(cache, "layers", getattr(cache, "entries", None)) or ():
-        for name in ("keys", "values", "past_keys", "past_values"):
-            value = getattr(entry, name, None)
-            if isinstance(value, Tensor) and value.requires_grad:
-                setattr(entry, name, value.detach())
+        for name, value in list(vars(entry).items()):
+            if isinstance(value, Tensor | dict | list):
+                setattr(entry, name, without_graph(value))

@@ -119,11 +119,13 @@ def recognise(
     ran: dict[nn.Module, Tensor] = {}
     with _Laboratory(modules):
         x = _random_input(linear[0])
-        hooks = [
-            # Without a copy, as a reader gets it: what is written to it in place is part of it.
-            m.register_forward_hook(lambda m, _i, output: ran.update({m: output.detach()}))
-            for m in linear
-        ]
+
+        def note(m, _args, output):  # type: ignore[no-untyped-def]
+            # As readers get it. In a trace (`call`) that is when the projection returns; a watched
+            # module waits for its end, and what is written in place until then is part of it.
+            ran[m] = output.detach().clone() if call else output.detach()
+
+        hooks = [m.register_forward_hook(note) for m in linear]
         try:
             y = run(x)
         except Exception:  # It takes more than one tensor, other shapes, or no noise.

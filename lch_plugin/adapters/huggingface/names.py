@@ -80,7 +80,7 @@ def _matches(pattern: str, modules: dict[str, nn.Module]) -> list[Target]:
     targets: list[Target] = []
     for name in modules:
         match = expression.fullmatch(name)
-        if match is None:
+        if match is None or (first and not name):  # The model itself goes by no wildcard.
             continue
         end = _substitute(last, list(match.groups())) if separator else name
         if end not in modules:
