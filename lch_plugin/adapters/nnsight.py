@@ -229,13 +229,20 @@ def _closed_form(mlp: MLP, pre: tuple[Tensor, ...], w: Tensor | None) -> Tensor:
 def _by_vjp(envoy: Envoy, v: Cotangent) -> Tensor:
     component = _Component(envoy)
     weighed = _Weighed(v, component.mask)
-    with component.backward:
-        mu = vjp(component, component.x, weighed)
-        if _key(v) not in _seen.get(envoy._module, ()):
-            assert weighed.v is not None
-            check_cotangent(
-                envoy.path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
-            )
+    # Running statistics count the model's own call, not ours.
+    counted = envoy._module.buffers() if _is_training(envoy) else ()
+    buffers = [(b, b.clone()) for b in counted]
+    try:
+        with component.backward:
+            mu = vjp(component, component.x, weighed)
+            if _key(v) not in _seen.get(envoy._module, ()):
+                assert weighed.v is not None
+                check_cotangent(
+                    envoy.path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
+                )
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
     check_finite(envoy.path, mu)
     _seen.setdefault(envoy._module, set()).add(_key(v))
     return mu.to(at_least_float32(mu))
@@ -273,7 +280,7 @@ class _Component:
         module = self._envoy._module
         # The numbers that dropout is about to draw in the model's own call, and for it to draw.
         random = torch.random.fork_rng(
-            [x.device] if x.is_cuda else [], enabled=any(m.training for m in module.modules())
+            [x.device] if x.is_cuda else [], enabled=_is_training(self._envoy)
         )
         with random:
             # Not the module: its arguments are as its pre-hooks left them.
@@ -296,6 +303,10 @@ class _Weighed:
     def at(self, y: Tensor) -> Tensor:
         self.v = without_padding(evaluate(self._cotangent, y), y, self._mask)
         return self.v
+
+
+def _is_training(envoy: Envoy) -> bool:
+    return any(m.training for m in envoy._module.modules())
 
 
 def _key(v: Cotangent) -> str:
