@@ -40,7 +40,7 @@ class Rows:
 
     Attributes:
         model: any module.
-        batches: the model's inputs, tensors or mappings of keyword arguments.
+        batches: the model's inputs, tensors or mappings of keyword arguments, on any device.
         module: name of the component, as in `lch_plugin.huggingface.attach`. Of one that is called
             several times in a pass, rows are of the first call.
         of: its centroid, what it reads (``"input"``), or what it writes (``"output"``).
@@ -110,7 +110,10 @@ class Rows:
         hooks.append(self._last.register_forward_hook(_stop))
         try:
             with torch.no_grad(), evaluating(self.model):
-                self.model(**batch) if isinstance(batch, Mapping) else self.model(batch)
+                if isinstance(batch, Mapping):
+                    self.model(**{key: self._on_device(value) for key, value in batch.items()})
+                else:
+                    self.model(self._on_device(batch))
         except _Stop:
             pass
         finally:
@@ -120,6 +123,10 @@ class Rows:
         if not self._found:
             raise InputError(f"{self.module} was not called: the model's path does not lead there.")
         return self._found[0]
+
+    def _on_device(self, value: Any) -> Any:
+        device = next((p.device for p in self.model.parameters()), None)
+        return value.to(device) if isinstance(value, Tensor) else value
 
     def _on_input(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self._found.append(input_of((args, kwargs), self.module)[0].detach())
