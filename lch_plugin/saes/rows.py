@@ -81,7 +81,7 @@ class Rows:
             model, targets, v, lambda _: (self._found.append, lambda: True)
         )
 
-    def __iter__(self) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
         for batch in self.batches:
             value = self._value(batch)
             yield (value[:, self.positions] if value.ndim > 2 else value).flatten(0, -2)
@@ -144,7 +144,7 @@ def _stop(*_: Any) -> None:
 
 
 def train_on(
-    rows: Rows | Iterable[Float[Tensor, "rows d_in"]],
+    rows: Rows | Iterable[Float[Tensor, "_ d_in"]],
     sae: TrainingSAEConfig,
     config: SAETrainerConfig,
     *,
@@ -209,7 +209,7 @@ def train_on(
 
 
 def reconstruction(
-    sae: SAE[Any] | TrainingSAE[Any], rows: Iterable[Float[Tensor, "rows d_in"]]
+    sae: SAE[Any] | TrainingSAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]
 ) -> dict[str, float]:
     """How well an SAE reconstructs rows it may not have seen, and how sparsely.
 
