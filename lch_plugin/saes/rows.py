@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
@@ -40,7 +40,8 @@ class Rows:
 
     Attributes:
         model: any module.
-        batches: the model's inputs, tensors or mappings of keyword arguments, on any device.
+        batches: the model's inputs, tensors or mappings of keyword arguments, on any device; or
+            pairs of a tensor and labels, which are left alone, as a DataLoader gives them.
         module: name of the component, as in `lch_plugin.huggingface.attach`. Of one that is called
             several times in a pass, rows are of the first call.
         of: its centroid, what it reads (``"input"``), or what it writes (``"output"``).
@@ -59,7 +60,7 @@ class Rows:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Tensor | Mapping[str, Any]],
+        batches: Iterable[Tensor | Mapping[str, Any] | Sequence[Any]],
         module: str,
         *,
         of: Of = "centroid",
@@ -77,20 +78,29 @@ class Rows:
         self._first = model.get_submodule(targets[0].first)
         self._last = model.get_submodule(targets[0].last)
         self._found: list[Tensor] = []
-        (self._reader,) = make_readers(
-            model, targets, v, lambda _: (self._found.append, lambda: True)
+        # An input or output has no cotangent that could be wrong for it.
+        readers = (
+            make_readers(model, targets, v, lambda _: (self._found.append, lambda: True))
+            if of == "centroid"
+            else []
         )
+        self._reader = readers[0] if readers else None
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
         for batch in self.batches:
             value = self._value(batch)
+            if value.ndim not in (2, 3):
+                raise InputError(
+                    f"{self.module}: its {self.of} has shape {tuple(value.shape)}; rows are of "
+                    "tokens, (batch, pos, d), or (batch, d). Name a component that reads those."
+                )
             yield (value[:, self.positions] if value.ndim > 2 else value).flatten(0, -2)
 
     def record(self) -> dict[str, Any]:
         """What the rows are of, in terms of JSON."""
         config = getattr(self.model, "config", None)
         return {
-            **(self._reader.record() if self.of == "centroid" else {"site": self.module}),
+            **(self._reader.record() if self._reader else {"site": self.module}),
             "of": self.of,
             "positions": [self.positions.start, self.positions.stop, self.positions.step],
             "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
@@ -98,28 +108,30 @@ class Rows:
             "lch_plugin_version": version("lch-plugin"),
         }
 
-    def _value(self, batch: Tensor | Mapping[str, Any]) -> Float[Tensor, "batch pos d_in"]:
+    def _value(self, batch: Tensor | Mapping[str, Any] | Sequence[Any]) -> Float[Tensor, ...]:
         self._found.clear()
         hooks = []
         if self.of == "input":
             hooks.append(self._first.register_forward_pre_hook(self._on_input, with_kwargs=True))
         elif self.of == "output":
             hooks.append(self._last.register_forward_hook(self._on_output))
-        else:
+        elif self._reader is not None:
             self._reader.install()
         hooks.append(self._last.register_forward_hook(_stop))
         try:
             with torch.no_grad(), evaluating(self.model):
                 if isinstance(batch, Mapping):
                     self.model(**{key: self._on_device(value) for key, value in batch.items()})
-                else:
-                    self.model(self._on_device(batch))
+                else:  # Of a DataLoader's pairs the first.
+                    first = batch[0] if isinstance(batch, tuple | list) else batch
+                    self.model(self._on_device(first))
         except _Stop:
             pass
         finally:
             for hook in hooks:
                 hook.remove()
-            self._reader.remove()
+            if self._reader is not None:
+                self._reader.remove()
         if not self._found:
             raise InputError(f"{self.module} was not called: the model's path does not lead there.")
         return self._found[0]

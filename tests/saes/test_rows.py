@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,13 +20,14 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTImageProcessor
 
 import lch_plugin as lch
 from lch_plugin.saes import Images, Rows, reconstruction, train_on
 from tests import families
 
-MLP = "layers.1.mlp"
+MLP, PIXELS = "layers.1.mlp", "embeddings.patch_embeddings"
 D_MODEL, N_PATCHES, SIDE = 32, 4, 16
 
 
@@ -91,9 +93,21 @@ def test_the_model_stops_after_the_component_and_is_as_before(vit: Any) -> None:
     assert last_norm == []
 
 
-def test_inputs_may_be_mappings(vit: Any) -> None:
-    (a,), (b,) = Rows(vit, [{"pixel_values": pixels(4)}], MLP), Rows(vit, [pixels(4)], MLP)
-    assert torch.equal(a, b)
+def test_inputs_may_be_mappings_or_pairs(vit: Any) -> None:
+    (a,) = Rows(vit, [pixels(4)], MLP)
+    loader = DataLoader(TensorDataset(pixels(4), torch.arange(4)), batch_size=4)
+    for batches in ([{"pixel_values": pixels(4)}], loader):
+        (b,) = Rows(vit, batches, MLP)
+        assert torch.equal(a, b)
+
+
+def test_activations_need_no_cotangent(vit: Any) -> None:
+    centered = copy.deepcopy(vit)
+    weight = centered.get_submodule(f"{MLP}.fc2").weight.data
+    weight -= weight.mean(0)
+    with pytest.raises(lch.VanishingCentroidError):
+        Rows(centered, [pixels(4)], MLP)
+    assert len(next(iter(Rows(centered, [pixels(4)], MLP, of="output")))) == 4 * (N_PATCHES + 1)
 
 
 @pytest.mark.parametrize("normalize", ["none", "expected_average_only_in"])
@@ -210,6 +224,7 @@ def test_images_come_in_another_order_each_time_and_the_same_for_a_seed() -> Non
         (lambda vit: Rows(vit, [], MLP, of="centroids"), "of='centroids' is not known"),
         (lambda vit: Rows(vit, [], "layers.*.mlp"), "choose one"),
         (lambda vit: Rows(vit, [], "layers.7.mlp"), "fits no module"),
+        (lambda vit: next(iter(Rows(vit, [pixels()], PIXELS))), r"shape \(70, 3, 16, 16\)"),
         (lambda vit: train_on(Rows(vit, [], MLP), topk(), trainer()), "came to an end"),
         (lambda vit: train_on(iter([torch.ones(70, 32)]), topk(), trainer()), "came to an end"),
         (lambda vit: train_on(Rows(vit, [pixels()], MLP), topk(d_in=31), trainer()), "d_in=32"),
