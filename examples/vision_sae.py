@@ -5,7 +5,7 @@ python examples/vision_sae.py [--out vision_sae.png]
 takes the embedded model, trained on digits. Any other goes by name, with a dataset of images:
 
 python examples/vision_sae.py --model facebook/dinov2-base --images frgfm/imagenette:320px \
-    --module encoder.layer.8.mlp --d-sae 6144 --rows 4_000_000
+    --module encoder.layer.8.mlp --d-sae 6144 --rows 4_000_000 --device cuda
 """
 
 import argparse
@@ -34,18 +34,19 @@ parser.add_argument("--module", default="encoder.layer.2.mlp")
 parser.add_argument("--k", type=int, default=8)
 parser.add_argument("--d-sae", type=int, default=256)
 parser.add_argument("--rows", type=int, default=200_000, help="of training, one a patch")
+parser.add_argument("--device", default="cpu")
 parser.add_argument("--out", default="vision_sae.png")
 args = parser.parse_args()
 
 if args.model:
-    loaded = lch.load(args.model)
+    loaded = lch.load(args.model, device=args.device)
     model, processor = loaded.model, loaded.processor
     splits = load_dataset(*args.images.split(":"))
     train = splits["train"]
     test = splits["test" if "test" in splits else "validation"].shuffle(seed=0)
     train_labels, test_labels = train["label"], test["label"]
 else:
-    model, processor = load_demo_vision_model(), None
+    model, processor = load_demo_vision_model(device=args.device), None
     (train, train_labels), (test, test_labels) = digits("train"), digits("test")
 
 
@@ -59,7 +60,7 @@ def codes(sae: Any, images: Any, of: Any) -> torch.Tensor:
     """Features of each image, averaged over its patches."""
     with torch.no_grad():
         means = [sae.encode(x).unflatten(0, (-1, n_patches)).mean(1) for x in rows(images, of)]
-    return torch.cat(means)
+    return torch.cat(means).cpu()
 
 
 def accuracy(sae: Any, of: Any) -> float:
@@ -76,6 +77,7 @@ trainer = SAETrainerConfig(
     train_batch_size_samples=512,
     lr=1e-3,
     n_batches_for_norm_estimate=20,
+    device=args.device,
 )
 print(f"{args.module}, held-out images  variance explained   L0  features fired  label probed")
 saes = {}
@@ -87,7 +89,11 @@ for name, of, config in (
 ):
     d_in = next(iter(rows(test, of))).shape[-1]
     sae_config = config(
-        d_in=d_in, d_sae=args.d_sae, k=args.k, normalize_activations="expected_average_only_in"
+        d_in=d_in,
+        d_sae=args.d_sae,
+        device=args.device,
+        k=args.k,
+        normalize_activations="expected_average_only_in",
     )
     saes[name] = train_on(rows(train, of, seed=0), sae_config, trainer)
     scores = reconstruction(saes[name], rows(test, of))

@@ -26,7 +26,7 @@ CENTROIDS, RECORD = "centroids.safetensors", "record.json"
 
 def extract(
     loaded: LoadedModel,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     out: Path,
     *,
     modules: Sequence[str] | None = None,
@@ -35,12 +35,13 @@ def extract(
     """Write the centroids of prompts, and what they are of, to a new directory.
 
     ``centroids.safetensors`` holds a tensor ``(prompt, pos, d_in)`` for each component, under its
-    name, with ``input_ids`` and ``attention_mask`` beside them; ``record.json`` says which model,
-    components, cotangent and versions.
+    name (``name[0]``, ``name[1]``... of one that is called several times), with ``input_ids`` and
+    ``attention_mask`` beside them; ``record.json`` says which model, components, cotangent and
+    versions.
 
     Args:
         loaded: a language model with its tokenizer.
-        prompts: run together, padded to the longest.
+        prompts: one, or several run together, padded on the right to the longest.
         out: an absent or empty directory.
         modules: as `lch_plugin.huggingface.attach`.
         cotangent: ``v``; all ones if None.
@@ -49,10 +50,12 @@ def extract(
         The record.
 
     Raises:
-        InputError: no prompts, a model without a tokenizer, or prompts longer than its context.
+        InputError: no prompts, a model without a tokenizer or with a decoder of its own, prompts
+            longer than its context, or several and no token to pad with.
         OutputError: ``out`` holds something.
         SiteError, VanishingCentroidError: as `lch_plugin.huggingface.attach`.
     """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     inputs = _tokenize(loaded, prompts)
     with new_directory(out) as directory:
         with (
@@ -60,12 +63,17 @@ def extract(
             torch.no_grad(),
         ):
             loaded.model(**inputs)
-        tensors = {name: mu.contiguous().cpu() for name, mu in handle.cache.items()}
+        tensors = {
+            name if handle.cache.calls(name) == 1 else f"{name}[{i}]": handle.cache[name, i]
+            for name in handle.names
+            for i in range(max(1, handle.cache.calls(name)))  # None is an error that says so.
+        }
+        tensors = {name: mu.contiguous().cpu() for name, mu in tensors.items()}
         record = {
             "model": loaded.name,
             "revision": loaded.revision,
             "dtype": str(loaded.model.dtype),
-            "prompts": list(prompts),
+            "prompts": prompts,
             "components": handle.records(),
             "methods": handle.methods,
             "versions": {name: version(name) for name in ("lch-plugin", "torch", "transformers")},
@@ -85,9 +93,21 @@ def _tokenize(loaded: LoadedModel, prompts: Sequence[str]) -> dict[str, Tensor]:
         )
     if not prompts or not all(prompts):
         raise InputError("there is no prompt, or an empty one: give at least one, with text in it.")
-    if tokenizer.pad_token is None:
+    if loaded.model.config.is_encoder_decoder:
+        raise InputError(
+            f"{loaded.name} has an encoder and a decoder, and prompts are for one of them. Run it "
+            "with inputs for both under lch.huggingface.attach in Python."
+        )
+    several = len(prompts) > 1
+    if several and tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"the tokenizer of {loaded.name} has no token to pad with, so prompts of different "
+                "lengths cannot run together. Give one at a time."
+            )
         tokenizer.pad_token = tokenizer.eos_token
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    # On the right: models with learned positions count them from the left.
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=several, padding_side="right")
     n_pos, n_ctx = inputs["input_ids"].shape[1], huggingface.context_length(loaded.model)
     if n_ctx is not None and n_pos > n_ctx:
         raise InputError(
@@ -103,5 +123,6 @@ def _print(tensors: dict[str, Tensor], methods: dict[str, str], mask: Tensor) ->
         norms = mu.norm(dim=-1)
         is_token = mask.bool() if mask.shape == norms.shape else torch.ones_like(norms).bool()
         shape = " x ".join(map(str, mu.shape))
-        table.add_row(name, methods[name], shape, f"{norms[is_token].mean():.4g}")
+        method = methods.get(name) or methods[name.rpartition("[")[0]]
+        table.add_row(name, method, shape, f"{norms[is_token].mean():.4g}")
     Console().print(table)

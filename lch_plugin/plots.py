@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from lch_plugin.circuits import AblationCheck, NeuronAttribution
+from lch_plugin.errors import InputError
 
 CENTROIDS, ACTIVATIONS, GREY = "#c2410c", "#1d4ed8", "#9ca3af"
 
@@ -214,15 +216,24 @@ def patches_by_feature(
         features: which; those that are active at most in the most images if None.
         n_features: how many, if they are to be chosen.
         n_images: shown for each.
+
+    Raises:
+        InputError: activations that are no square grid of patches for each image.
     """
-    side = round((len(activations) / len(images)) ** 0.5)
+    side = math.isqrt(len(activations) // len(images))
+    if side * side * len(images) != len(activations):
+        raise InputError(
+            f"{len(activations)} rows of activations are no square grid of patches for each of "
+            f"{len(images)} images. Leave the CLS token out: positions=slice(1, None)."
+        )
+    images, activations = (t.detach().float().cpu() for t in (images, activations))
     maps = activations.unflatten(0, (len(images), side, side)).movedim(-1, 0)
     peaks = maps.amax((-1, -2))
     if features is None:
         features = (peaks > 0).sum(1).topk(min(n_features, len(maps))).indices.tolist()
     # Pixels to [0, 1], whatever they were normalised to; colour as the mean of channels, so that
     # the overlay can be told from it.
-    grey = images.float().mean(1)
+    grey = images.mean(1)
     grey = (grey - grey.amin((1, 2), True)) / (
         grey.amax((1, 2), True) - grey.amin((1, 2), True)
     ).clamp_min(1e-6)
@@ -236,7 +247,11 @@ def patches_by_feature(
                 continue
             image = strongest[column]
             size = grey.shape[-2:]
-            axis.imshow(grey[image], cmap="Greys", vmin=0, vmax=1.5)
+            # Ink on paper where there is one channel, photographs as they are.
+            if images.shape[1] == 1:
+                axis.imshow(grey[image], cmap="Greys", vmin=0, vmax=1.5)
+            else:
+                axis.imshow(grey[image], cmap="gray", vmin=-0.5, vmax=1)
             heat = (maps[feature, image] / peaks[feature].amax().clamp_min(1e-12)).clamp(0, 1)
             heat = heat.repeat_interleave(size[0] // side, 0).repeat_interleave(size[1] // side, 1)
             axis.imshow(heat.new_ones(*heat.shape), cmap=_SOLID, alpha=0.75 * heat.numpy())

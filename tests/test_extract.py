@@ -47,7 +47,26 @@ def test_components_and_cotangent_can_be_chosen(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert len(record["components"]) == 5
     assert {c["cotangent"] for c in record["components"]} == {"random3"}
-    assert set(record["methods"].values()) == {"vjp"}
+    assert set(record["methods"].values()) == {"VJP"}
+
+
+def test_prompts_have_the_centroids_they_have_alone(tmp_path: Path) -> None:
+    loaded = lch.load(DEMO_MODEL_DIR, dtype="float64")
+    loaded.processor.padding_side = "left"
+    extract(loaded, PROMPTS, tmp_path / "both")
+    extract(loaded, PROMPTS[1], tmp_path / "alone")
+    both, alone = (load_file(tmp_path / name / CENTROIDS) for name in ("both", "alone"))
+    n = alone["input_ids"].shape[1]
+    for name in ("transformer.h.0.mlp", "transformer.h.3.mlp"):
+        torch.testing.assert_close(both[name][1:, :n], alone[name])
+
+
+def test_each_call_of_a_shared_module_is_written(tmp_path: Path) -> None:
+    loaded = lch.load(DEMO_MODEL_DIR)
+    loaded.model.transformer.h[2].mlp = loaded.model.transformer.h[1].mlp
+    extract(loaded, PROMPTS, tmp_path / "out", modules=["transformer.h.*.mlp"])
+    found = load_file(tmp_path / "out" / CENTROIDS)
+    assert {"transformer.h.1.mlp[0]", "transformer.h.1.mlp[1]", "transformer.h.0.mlp"} <= set(found)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +75,7 @@ def test_components_and_cotangent_can_be_chosen(tmp_path: Path) -> None:
         (["", "--out", "x"], "an empty one"),
         (["pear " * 200, "--out", "x"], "more than the model's context of 128"),
         (["pear", "--modules", "h.*.mlp", "--out", "x"], "fits no module"),
+        (["pear", "--modules", "transformer.h", "--out", "x"], "was not called"),
         (["pear", "--model", "./nowhere", "--out", "x"], "does not exist"),
         (["pear", "--out", "."], "exists with other content"),
     ],

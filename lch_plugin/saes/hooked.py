@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jaxtyping import Float
-from sae_lens.load_model import HookedProxyLM
+from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerBase
 
 from lch_plugin.adapters.huggingface import (
     Reader,
-    Target,
     context_length,
     make_readers,
+    resolve,
     resolve_arguments,
 )
 from lch_plugin.cotangents import Cotangent
@@ -24,10 +25,11 @@ from lch_plugin.errors import InputError
 class HookedModel(HookedProxyLM):
     """SAELens' own wrapper of a HuggingFace language model, with centroids as hook points.
 
-    For models that TransformerLens does not know: ``run_with_cache``, ``run_with_hooks``,
-    ``lch_plugin.saes.train`` and SAELens' runner work as on any hooked model. The hook point of a
-    component is its name and ``.hook_centroid``: ``transformer.h.2.mlp.hook_centroid``. A centroid
-    is computed only if something listens.
+    For models that TransformerLens does not know: ``run_with_cache`` and ``run_with_hooks`` on
+    token ids without padding, ``lch_plugin.saes.train`` and SAELens' runner work as on any hooked
+    model. The hook point of a component is its name and ``.hook_centroid``:
+    ``transformer.h.2.mlp.hook_centroid``. A centroid is computed only if something listens. A
+    context manager, which detaches.
 
     Attributes:
         model: the HuggingFace model.
@@ -60,7 +62,8 @@ class HookedModel(HookedProxyLM):
             tokenizer: of the model.
             modules: components whose centroids are wanted, as `lch_plugin.huggingface.attach`.
             cotangent: ``v`` of the centroids.
-            activations: names of modules whose outputs are hook points too, under those names.
+            activations: names of modules whose outputs are hook points too, under those names;
+                ``*`` as in ``modules``.
         """
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise InputError(
@@ -68,31 +71,56 @@ class HookedModel(HookedProxyLM):
                 "transformers. For images and other inputs without text use lch.saes.Rows."
             )
         targets, v = resolve_arguments(model, modules, cotangent)
+        self._outputs = [target.last for target in resolve(model, activations)]
+        self._handles: list[RemovableHandle] = []
         points = {target: HookPoint() for target in targets}
-        super().__init__(model, tokenizer, hook_names=list(activations))
+        super().__init__(model, tokenizer, hook_names=self._outputs)
         self.readers: dict[str, Reader] = {}
         readers = make_readers(
             model, targets, v, lambda t: (points[t], lambda: bool(points[t].fwd_hooks))
         )
         for reader, (target, point) in zip(readers, points.items(), strict=True):
-            name = _hook_name(target)
-            point.name = name
+            name = f"{target.name}.hook_centroid"
+            self._add(name, point, target.last)
             self.readers[name] = reader
-            self.hook_dict[name] = self.mod_dict[name] = point
-            # Where SAELens stops the model; the centroid is there by then.
-            self.named_modules_dict[name] = model.get_submodule(target.last)
             reader.install()
 
+    def setup(self) -> None:
+        """Hook the activations; as SAELens' own does, but so that they can be taken off."""
+        self.hook_dict: dict[str, HookPoint] = {}
+        self.mod_dict: dict[str, nn.Module] = {}
+        self.named_modules_dict: dict[str, nn.Module] = {}
+        for name in self._outputs:
+            point = HookPoint()
+            self._add(name, point, name)
+            module = self.model.get_submodule(name)
+            self._handles.append(module.register_forward_hook(get_hook_fn(point)))
+
     def detach(self) -> None:
-        """Take the centroids off the model."""
+        """Take every hook point off the model."""
+        for handle in self._handles:
+            handle.remove()
         for reader in self.readers.values():
             reader.remove()
+        self._handles.clear()
+        self.readers.clear()
+        self.hook_dict.clear()
+        self.mod_dict.clear()
+        self.named_modules_dict.clear()
+
+    def __enter__(self) -> HookedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def _add(self, name: str, point: HookPoint, module: str) -> None:
+        point.name = name
+        self.hook_dict[name] = self.mod_dict[name] = point
+        # Where SAELens stops the model; what goes through the point is there by then.
+        self.named_modules_dict[name] = self.model.get_submodule(module)
 
     @property
     def n_ctx(self) -> int | None:
         """The longest sequence, if the model's config says."""
         return context_length(self.model)
-
-
-def _hook_name(target: Target) -> str:
-    return f"{target.name}.hook_centroid"

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lch_plugin.errors import InputError
 
@@ -23,8 +24,8 @@ class Images:
         processor: the model's image processor; needed unless the images are a tensor.
         batch_size: images in a batch; the last may have fewer.
         column: of the dataset.
-        seed: of the order, another each time over; as they come if None. Only for images that have
-            a length.
+        seed: of the order, the same each time; as they come if None. Only for images that have a
+            length.
 
     Raises:
         InputError: no images, no such column, no processor, or nothing to put in order.
@@ -53,11 +54,15 @@ class Images:
                     f"images of shape {tuple(images.shape)} and dtype {images.dtype}: a tensor has "
                     "to be (n, channel, height, width), floating point and normalised."
                 )
-        elif processor is None:
+        elif processor is None or isinstance(processor, PreTrainedTokenizerBase):
             raise InputError(
-                "images that are no tensor need the model's image processor: lch.load(...) has it "
-                "as processor, transformers.AutoImageProcessor.from_pretrained(...) loads it."
+                f"processor is a {type(processor).__name__}: images that are no tensor need the "
+                "model's image processor. lch.load(...).processor is that of a model of images; of "
+                "one that reads text as well take "
+                "transformers.AutoImageProcessor.from_pretrained(...)."
             )
+        if isinstance(images, DatasetDict | IterableDatasetDict):
+            raise InputError(f"images has several splits, {list(images)}: pass one of them.")
         columns = getattr(images, "column_names", None)
         if isinstance(images, Dataset | IterableDataset) and columns and column not in columns:
             raise InputError(f"column={column!r} is none of the dataset's {columns}.")
@@ -68,16 +73,14 @@ class Images:
             )
         self.images, self.processor, self.column = images, processor, column
         self.batch_size, self.seed = batch_size, seed
-        self._n_passes = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self._n_passes += 1
         if self.seed is None:
             iterator = iter(self._column())
             while batch := list(itertools.islice(iterator, self.batch_size)):
                 yield self._prepare(batch)
             return
-        generator = torch.Generator().manual_seed(self.seed + self._n_passes)
+        generator = torch.Generator().manual_seed(self.seed)
         images: Any = self.images
         for chosen in torch.randperm(len(images), generator=generator).split(self.batch_size):
             if isinstance(images, Tensor):

@@ -22,7 +22,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from lch_plugin.adapters.arguments import input_of, output_of
-from lch_plugin.adapters.huggingface import make_readers, resolve_arguments
+from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_arguments
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
@@ -46,10 +46,12 @@ class Rows:
             several times in a pass, rows are of the first call.
         of: its centroid, what it reads (``"input"``), or what it writes (``"output"``).
         positions: which tokens count. Of a ViT ``slice(0, 1)`` is the CLS token and
-            ``slice(1, None)`` are the patches.
+            ``slice(1, None)`` are the patches. Padding never does, where a batch has an
+            ``attention_mask``.
 
     Raises:
-        InputError: ``of`` is none of the three, or the name fits several components.
+        InputError: ``of`` is none of the three, positions are no slice, or the name fits several
+            components.
         SiteError, VanishingCentroidError: as `lch_plugin.huggingface.attach`.
 
     Example:
@@ -70,6 +72,8 @@ class Rows:
         """Choose what rows are of; nothing runs yet."""
         if of not in get_args(Of):
             raise InputError(f"of={of!r} is not known; use one of {get_args(Of)}.")
+        if not isinstance(positions, slice):
+            raise InputError(f"positions={positions!r} must be a slice, such as slice(1, None).")
         targets, v = resolve_arguments(model, module, cotangent)
         if len(targets) > 1:
             raise InputError(f"module={module!r} fits {[t.name for t in targets]}: choose one.")
@@ -94,7 +98,14 @@ class Rows:
                     f"{self.module}: its {self.of} has shape {tuple(value.shape)}; rows are of "
                     "tokens, (batch, pos, d), or (batch, d). Name a component that reads those."
                 )
-            yield (value[:, self.positions] if value.ndim > 2 else value).flatten(0, -2)
+            if value.ndim == 2:
+                yield value
+                continue
+            is_token = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            if isinstance(mask, Tensor) and mask.shape == is_token.shape:
+                is_token = mask.to(value.device) != 0
+            yield value[:, self.positions][is_token[:, self.positions]]
 
     def record(self) -> dict[str, Any]:
         """What the rows are of, in terms of JSON."""
@@ -103,7 +114,7 @@ class Rows:
             **(self._reader.record() if self._reader else {"site": self.module}),
             "of": self.of,
             "positions": [self.positions.start, self.positions.stop, self.positions.step],
-            "model": getattr(config, "_name_or_path", "") or type(self.model).__name__,
+            "model": model_name(self.model),
             "revision": getattr(config, "_commit_hash", None),
             "lch_plugin_version": version("lch-plugin"),
         }
@@ -165,17 +176,18 @@ def train_on(
 ) -> TrainingSAE[Any]:
     """Train an SAE on rows, with SAELens' own trainer, and return it.
 
-    The decoder's bias starts at the mean of the rows, which of centroids is most of their norm:
-    starting from zero, the embedded vision model's SAE spends its features on it (38 of 256 ever
-    fire, and 119 with this). Mean and, with ``"expected_average_only_in"``, scale are estimated
-    from ``config.n_batches_for_norm_estimate`` batches; SAELens' default of 1,000 is more than most
+    With the normalisations ``"none"`` and ``"expected_average_only_in"`` the decoder's bias starts
+    at the mean of the rows, which of centroids is most of their norm; an SAE that starts from zero
+    spends its features on it. Mean and scale are estimated from
+    ``config.n_batches_for_norm_estimate`` batches; SAELens' default of 1,000 is more than most
     image sets have. Of `Rows` the SAE carries ``cfg.metadata.lch_centroid``, the scale among it.
 
     Args:
         rows: as many as ``config.total_training_samples`` takes and the estimate of the scale, or
             something to be iterated again and again until then.
         sae: SAELens' own configuration of any architecture.
-        config: SAELens' own configuration of the trainer.
+        config: SAELens' own configuration of the trainer. To log to wandb, call ``wandb.init``
+            first, which SAELens' runner does and its trainer does not.
         buffer_size: rows that are shuffled together; half of them stay for the next round.
         seed: of initialisation and shuffling; the global random state is left alone.
 
@@ -224,6 +236,9 @@ def reconstruction(
     sae: SAE[Any] | TrainingSAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]
 ) -> dict[str, float]:
     """How well an SAE reconstructs rows it may not have seen, and how sparsely.
+
+    A BatchTopK SAE fresh from training chooses among the rows of each batch, so that ``l0`` is k by
+    construction; saved by SAELens and loaded it has a threshold instead.
 
     Returns:
         ``explained_variance`` (one minus the squared error over the variance of the rows, by

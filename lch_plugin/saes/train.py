@@ -24,6 +24,8 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training._interruption import InterruptedException
 from sae_lens.training.prefetch import PrefetchingIterator
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.transformer_lens import (
@@ -55,8 +57,9 @@ def train(
     call trains both sides of a comparison. A model not attached at that layer is attached with
     the all-ones cotangent for as long as training takes.
 
-    SAEs on centroid hooks carry ``cfg.metadata.lch_centroid``: site, layer, cotangent, weight
-    processing, activation scale and plugin version. Scores of a loss after splicing the
+    SAEs on centroid hooks carry ``cfg.metadata.lch_centroid``: site, cotangent, activation scale
+    and plugin version; of TransformerLens models layer and weight processing too, of others the
+    model. Scores of a loss after splicing the
     reconstruction in are not computed for them: nothing downstream reads a centroid, so there
     is no such loss.
 
@@ -79,6 +82,12 @@ def train(
         SiteError: the model has no such hook.
         OutputError: ``config.output_path`` holds other content or cannot be written.
     """
+    if not isinstance(model, HookedModel | TransformerBridge | HookedTransformer):
+        raise InputError(
+            f"model is a {type(model).__name__}; SAELens reads models with hook points. Wrap a "
+            "HuggingFace model as lch.saes.HookedModel(model, tokenizer), or load it into "
+            "TransformerLens: lch.load(...).bridge()."
+        )
     if not isinstance(dataset, _DATASETS):
         raise InputError(
             f"dataset is a {type(dataset).__name__}; SAELens takes those of the datasets library. "
@@ -174,12 +183,13 @@ def _readers(model: LensModel | HookedModel) -> Mapping[str, Reader | huggingfac
 def _provenance(
     model: LensModel | HookedModel, reader: Reader | huggingface.Reader, scaler: Any
 ) -> dict[str, Any]:
-    processing = {}
     if isinstance(reader, Reader):
-        processing["weight_processing"] = weight_processing(model, reader.layer or 0)
+        more: dict[str, Any] = {"weight_processing": weight_processing(model, reader.layer or 0)}
+    else:
+        more = {"model": huggingface.model_name(model.model)}
     return {
         **reader.record(),
-        **processing,
+        **more,
         "scale": scaler.scaling_factor,
         "lch_plugin_version": version("lch-plugin"),
     }
@@ -194,6 +204,7 @@ def _check(
     if hook not in model.hook_dict:
         place = hook.rpartition(".")[0]
         known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
+        known = known or list(_readers(model))
         raise SiteError(
             f"hook_name={hook!r} is no hook point of this model. Beside it are {known}. Centroids "
             "of mlp, attn and block are attached for you; attach other sites with lch.attach "

@@ -258,7 +258,7 @@ def test_mixtures_of_experts() -> None:
     name = "model.layers.1.mlp"
     with attach(model, name) as handle, torch.no_grad():
         model(IDS)
-    assert handle.methods == {name: "vjp"}
+    assert handle.methods == {name: "VJP"}
     assert_close(handle.cache[name], truth(model, name, IDS))
 
 
@@ -1053,7 +1053,7 @@ def test_numbers_that_are_not_finite_are_named(gpt2: Any) -> None:
 def test_handles_say_what_they_are(gpt2: Any) -> None:
     with attach(gpt2, [MLP, BLOCK]) as handle:
         assert "attached to GPT2LMHeadModel" in repr(handle)
-        assert handle.methods == {MLP: "closed form", BLOCK: "vjp"}
+        assert handle.methods == {MLP: "closed form", BLOCK: "VJP"}
         gpt2(IDS)
     assert "detached" in repr(handle)
     assert "(2, 6, 32)" in repr(handle.cache)

@@ -84,10 +84,22 @@ def test_a_centroid_is_computed_only_if_something_listens() -> None:
 
 
 def test_detaching_leaves_the_model_as_it_was() -> None:
-    model = hooked(modules=["model.layers.*.mlp", "model.layers.0:model.layers.2"])
-    assert "model.layers.0:model.layers.2.hook_centroid" in model.hook_dict
-    model.detach()
-    assert not [n for n, m in model.model.named_modules() if "forward" in vars(m)]
+    span = "model.layers.0:model.layers.2"
+    with hooked(modules=["model.layers.*.mlp", span], activations=["model.layers.*"]) as model:
+        assert f"{span}.hook_centroid" in model.hook_dict
+        assert "model.layers.2" in model.hook_dict
+    left = [m for m in model.model.modules() if "forward" in vars(m) or m._forward_hooks]
+    assert not left
+    assert not model.hook_dict
+    with pytest.raises(lch.SiteError, match="no hook point"):
+        lch.saes.train(model, dataset(), config())
+
+
+def test_a_misspelt_activation_is_refused_and_nothing_is_left() -> None:
+    hf = models.huggingface("llama")
+    with pytest.raises(lch.SiteError, match="fits no module"):
+        HookedModel(hf, models.tokenizer(), activations=["model.layers.0", "model.layer.1"])
+    assert not [m for m in hf.modules() if "forward" in vars(m) or m._forward_hooks]
 
 
 def test_the_sae_says_what_it_was_trained_on(tmp_path: Path) -> None:
@@ -135,6 +147,11 @@ def test_token_ids_out_of_vocabulary_are_refused() -> None:
     ids = Dataset.from_dict({"tokens": [[0] * 15 + [models.D_VOCAB]] * 10})
     with pytest.raises(lch.InputError, match="leave the model's vocabulary"):
         lch.saes.train(hooked(), ids, config())
+
+
+def test_a_plain_model_is_refused_with_the_cure(as_users_run: None) -> None:
+    with pytest.raises(lch.InputError, match=r"lch\.saes\.HookedModel\(model, tokenizer\)"):
+        lch.saes.train(models.huggingface("llama"), dataset(), config())
 
 
 def test_a_tokenizer_is_needed(as_users_run: None) -> None:

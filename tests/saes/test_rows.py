@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
@@ -25,7 +25,7 @@ from transformers import ViTImageProcessor
 
 import lch_plugin as lch
 from lch_plugin.saes import Images, Rows, reconstruction, train_on
-from tests import families
+from tests import families, models
 
 MLP, PIXELS = "layers.1.mlp", "embeddings.patch_embeddings"
 D_MODEL, N_PATCHES, SIDE = 32, 4, 16
@@ -101,6 +101,21 @@ def test_inputs_may_be_mappings_or_pairs(vit: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_padding_makes_no_rows() -> None:
+    bert = families.huggingface("bert", torch.float64)
+    module = "bert.encoder.layer.1"
+    ids = torch.randint(5, 40, (2, 6))
+    mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4])
+    v = lch.cotangents.Random(0)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    (rows,) = Rows(bert, [batch], module, cotangent=v)
+    (alone,) = Rows(bert, [{"input_ids": ids[1:, :2]}], module, cotangent=v)
+    assert len(rows) == 8
+    torch.testing.assert_close(rows[6:], alone)
+    (first,) = Rows(bert, [batch], module, cotangent=v, positions=slice(0, 3))
+    assert len(first) == 5
+
+
 def test_activations_need_no_cotangent(vit: Any) -> None:
     centered = copy.deepcopy(vit)
     weight = centered.get_submodule(f"{MLP}.fc2").weight.data
@@ -142,11 +157,9 @@ def test_the_decoders_bias_starts_at_the_mean(vit: Any) -> None:
 def test_training_is_reproducible_and_leaves_the_global_generator_alone(vit: Any) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
+    rows = Rows(vit, Images(pixels(), seed=0), MLP)
     weights = [
-        train_on(
-            Rows(vit, Images(pixels(), seed=0), MLP), topk(), trainer(640), buffer_size=256, seed=s
-        ).W_enc
-        for s in (1, 1, 2)
+        train_on(rows, topk(), trainer(640), buffer_size=256, seed=s).W_enc for s in (1, 1, 2)
     ]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(weights[0], weights[1])
@@ -204,18 +217,16 @@ def test_images_of_every_kind_make_the_same_batches(source: str) -> None:
     assert torch.equal(torch.cat([b["pixel_values"] for b in batches]), truth["pixel_values"])
 
 
-def test_images_come_in_another_order_each_time_and_the_same_for_a_seed() -> None:
+def test_images_come_in_the_order_of_the_seed() -> None:
     x = torch.arange(10.0).reshape(10, 1, 1, 1)
 
     def order(images: Images) -> list[float]:
         return torch.cat([b["pixel_values"] for b in images]).flatten().tolist()
 
-    images, again = Images(x, batch_size=3, seed=1), Images(x, batch_size=3, seed=1)
-    first, second = order(images), order(images)
-    assert first != second
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert [order(again), order(again)] == [first, second]
-    assert order(Images(x)) == list(range(10))
+    images = Images(x, batch_size=3, seed=1)
+    shuffled = order(images)
+    assert shuffled == order(images) != order(Images(x, batch_size=3, seed=2))
+    assert sorted(shuffled) == order(Images(x)) == list(range(10))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +234,9 @@ def test_images_come_in_another_order_each_time_and_the_same_for_a_seed() -> Non
     [
         (lambda vit: Rows(vit, [], MLP, of="centroids"), "of='centroids' is not known"),
         (lambda vit: Rows(vit, [], "layers.*.mlp"), "choose one"),
+        (lambda vit: Rows(vit, [], MLP, positions=[1]), "must be a slice"),
+        (lambda vit: Images(DatasetDict(train=SOURCES["dataset"]()), object()), "several splits"),
+        (lambda vit: Images(pictures(), models.tokenizer()), "image processor"),
         (lambda vit: Rows(vit, [], "layers.7.mlp"), "fits no module"),
         (lambda vit: next(iter(Rows(vit, [pixels()], PIXELS))), r"shape \(70, 3, 16, 16\)"),
         (lambda vit: train_on(Rows(vit, [], MLP), topk(), trainer()), "came to an end"),

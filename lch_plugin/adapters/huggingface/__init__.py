@@ -14,9 +14,10 @@ from lch_plugin.adapters.huggingface.attaching import (
     attach,
     context_length,
     make_readers,
+    model_name,
     resolve_arguments,
 )
-from lch_plugin.adapters.huggingface.names import Target, mlp_names
+from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
 from lch_plugin.adapters.huggingface.readers import Reader
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "context_length",
     "make_readers",
     "mlp_names",
+    "model_name",
+    "resolve",
     "resolve_arguments",
 ]

@@ -63,20 +63,25 @@ class CentroidCache(Mapping[str, Tensor]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The centroid of a component, or the default where there is none."""
-        name = key[0] if isinstance(key, tuple) else key
-        return self[key] if name in self else default
+        if key not in self:
+            return default
+        return self[key]
 
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, values in self._values.items() if values)
+    def __iter__(self) -> Iterator[Any]:
+        for name, values in self._values.items():
+            # Keys that have a value each: of several calls one a call.
+            yield from [name] if len(values) == 1 else [(name, i) for i in range(len(values))]
 
     def __len__(self) -> int:
-        return sum(map(bool, self._values.values()))
+        return sum(map(len, self._values.values()))
 
-    def __contains__(self, name: object) -> bool:
-        return bool(self._values.get(name))  # type: ignore[call-overload]
+    def __contains__(self, key: object) -> bool:
+        name, call = key if isinstance(key, tuple) else (key, 0)
+        n_calls = len(self._values.get(name, ()))
+        return -n_calls <= call < n_calls
 
     def __repr__(self) -> str:
-        shapes = (f"{name}: {[tuple(v.shape) for v in self._values[name]]}" for name in self)
+        shapes = (f"{key}: {tuple(mu.shape)}" for key, mu in self.items())
         return f"{type(self).__name__}({', '.join(shapes)})"
 
     def calls(self, name: str) -> int:
@@ -115,7 +120,7 @@ class Handle:
 
     @property
     def methods(self) -> dict[str, str]:
-        """How each centroid is computed, ``"closed form"`` or ``"vjp"``, by name."""
+        """How each centroid is computed, ``"closed form"`` or ``"VJP"``, by name."""
         return {reader.name: reader.method for reader in self._readers}
 
     @property
@@ -171,7 +176,7 @@ class Handle:
 
     def end(self, _call: Call, output: Any) -> Any:
         # Attention patterns and hidden states from within come out here too.
-        return self._graph.drop(output, []) if "vjp" in self.methods.values() else output
+        return self._graph.drop(output, []) if "VJP" in self.methods.values() else output
 
     def close(self) -> None:
         self._depth = max(0, self._depth - 1)
@@ -310,3 +315,8 @@ def context_length(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     names = ("max_position_embeddings", "n_positions")
     return next((n for name in names if (n := getattr(config, name, None))), None)
+
+
+def model_name(model: nn.Module) -> str:
+    """Where a HuggingFace model came from, or the class of one that does not say."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__

@@ -255,7 +255,7 @@ class ClosedFormReader(Reader):
 class VJPReader(Reader):
     """Any component: one vector-Jacobian product on the graph of the model's own call."""
 
-    method = "vjp"
+    method = "VJP"
     _is_checked = False
 
     def _start(self, running: Running, call: Call) -> Call:
