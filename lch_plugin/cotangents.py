@@ -243,8 +243,9 @@ def evaluate(cotangent: Cotangent, y: Float[Tensor, "*batch d_out"]) -> Float[Te
     if not fits:
         raise InputError(
             f"cotangent {cotangent.name!r} has shape {tuple(v.shape)}, but has to lie in the "
-            f"output space of the component: shape ({y.shape[-1]},), or one that broadcasts to "
-            "its output."
+            f"output space of the component: shape ({y.shape[-1]},), its last dimension. For "
+            "another, as a channel of an image, pass an object with a `name` and a method `at(y)` "
+            "that gives something that broadcasts to the output."
         )
     if not ours:
         _check_direction(v)

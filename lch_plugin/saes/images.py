@@ -54,6 +54,8 @@ class Images:
                     f"images of shape {tuple(images.shape)} and dtype {images.dtype}: a tensor has "
                     "to be (n, channel, height, width), floating point and normalised."
                 )
+        elif not isinstance(images, Iterable):
+            raise InputError(f"images is one {type(images).__name__}: pass a list of them.")
         elif processor is None or isinstance(processor, PreTrainedTokenizerBase):
             raise InputError(
                 f"processor is a {type(processor).__name__}: images that are no tensor need the "

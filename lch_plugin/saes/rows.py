@@ -72,6 +72,10 @@ class Rows:
         """Choose what rows are of; nothing runs yet."""
         if of not in get_args(Of):
             raise InputError(f"of={of!r} is not known; use one of {get_args(Of)}.")
+        if isinstance(batches, Tensor | Mapping):
+            raise InputError(
+                "batches is a single one: pass a list of batches, such as pixel_values.split(64)."
+            )
         if not isinstance(positions, slice):
             raise InputError(f"positions={positions!r} must be a slice, such as slice(1, None).")
         targets, v = resolve_arguments(model, module, cotangent)
@@ -181,6 +185,10 @@ def train_on(
     spends its features on it. Mean and scale are estimated from
     ``config.n_batches_for_norm_estimate`` batches; SAELens' default of 1,000 is more than most
     image sets have. Of `Rows` the SAE carries ``cfg.metadata.lch_centroid``, the scale among it.
+
+    ``save_inference_model(path)`` of what is returned writes it as `sae_lens.SAE.load_from_disk`
+    reads it. BatchTopK is loaded as JumpReLU then, with a threshold that SAELens learns slowly: over
+    some hundred steps.
 
     Args:
         rows: as many as ``config.total_training_samples`` takes and the estimate of the scale, or

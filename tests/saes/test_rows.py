@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from PIL import Image
 from sae_lens import (
+    SAE,
     BatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
@@ -145,6 +147,17 @@ def test_saes_learn_rows(vit: Any, architecture: str, normalize: str) -> None:
     assert (record["scale"] is None) == (normalize == "none")
 
 
+@pytest.mark.parametrize("config", [TopKTrainingSAEConfig, BatchTopKTrainingSAEConfig])
+def test_saelens_loads_what_is_saved(vit: Any, config: Any, tmp_path: Path) -> None:
+    rows = Rows(vit, [pixels()], MLP)
+    sae = train_on(rows, config(d_in=D_MODEL, d_sae=64, k=4), trainer(640), buffer_size=256)
+    sae.save_inference_model(str(tmp_path / "sae"))
+    loaded = SAE.load_from_disk(str(tmp_path / "sae"))
+    assert loaded.cfg.metadata.lch_centroid == sae.cfg.metadata.lch_centroid
+    if config is TopKTrainingSAEConfig:
+        assert reconstruction(loaded, rows) == pytest.approx(reconstruction(sae, rows))
+
+
 def test_the_decoders_bias_starts_at_the_mean(vit: Any) -> None:
     rows = Rows(vit, [pixels()], MLP)
     mean = next(iter(rows)).mean(0)
@@ -235,6 +248,8 @@ def test_images_come_in_the_order_of_the_seed() -> None:
         (lambda vit: Rows(vit, [], MLP, of="centroids"), "of='centroids' is not known"),
         (lambda vit: Rows(vit, [], "layers.*.mlp"), "choose one"),
         (lambda vit: Rows(vit, [], MLP, positions=[1]), "must be a slice"),
+        (lambda vit: Rows(vit, pixels(), MLP), "list of batches"),
+        (lambda vit: Images(pictures()[0], object()), "pass a list"),
         (lambda vit: Images(DatasetDict(train=SOURCES["dataset"]()), object()), "several splits"),
         (lambda vit: Images(pictures(), models.tokenizer()), "image processor"),
         (lambda vit: Rows(vit, [], "layers.7.mlp"), "fits no module"),

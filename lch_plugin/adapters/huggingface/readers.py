@@ -120,6 +120,11 @@ class Reader:
         """Of the component."""
         return self.target.name
 
+    @property
+    def label(self) -> str:
+        """Of the component, in messages."""
+        return self.name or "the model"
+
     def record(self) -> dict[str, Any]:
         """What the centroid is of, in terms of JSON."""
         v = self.cotangent
@@ -145,7 +150,7 @@ class Reader:
     def begin(self, call: Call) -> Call:
         if not self._calls or self._graph.is_asked or not self.is_wanted():
             return call
-        before, running = self._calls[-1], Running(self.name)
+        before, running = self._calls[-1], Running(self.label)
         self._calls[-1] = running
         if before is not None:  # The first module runs again before the last has.
             self._stop(before)
@@ -161,10 +166,10 @@ class Reader:
             return output
         self._calls[-1] = None
         try:
-            y = output_of(output, self.name)
+            y = output_of(output, self.label)
             mu = self._finish(running, call, y).detach()
             with self._graph.outside():
-                check_finite(self.name, mu)
+                check_finite(self.label, mu)
                 self.publish(mu.to(at_least_float32(mu)))
         finally:
             self._stop(running)
@@ -199,7 +204,7 @@ class ClosedFormReader(Reader):
         self._is_connected = self._modules[0] is self._modules[1]
         self._parts = self._list_parts()
         if is_fixed(self.cotangent):
-            check_mlp_cotangent(self.name, structure.weights, self.cotangent)
+            check_mlp_cotangent(self.label, structure.weights, self.cotangent)
 
     def _start(self, running: Running, call: Call) -> Call:
         # Registered now, they come after every hook of the user's.
@@ -215,12 +220,12 @@ class ClosedFormReader(Reader):
         structure = self._structure
         if self._list_parts() != self._parts:
             raise SiteError(
-                f"{self.name}: modules within it were added or replaced since it was attached to, "
+                f"{self.label}: modules within it were added or replaced since it was attached to, "
                 "and it may be another MLP now, or none. Detach and attach again."
             )
         if len(running.outputs) != len(structure.inputs):
             raise SiteError(
-                f"{self.name}: its input projections ran {len(running.outputs)} times in one call, "
+                f"{self.label}: its input projections ran {len(running.outputs)} times in one call, "
                 f"not {len(structure.inputs)}, so it is not the MLP that its modules make up. Name "
                 "the module around it, whose centroid is a vector-Jacobian product."
             )
@@ -238,10 +243,10 @@ class ClosedFormReader(Reader):
         """Once, that the second module reads what the first has given."""
         if self._is_connected:
             return
-        read, _ = input_of(call, self.name)
+        read, _ = input_of(call, self.label)
         if not isinstance(running.between, Tensor) or not torch.equal(read, running.between):
             raise SiteError(
-                f"{self.name}: the second module does not read what the first returned; something "
+                f"{self.label}: the second module does not read what the first returned; something "
                 "between them changes it (a module, or a hook of yours the first time), so that "
                 "they are no MLP. Name the module that holds both."
             )
@@ -259,7 +264,7 @@ class VJPReader(Reader):
     _is_checked = False
 
     def _start(self, running: Running, call: Call) -> Call:
-        x, instead = input_of(call, self.name)
+        x, instead = input_of(call, self.label)
         self._graph.hold(running)
         # A tensor of the component's own: paths from x that lead around the component do not count.
         own = x.clone() if x.requires_grad or x.is_inference() else x.detach()
@@ -277,7 +282,7 @@ class VJPReader(Reader):
         v = without_padding(evaluate(self.cotangent, y), y, mask)
         mu = self._gradient(running, y, v)
         if not self._is_checked:
-            check_cotangent(self.name, v, mu, lambda r: self._gradient(running, y, r), y.dtype)
+            check_cotangent(self.label, v, mu, lambda r: self._gradient(running, y, r), y.dtype)
             self._is_checked = True
         return mu
 
@@ -291,12 +296,12 @@ class VJPReader(Reader):
                 if "modified by an inplace operation" not in str(error):
                     raise
                 raise NotDifferentiableError(
-                    f"{self.name}: a tensor that the gradient needs was written to in place. "
+                    f"{self.label}: a tensor that the gradient needs was written to in place. "
                     "Return a new tensor from the hook instead."
                 ) from error
         if mu is None:
             raise NotDifferentiableError(
-                f"{self.name}: no gradient path leads from the output back to the input. Either "
+                f"{self.label}: no gradient path leads from the output back to the input. Either "
                 "the model computes it where gradients do not go, or a hook replaced everything "
                 "on the way."
             )
