@@ -79,8 +79,8 @@ class LoadedModel:
         except (ValueError, ImportError) as error:
             raise InputError(
                 f"TransformerLens cannot boot {self.name}, a {type(self.model).__name__}; "
-                "lch.huggingface.attach takes the model as it is, and lch.saes.HookedModel wraps it "
-                f"for SAELens. TransformerLens says: {error}"
+                "lch.huggingface.attach takes the model as it is, and lch.saes.HookedModel wraps "
+                f"it for SAELens. TransformerLens says: {error}"
             ) from error
 
     def nnsight(self, **kwargs: Any) -> Any:

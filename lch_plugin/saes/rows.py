@@ -187,8 +187,8 @@ def train_on(
     image sets have. Of `Rows` the SAE carries ``cfg.metadata.lch_centroid``, the scale among it.
 
     ``save_inference_model(path)`` of what is returned writes it as `sae_lens.SAE.load_from_disk`
-    reads it. BatchTopK is loaded as JumpReLU then, with a threshold that SAELens learns slowly: over
-    some hundred steps.
+    reads it. BatchTopK is loaded as JumpReLU then, with a threshold that SAELens learns slowly:
+    over some hundred steps.
 
     Args:
         rows: as many as ``config.total_training_samples`` takes and the estimate of the scale, or

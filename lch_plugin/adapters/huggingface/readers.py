@@ -225,9 +225,9 @@ class ClosedFormReader(Reader):
             )
         if len(running.outputs) != len(structure.inputs):
             raise SiteError(
-                f"{self.label}: its input projections ran {len(running.outputs)} times in one call, "
-                f"not {len(structure.inputs)}, so it is not the MLP that its modules make up. Name "
-                "the module around it, whose centroid is a vector-Jacobian product."
+                f"{self.label}: its input projections ran {len(running.outputs)} times in one "
+                f"call, not {len(structure.inputs)}, so it is not the MLP that its modules make "
+                "up. Name the module around it, whose centroid is a vector-Jacobian product."
             )
         self._check_connected(running, call)
         with torch.no_grad():
