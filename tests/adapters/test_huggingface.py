@@ -931,7 +931,10 @@ def test_modules_that_did_not_run() -> None:
                 handle.cache[name]
         assert handle.cache.get("mlp") is None
         net(x)
-        assert list(handle.cache) == ["mlp"]
+        assert list(handle.cache) == [("mlp", 0), ("mlp", 1), ("mlp", 2)]
+        assert len(dict(handle.cache)) == len(handle.cache) == 3
+        assert "mlp" in handle.cache
+        assert ("mlp", 3) not in handle.cache
         assert "unused" not in handle.cache
         assert handle.cache.get("unused", 3) == 3
         with pytest.raises(lch.SiteError, match="was not called"):

@@ -46,7 +46,8 @@ class CentroidCache(Mapping[str, Tensor]):
         if not values:
             raise SiteError(
                 f"{name} was not called in the last forward pass, or there was none: run the model "
-                "first, on a path that leads through it."
+                "first, on a path that leads through it; through first and then last, if it is a "
+                "stretch."
             )
         if call is None and len(values) > 1:
             raise InputError(
@@ -271,6 +272,12 @@ def make_readers(
     readers: list[Reader] = []
     for target in targets:
         first, last = (model.get_submodule(name) for name in (target.first, target.last))
+        for module, name in ((first, target.first), (last, target.last)):
+            if type(module).forward is nn.Module.forward:
+                raise SiteError(
+                    f"{name} is a {type(module).__name__}, which holds modules and is never "
+                    f"called. Name what it holds: {name}.*"
+                )
         check_loaded(first, target.first or "the model")
         check_loaded(last, target.last or "the model")
         publish, is_wanted = sink(target)
