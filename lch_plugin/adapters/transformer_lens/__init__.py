@@ -7,10 +7,10 @@ under a hook name like any other, editing it never changes the logits, and it is
 something listens.
 
 Modules, each knowing those before it: `gates`, where a tensor goes by; `anatomy`, where a model
-keeps its parts; `points`, hook points of ours; `passes`, gradients during one forward pass;
-`readers`, how the centroid of one component comes about, in `closed_forms` or by `vjps`; `states`
-and `trial`; `tracker`, the readers of one model together; `self_check`, the proof on three tokens;
-`attaching`; and `inputs`, token ids and what the MLPs read on them.
+keeps its parts; `points`, hook points of ours; `readers`, how the centroid of one component comes
+about, in `closed_forms` or by `vjps`; `states` and `trial`; `tracker`, the readers of one model
+together; `self_check`, the proof on three tokens; `attaching`; and `inputs`, token ids and what the
+MLPs read on them.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
