@@ -8,8 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lch_plugin.cotangents import Cotangent, evaluate
-from lch_plugin.errors import NonFiniteError, SiteError, VanishingCentroidError
+from lch_plugin.cotangents import (
+    AnyCotangent,
+    Cotangent,
+    Logit,
+    Metric,
+    as_cotangent,
+    evaluate,
+)
+from lch_plugin.errors import InputError, NonFiniteError, SiteError, VanishingCentroidError
 from lch_plugin.mlp import MLP, is_vanishing
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -66,6 +73,22 @@ def check_more_than_noise(
             f"where a random one reads {typical:.1e}), so the centroid would be rounding noise (of "
             f"a block: the cotangent itself). {cure}"
         )
+
+
+def known_at_once(cotangent: Float[Tensor, " d_out"] | AnyCotangent | None) -> Cotangent:
+    """A cotangent as `lch_plugin.cotangents.as_cotangent` has it, if it need not wait for logits.
+
+    Raises:
+        InputError: it has to, or is none.
+    """
+    v = as_cotangent(cotangent)
+    if isinstance(v, Logit | Metric):
+        raise InputError(
+            f"cotangent {v.name!r} is known only once the model has run to its end, which "
+            "lch.attach on a TransformerBridge waits for and this does not. Compute the direction "
+            "in a first trace or forward pass, and pass it as a tensor."
+        )
+    return v
 
 
 def check_cotangent(

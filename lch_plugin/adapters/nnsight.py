@@ -50,16 +50,14 @@ from lch_plugin.adapters.checks import (
     check_finite,
     check_loaded,
     check_mlp_cotangent,
+    known_at_once,
 )
 from lch_plugin.adapters.structure import Structure, recognise
 from lch_plugin.centroids import centroid as vjp
 from lch_plugin.cotangents import (
     Cotangent,
-    Logit,
-    Metric,
     Ones,
     Vector,
-    as_cotangent,
     evaluate,
     is_fixed,
 )
@@ -156,12 +154,7 @@ def _check(envoy: Envoy, cotangent: Any) -> Cotangent:
             f"centroid takes an envoy, such as model.transformer.h[5].mlp, not a "
             f"{type(envoy).__name__}. Pass the module's envoy, without .output or .input."
         )
-    v = as_cotangent(cotangent)
-    if isinstance(v, Logit | Metric):
-        raise InputError(
-            f"cotangent {v.name!r} is known only once the model has run to its end, and a trace "
-            "cannot go back. Compute the direction in a first trace and pass it as a tensor."
-        )
+    v = known_at_once(cotangent)
     try:
         Mediator.current(envoy.path)
     except ValueError as error:

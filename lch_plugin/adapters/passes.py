@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lch_plugin.adapters.arguments import without_padding
-from lch_plugin.errors import SiteError
+from lch_plugin.errors import NotDifferentiableError, SiteError
 from lch_plugin.linearization import DetachedMode
 
 
@@ -179,3 +179,36 @@ def at_positions(v: Tensor, positions: list[int] | None) -> Tensor:
     chosen = torch.zeros(n_pos, 1, dtype=v.dtype, device=v.device)
     chosen[positions] = 1
     return v * chosen
+
+
+def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bool) -> list[Tensor]:
+    """Gradients of ``v . y`` in each of several inputs, in one backward pass.
+
+    Args:
+        name: of the centroids, for messages.
+        y: output.
+        xs: inputs.
+        v: cotangent, in the shape of the output.
+        keep: whether the graph is needed again.
+
+    Raises:
+        NotDifferentiableError: no path leads there, or something wrote in place to what is needed.
+    """
+    mus: Sequence[Tensor | None] = ()
+    try:
+        if y.requires_grad:
+            mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise NotDifferentiableError(
+            f"{name}: a tensor that the gradient needs was written to in place. "
+            "Return a new tensor from the hook instead."
+        ) from error
+    found = [mu for mu in mus if mu is not None]
+    if len(found) < len(xs):
+        raise NotDifferentiableError(
+            f"{name}: no gradient path leads from the output back to the input. Either the model "
+            "computes it where gradients do not go, or a hook replaced everything on the way."
+        )
+    return found

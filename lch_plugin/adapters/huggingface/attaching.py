@@ -10,12 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lch_plugin.adapters.arguments import Call
-from lch_plugin.adapters.checks import check_loaded
+from lch_plugin.adapters.checks import check_loaded, known_at_once
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
 from lch_plugin.adapters.huggingface.readers import ClosedFormReader, Graph, Reader, VJPReader
 from lch_plugin.adapters.structure import recognise
-from lch_plugin.cotangents import Cotangent, Logit, Metric, as_cotangent
+from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.memo import Memo
 
@@ -233,13 +233,7 @@ def resolve_arguments(
     """Components and cotangent that the arguments of `attach` stand for; raises as it does."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; a torch.nn.Module is needed.")
-    v = as_cotangent(cotangent)
-    if isinstance(v, Logit | Metric):
-        raise InputError(
-            f"cotangent {v.name!r} is known only once the model has run to its end, which "
-            "lch.attach on a TransformerBridge waits for and this does not. Compute the direction "
-            "first and pass it as a tensor."
-        )
+    v = known_at_once(cotangent)
     if modules is None:
         check_loaded(model, "the model")
         modules = mlp_names(model)
@@ -272,14 +266,13 @@ def make_readers(
     readers: list[Reader] = []
     for target in targets:
         first, last = (model.get_submodule(name) for name in (target.first, target.last))
-        for module, name in ((first, target.first), (last, target.last)):
-            if type(module).forward is nn.Module.forward:
+        for module, name in {first: target.first, last: target.last}.items():
+            if _is_container(module):
                 raise SiteError(
                     f"{name} is a {type(module).__name__}, which holds modules and is never "
                     f"called. Name what it holds: {name}.*"
                 )
-        check_loaded(first, target.first or "the model")
-        check_loaded(last, target.last or "the model")
+            check_loaded(module, name or "the model")
         publish, is_wanted = sink(target)
         modules = (first, last, _around(model, target))
         is_within = first is not last and (first in {*last.modules()} or last in {*first.modules()})
@@ -311,10 +304,15 @@ def _around(model: nn.Module, target: Target) -> nn.Module:
     while all(len(e) > shared + 1 for e in ends) and ends[0][shared] == ends[1][shared]:
         shared += 1
     module = model.get_submodule(".".join(ends[0][:shared]))
-    while isinstance(module, nn.ModuleList | nn.ModuleDict):  # Which nobody calls.
+    while _is_container(module):
         shared -= 1
         module = model.get_submodule(".".join(ends[0][:shared]))
     return module
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether it only holds modules, as a ModuleList does, and is never called."""
+    return type(module).forward is nn.Module.forward
 
 
 def context_length(model: nn.Module) -> int | None:

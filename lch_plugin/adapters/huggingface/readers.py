@@ -22,11 +22,11 @@ from lch_plugin.adapters.arguments import (
 from lch_plugin.adapters.checks import check_cotangent, check_finite, check_mlp_cotangent
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
-from lch_plugin.adapters.passes import Pass
+from lch_plugin.adapters.passes import Pass, gradients
 from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Structure
 from lch_plugin.cotangents import Cotangent, Ones, Vector, evaluate, is_fixed
-from lch_plugin.errors import NotDifferentiableError, SiteError
+from lch_plugin.errors import SiteError
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
 
 
@@ -66,11 +66,11 @@ class Graph(Pass):
 
     is_asked = False
 
-    def gradient(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor | None:
-        """Gradient of ``v . y`` by ``x``; None if ``y`` does not depend on it."""
+    def gradient(self, name: str, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        """Gradient of ``v . y`` by ``x``, which may be asked for again; raises as `gradients`."""
         self.is_asked = True
         try:
-            return torch.autograd.grad(y, x, v, retain_graph=True, allow_unused=True)[0]
+            return gradients(name, y, [x], v, keep=True)[0]
         finally:
             self.is_asked = False
 
@@ -288,24 +288,7 @@ class VJPReader(Reader):
 
     def _gradient(self, running: Running, y: Tensor, v: Tensor) -> Tensor:
         assert running.x is not None
-        mu = None
-        if y.requires_grad:
-            try:
-                mu = self._graph.gradient(y, running.x, v)
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise
-                raise NotDifferentiableError(
-                    f"{self.label}: a tensor that the gradient needs was written to in place. "
-                    "Return a new tensor from the hook instead."
-                ) from error
-        if mu is None:
-            raise NotDifferentiableError(
-                f"{self.label}: no gradient path leads from the output back to the input. Either "
-                "the model computes it where gradients do not go, or a hook replaced everything "
-                "on the way."
-            )
-        return mu
+        return self._graph.gradient(self.label, y, running.x, v)
 
     def _stop(self, running: Running) -> None:
         self._graph.release(running)

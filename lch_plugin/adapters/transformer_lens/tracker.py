@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from lch_plugin.adapters.passes import Late, Pass, at_positions
+from lch_plugin.adapters.passes import Late, Pass, at_positions, gradients
 from lch_plugin.adapters.states import detach_cache, evaluating, without_graph
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
@@ -35,7 +35,7 @@ from lch_plugin.adapters.transformer_lens.gates import (
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.states import detach_attributes, silenced
 from lch_plugin.adapters.transformer_lens.trial import Trial
-from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient, gradients
+from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric
 from lch_plugin.errors import InputError, NonFiniteError, NotDifferentiableError, SiteError
 
@@ -204,7 +204,8 @@ class Tracker:
         for i, group in enumerate(groups.values(), 1):
             v = group[0].weighed(y)
             keep = shared or i < len(groups) or self.trial is not None
-            mus = gradients(group, y, [inputs[r] for r in group], v, keep=keep)
+            names = str([r.name for r in group])
+            mus = gradients(names, y, [inputs[r] for r in group], v, keep=keep)
             for reader, mu in zip(group, mus, strict=True):
                 if self.trial is not None:
                     x = inputs[reader]

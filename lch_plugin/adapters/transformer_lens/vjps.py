@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lch_plugin.adapters.passes import at_positions
+from lch_plugin.adapters.passes import at_positions, gradients
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.centroids import centroid
 from lch_plugin.cotangents import Metric, Ones, Random
-from lch_plugin.errors import NotDifferentiableError, SiteError
+from lch_plugin.errors import SiteError
 
 if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens.tracker import Tracker
@@ -188,38 +188,6 @@ def _cached_length(value: Any, layer: int) -> int:
     return int(value.get_seq_length(layer))
 
 
-def gradients(
-    readers: list[VJPReader], y: Tensor, xs: list[Tensor], v: Tensor, *, keep: bool
-) -> list[Tensor]:
-    """Gradients of ``v . y`` in each reader's input, in one backward pass.
-
-    Raises:
-        NotDifferentiableError: no path leads there, or a hook wrote in place to what is needed.
-    """
-    if not y.requires_grad:
-        raise NotDifferentiableError(_no_path(readers))
-    try:
-        mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise NotDifferentiableError(
-            f"{[r.name for r in readers]}: a hook within wrote to a tensor in place that the "
-            "gradient needs. Return a new tensor from the hook instead."
-        ) from error
-    if any(mu is None for mu in mus):
-        raise NotDifferentiableError(_no_path(readers))
-    return list(mus)
-
-
 def gradient(reader: VJPReader, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """Gradient of ``v . y`` in ``x``, which may be asked for again."""
-    return gradients([reader], y, [x], v, keep=True)[0]
-
-
-def _no_path(readers: list[VJPReader]) -> str:
-    return (
-        f"{[r.name for r in readers]}: no gradient path leads from the output back to the input. "
-        "Either the model computes it where gradients do not go, or a hook replaced everything on "
-        "the way."
-    )
+    return gradients(reader.name, y, [x], v, keep=True)[0]
