@@ -11,9 +11,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lch_plugin.cli import sae
+from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import LCHError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(sae.app, name="sae")
 
 
 @app.callback()
@@ -22,11 +25,7 @@ def main() -> None:
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Directory to make.")] = Path("demo-report"),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps...")] = "cpu",
-) -> None:
+def demo(out: Out = Path("demo-report"), seed: Seed = 0, device: Device = "cpu") -> None:
     """Centroids, two SAEs and a circuit of the embedded model, as one HTML report."""
     from lch_plugin.demo.run import run  # Seconds of imports, which --help need not wait for.
 
@@ -36,9 +35,7 @@ def demo(
 @app.command()
 def centroids(
     prompts: Annotated[list[str], typer.Argument(help="Texts, run together.")],
-    model: Annotated[
-        str, typer.Option(help="Name on the hub, local directory, or .gguf file.")
-    ] = "",
+    model: Model = "",
     modules: Annotated[
         list[str] | None,
         typer.Option(help="Components, * for a part of a name; all MLPs by default. Repeatable."),
@@ -46,11 +43,9 @@ def centroids(
     random_cotangent: Annotated[
         int | None, typer.Option(help="Seed of a random cotangent in place of all ones.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16...; the checkpoint's by default.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps...")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Directory to make.")] = Path("centroids"),
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    out: Out = Path("centroids"),
 ) -> None:
     """Centroids of prompts, as safetensors. The embedded model if none is named."""
     from lch_plugin.cotangents import Random
