@@ -22,7 +22,7 @@ from sklearn.preprocessing import MaxAbsScaler
 import lch_plugin as lch
 from lch_plugin import plots
 from lch_plugin.demo.vision import digits, load_demo_vision_model
-from lch_plugin.saes import Images, Rows, reconstruction, train_on
+from lch_plugin.saes import Images, Rows, evaluate, train_on
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", help="name on the hub, or a directory; the embedded one by default")
@@ -96,10 +96,10 @@ for name, of, config in (
         normalize_activations="expected_average_only_in",
     )
     saes[name] = train_on(rows(train, of, seed=0), sae_config, trainer)
-    scores = reconstruction(saes[name], rows(test, of))
+    scores = evaluate(saes[name], rows(test, of))
     print(
-        f"{name:>38} {scores['explained_variance']:19.3f} {scores['l0']:4.1f} "
-        f"{scores['fired']:7} of {args.d_sae} {accuracy(saes[name], of):12.1%}"
+        f"{name:>38} {scores.explained_variance:19.3f} {scores.l0:4.1f} "
+        f"{scores.n_fired:7} of {args.d_sae} {accuracy(saes[name], of):12.1%}"
     )
 
 sae = saes["centroid, TopK"]

@@ -37,6 +37,7 @@ from lch_plugin.demo.tasks import Example, examples, pear_apple
 from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory
 from lch_plugin.report import write_report
+from lch_plugin.saes.evaluate import DENSE
 
 SAE_LAYER = 2
 N_TRAINING_STORIES, N_TEST_STORIES = 6000, 300
@@ -44,8 +45,6 @@ TRAINING_TOKENS = 300_000
 D_SAE, K = 512, 8
 N_PROMPTS, N_ABLATED, N_RANDOM = 200, 10, 100
 N_FEATURES, N_NEURONS, N_CONTEXTS = 12, 8, 4
-# Features that fire on more tokens than this say little about any one of them.
-MAX_DENSITY = 0.1
 
 
 def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
@@ -182,10 +181,13 @@ def compare_saes(
             config = sae_config(hook, model, directory / f"sae-{name}", seed)
             sae = saes.train(model, Dataset.from_dict({"tokens": training.tolist()}), config)
             x = values[hook].to(sae.device)
-            codes = sae.encode(x)
-            evaluation, densities[name] = evaluate(x[:, 1:], codes[:, 1:], sae.decode(codes)[:, 1:])
-            evaluation["features"] = describe_features(model, codes, tokens, densities[name])
-            trained[name] = {"hook": hook, **evaluation}
+            evaluation = saes.evaluate(sae, [x[:, 1:].flatten(0, 1)])
+            densities[name] = evaluation.density
+            trained[name] = {
+                "hook": hook,
+                **evaluation.to_dict(),
+                "features": describe_features(model, sae.encode(x), tokens, evaluation.density),
+            }
     settings = {"architecture": "TopK", "layer": SAE_LAYER, "d_sae": D_SAE, "k": K}
     colours = {"centroids": plots.CENTROIDS, "activations": plots.ACTIVATIONS}
     figure = plots.firing_frequencies(densities, colours)
@@ -225,24 +227,6 @@ def sae_config(
     )
 
 
-def evaluate(
-    x: Float[Tensor, "row pos d_in"],
-    codes: Float[Tensor, "row pos d_sae"],
-    x_hat: Float[Tensor, "row pos d_in"],
-) -> tuple[dict[str, Any], Float[Tensor, " d_sae"]]:
-    """Reconstruction and sparsity, and the share of tokens each feature fires on."""
-    residual = (x - x_hat).square().sum()
-    total = (x - x.mean((0, 1))).square().sum()
-    fires = codes > 0
-    density = fires.float().mean((0, 1)).cpu()
-    return {
-        "explained_variance": float(1 - residual / total),
-        "l0": float(fires.sum(-1).float().mean()),
-        "features_that_fire": int((density > 0).sum()),
-        "features_below_max_density": int(((density > 0) & (density < MAX_DENSITY)).sum()),
-    }, density
-
-
 def describe_features(
     model: TransformerBridge,
     codes: Float[Tensor, "row pos d_sae"],
@@ -251,7 +235,7 @@ def describe_features(
 ) -> list[dict[str, Any]]:
     """The sparse features that carry most of the code, with the text that excites them."""
     share = codes.square().sum((0, 1)).cpu()
-    share = share / share.sum() * (density < MAX_DENSITY)
+    share = share / share.sum() * (density <= DENSE)
     text = to_text(model, tokens)
     return [
         {

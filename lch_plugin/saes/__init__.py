@@ -1,13 +1,48 @@
 """Sparse autoencoders on centroids, trained by SAELens.
 
-On text through SAELens' runner (`train`), on models that TransformerLens does not know through its
+On text through SAELens' runners (`train`), on models that TransformerLens does not know through its
 wrapper of HuggingFace models (`HookedModel`), and on models without text through its trainer
-(`Images`, `Rows`, `train_on`).
+(`Images`, `Rows`, `train_on`, `train_transcoder`). Values can be cached once for many SAEs
+(`cache`).
 """
 
+from lch_plugin.saes.cache import Cache, Stream
+from lch_plugin.saes.caching import cache
+from lch_plugin.saes.configs import runner_config
+from lch_plugin.saes.evaluate import Evaluation, evaluate
+from lch_plugin.saes.functional import (
+    CapturedComponent,
+    ResponseFit,
+    predicted_responses,
+    reconstructed_centroids,
+)
 from lch_plugin.saes.hooked import HookedModel
 from lch_plugin.saes.images import Images
-from lch_plugin.saes.rows import Rows, reconstruction, train_on
+from lch_plugin.saes.rows import Rows, train_on
+from lch_plugin.saes.steering import SteeringEffects, steering, steering_effects
+from lch_plugin.saes.texts import load_text
 from lch_plugin.saes.train import train
+from lch_plugin.saes.transcoders import train_transcoder
 
-__all__ = ["HookedModel", "Images", "Rows", "reconstruction", "train", "train_on"]
+__all__ = [
+    "Cache",
+    "CapturedComponent",
+    "Evaluation",
+    "HookedModel",
+    "Images",
+    "ResponseFit",
+    "Rows",
+    "SteeringEffects",
+    "Stream",
+    "cache",
+    "evaluate",
+    "load_text",
+    "predicted_responses",
+    "reconstructed_centroids",
+    "runner_config",
+    "steering",
+    "steering_effects",
+    "train",
+    "train_on",
+    "train_transcoder",
+]

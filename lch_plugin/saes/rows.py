@@ -14,9 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
-from sae_lens import SAE, TrainingSAE, TrainingSAEConfig
+from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
@@ -26,10 +25,9 @@ from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_ar
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
+from lch_plugin.saes.starting import n_estimate_batches, start_at_data, starts_at_data
 
 Of = Literal["centroid", "input", "output"]
-# Normalisations of SAELens under which the mean of what the SAE sees is that of the rows, scaled.
-_AFFINE = ("none", "expected_average_only_in")
 
 
 class Rows:
@@ -182,9 +180,9 @@ def train_on(
 
     With the normalisations ``"none"`` and ``"expected_average_only_in"`` the decoder's bias starts
     at the mean of the rows, which of centroids is most of their norm; an SAE that starts from zero
-    spends its features on it. Mean and scale are estimated from
-    ``config.n_batches_for_norm_estimate`` batches; SAELens' default of 1,000 is more than most
-    image sets have. Of `Rows` the SAE carries ``cfg.metadata.lch_centroid``, the scale among it.
+    spends its features on it. Mean and scale are estimated from 16,384 rows, or from
+    ``config.n_batches_for_norm_estimate`` batches if those are fewer. Of `Rows` the SAE carries
+    ``cfg.metadata.lch_centroid``, the scale among it.
 
     ``save_inference_model(path)`` of what is returned writes it as `sae_lens.SAE.load_from_disk`
     reads it. BatchTopK is loaded as JumpReLU then, with a threshold that SAELens learns slowly:
@@ -207,15 +205,14 @@ def train_on(
             f"buffer_size={buffer_size} holds no training batch of "
             f"train_batch_size_samples={config.train_batch_size_samples}. Raise it."
         )
-    stream = _endless(rows)
+    stream = endless(rows)
     first = next(stream)
     if first.shape[-1] != sae.d_in:
         raise InputError(
             f"sae.d_in={sae.d_in}, but the rows have {first.shape[-1]} dimensions. Set "
             f"d_in={first.shape[-1]}."
         )
-    if config.lr_end is None:  # What SAELens' runner makes of it; its trainer needs a number.
-        config = dataclasses.replace(config, lr_end=config.lr / 10)
+    config = with_lr_end(config)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         dictionary: TrainingSAE[Any] = TrainingSAE.from_dict(sae.to_dict())
@@ -226,76 +223,27 @@ def train_on(
         )
         trainer = SAETrainer(config, dictionary, batches)
         scaler = trainer.activation_scaler
-        if sae.normalize_activations in _AFFINE:
-            sample = _Averaged(batches)
-            # As the trainer does it, here to learn the factor before it is folded in.
-            scaler.estimate_scaling_factor(sae.d_in, sample, config.n_batches_for_norm_estimate)
-            if sae.normalize_activations == "none":
-                scaler.scaling_factor = None
-            with torch.no_grad():
-                dictionary.b_dec.copy_(scaler(sample.mean))
+        if starts_at_data(dictionary):
+            sample = list(itertools.islice(batches, n_estimate_batches(config)))
+            start_at_data(dictionary, scaler, sample)
         if isinstance(rows, Rows):
             record = {**rows.record(), "scale": scaler.scaling_factor, "seed": seed}
             dictionary.cfg.metadata.lch_centroid = record
         return trainer.fit()
 
 
-def reconstruction(
-    sae: SAE[Any] | TrainingSAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]
-) -> dict[str, float]:
-    """How well an SAE reconstructs rows it may not have seen, and how sparsely.
+def with_lr_end(config: SAETrainerConfig) -> SAETrainerConfig:
+    """With the last learning rate that SAELens' runner would set; its trainer needs a number."""
+    lr_end = config.lr / 10 if config.lr_end is None else config.lr_end
+    return dataclasses.replace(config, lr_end=lr_end)
 
-    A BatchTopK SAE fresh from training chooses among the rows of each batch, so that ``l0`` is k by
-    construction; saved by SAELens and loaded it has a threshold instead.
 
-    Returns:
-        ``explained_variance`` (one minus the squared error over the variance of the rows, by
-        SAELens), ``l0`` (mean number of active features a row), ``fired`` (features active at
-        least once) and ``n_rows``.
+def endless(rows: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Rows again and again.
 
     Raises:
-        InputError: no rows.
+        InputError: there are none, or no more than once.
     """
-    variance, fired = ExplainedVarianceCalculator(), torch.zeros(sae.cfg.d_sae, device=sae.device)
-    n_active, n_rows = 0.0, 0
-    with torch.no_grad():
-        for x in rows:
-            x = x.to(sae.device, sae.dtype)
-            features = sae.encode(x)
-            variance.add_batch(sae.decode(features), x)
-            fired += (features != 0).sum(0)
-            n_active += float((features != 0).sum())
-            n_rows += len(x)
-    if not n_rows:
-        raise InputError("there are no rows: the batches are empty.")
-    return {
-        "explained_variance": variance.compute(),
-        "l0": n_active / n_rows,
-        "fired": int((fired > 0).sum()),
-        "n_rows": n_rows,
-    }
-
-
-class _Averaged(Iterator[Tensor]):
-    """Batches, and the mean of their rows."""
-
-    def __init__(self, batches: Iterator[Tensor]) -> None:
-        self._batches = batches
-        self._total: Tensor | float = 0.0
-        self._n_rows = 0
-
-    def __next__(self) -> Tensor:
-        batch = next(self._batches)
-        self._total = self._total + batch.double().sum(0)
-        self._n_rows += len(batch)
-        return batch
-
-    @property
-    def mean(self) -> Float[Tensor, " d_in"]:
-        return torch.as_tensor(self._total / self._n_rows)
-
-
-def _endless(rows: Iterable[Tensor]) -> Iterator[Tensor]:
     while True:
         n_rows = 0
         for x in rows:

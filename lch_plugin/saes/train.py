@@ -1,74 +1,84 @@
-"""Train a sparse autoencoder on a centroid hook with SAELens' own runner.
+"""Train sparse autoencoders on centroid hooks with SAELens' own runners.
 
-A centroid hook is an ordinary hook name, so SAELens' runner, activations store and saved format
-serve as they are. What is added here: configuration checked before work starts, an evaluator
-that fits a read-out, and metadata that say what the SAE was trained on.
+A centroid hook is an ordinary hook name, so SAELens' runners, activations store and saved format
+serve as they are. What is added: configurations checked before work starts (`checks`), and what a
+read-out, a start and an interrupt need (`runners`).
 """
 
 from __future__ import annotations
 
 import copy
-import re
-import signal
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from pyarrow import compute, types
-from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
-from sae_lens.evals import EvalConfig, run_evals
+from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training._interruption import InterruptedException
-from sae_lens.training.prefetch import PrefetchingIterator
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
+from sae_lens.util import get_special_token_ids
 
-from lch_plugin.adapters import huggingface
-from lch_plugin.adapters.transformer_lens import (
-    LensModel,
-    Reader,
-    attach,
-    attached_readers,
-    check_token_ids,
-    weight_processing,
+from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.errors import InputError
+from lch_plugin.saes.cache import Cache
+from lch_plugin.saes.checks import (
+    check_dataset,
+    check_hooks,
+    check_is_dataset,
+    check_run,
+    check_width,
 )
-from lch_plugin.errors import InputError, SiteError
-from lch_plugin.files import check_new_directory, new_directory
 from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.sites import Site
+from lch_plugin.saes.hooks import attached, check_model
+from lch_plugin.saes.runners import CachedRunner, MultiRunner, Runner
 
-_DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
-# Columns that SAELens reads, in its order.
-_TOKEN_COLUMNS = ("tokens", "input_ids")
-_COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
-_CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
+_Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+
+
+@overload
+def train(
+    model: LensModel | HookedModel | None,
+    dataset: Any,
+    config: LanguageModelSAERunnerConfig[Any],
+) -> TrainingSAE[Any]: ...
+
+
+@overload
+def train(  # type: ignore[overload-cannot-match]
+    model: LensModel | HookedModel, dataset: Any, config: MultiSAETrainingRunnerConfig
+) -> dict[str, TrainingSAE[Any]]: ...
 
 
 def train(
-    model: LensModel | HookedModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]
-) -> TrainingSAE[Any]:
-    """Train the SAE that ``config`` describes, with SAELens' own runner, and return it.
+    model: LensModel | HookedModel | None, dataset: Any, config: _Config
+) -> TrainingSAE[Any] | dict[str, TrainingSAE[Any]]:
+    """Train what ``config`` describes, with SAELens' own runner, and return it.
 
     ``config.hook_name`` may be a centroid hook or any other hook of the model, so that one
-    call trains both sides of a comparison. A model not attached at that layer is attached with
-    the all-ones cotangent for as long as training takes.
+    call trains both sides of a comparison. Centroids of mlp, attn and block that nobody has
+    attached are attached with the all-ones cotangent for as long as training takes. A
+    ``MultiSAETrainingRunnerConfig`` trains several SAEs, of several hooks, from one forward pass.
+
+    SAEs start at their data: with the normalisations ``"none"`` and
+    ``"expected_average_only_in"`` the decoder's bias starts at the mean, which of centroids is
+    most of their norm, and SAELens' scale is estimated, from the same 16,384 tokens (or
+    ``config.n_batches_for_norm_estimate`` batches, if those are fewer). The scale is folded into
+    the weights at the end. ``config.seed`` seeds everything random, and the global random state
+    is left alone.
+
+    With ``config.use_cached_activations`` the SAE is trained on a `Cache`, or on what SAELens'
+    ``CacheActivationsRunner`` wrote, and ``model`` and ``dataset`` may be None; a model that is
+    given has to be the one the cache is of. Shuffling is seeded then, and a run resumed from a
+    checkpoint is bit for bit the run that was never interrupted (on a CPU). Resumed on a live
+    model, SAELens goes on in the text where it was; the tokens that were in its mixing buffer are
+    not seen again, and the order differs.
 
     SAEs on centroid hooks carry ``cfg.metadata.lch_centroid``: site, cotangent, activation scale
     and plugin version; of TransformerLens models layer and weight processing too, of others the
-    model. Scores of a loss after splicing the
-    reconstruction in are not computed for them: nothing downstream reads a centroid, so there
-    is no such loss.
+    model. Scores of a loss after splicing the reconstruction in are not computed for them:
+    nothing downstream reads a centroid, so there is no such loss.
 
-    Ctrl-C raises KeyboardInterrupt; once training steps are under way, and with
-    ``config.checkpoint_path`` set, it first saves a checkpoint that SAELens'
-    ``resume_from_checkpoint`` takes. ``config.output_path`` appears only when training is done.
-
-    Like SAELens' runner, this has to run in the main thread; it puts the signal handlers back
-    that the runner replaces.
+    Ctrl-C (or SIGTERM) raises KeyboardInterrupt when the step under way is complete, and with
+    ``config.checkpoint_path`` set first saves a checkpoint that ``resume_from_checkpoint`` takes.
+    ``config.output_path`` appears only when training is done. Like SAELens' runners, this has to
+    run in the main thread.
 
     Args:
         model: TransformerBridge or HookedTransformer, SAELens' subclass of either, or a
@@ -76,211 +86,78 @@ def train(
         dataset: a `datasets` dataset of text or tokens, as SAELens takes them.
         config: SAELens' own configuration; its ``model_name`` is only recorded.
 
+    Returns:
+        The SAE; of a ``MultiSAETrainingRunnerConfig`` each SAE by its name.
+
     Raises:
         InputError: the dataset is no dataset, or the configuration does not fit the model, the
-            dataset or itself.
+            dataset, the cache or itself.
         SiteError: the model has no such hook.
         OutputError: ``config.output_path`` holds other content or cannot be written.
     """
-    if not isinstance(model, HookedModel | TransformerBridge | HookedTransformer):
-        raise InputError(
-            f"model is a {type(model).__name__}; SAELens reads models with hook points. Wrap a "
-            "HuggingFace model as lch.saes.HookedModel(model, tokenizer), or load it into "
-            "TransformerLens: lch.load(...).bridge()."
-        )
-    if not isinstance(dataset, _DATASETS):
-        raise InputError(
-            f"dataset is a {type(dataset).__name__}; SAELens takes those of the datasets library. "
-            "Wrap a list of texts as datasets.Dataset.from_dict({'text': texts})."
-        )
-    match = _CENTROID_HOOK.fullmatch(config.hook_name)
-    handle: AbstractContextManager[Any] = nullcontext()
-    if match and not isinstance(model, HookedModel) and config.hook_name not in _readers(model):
-        handle = attach(model, site=Site(match[2] or "block", int(match[1])))  # type: ignore[arg-type]
-    with handle, torch.enable_grad():
-        _check(model, dataset, config)
-        reader = _readers(model).get(config.hook_name)
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
+    with torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        if isinstance(config, LanguageModelSAERunnerConfig) and config.use_cached_activations:
+            return _train_on_cache(model, config)
+        check_model(model)
+        assert model is not None
+        check_is_dataset(dataset)
+        hooks = _hooks(config)
+        with attached(model, [hook for hook, *_ in hooks.values()]):
+            check_hooks(model, hooks, config.context_size)
+            check_run(config)
+            check_dataset(model, dataset, config.context_size)
             # A shallow copy: SAELens sets the format of the dataset it is given.
-            return _Runner(config, copy.copy(dataset), model, reader).run()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            runner = MultiRunner if isinstance(config, MultiSAETrainingRunnerConfig) else Runner
+            return runner(config, copy.copy(dataset), model).run()
 
 
-class _Runner(LanguageModelSAETrainingRunner):
-    """SAELens' runner, with metadata, evaluation and output that suit a centroid hook."""
-
-    def __init__(
-        self,
-        config: LanguageModelSAERunnerConfig[Any],
-        dataset: Any,
-        model: LensModel | HookedModel,
-        reader: Reader | huggingface.Reader | None,
-    ) -> None:
-        super().__init__(config, override_dataset=dataset, override_model=model)
-        self.reader = reader
-        if reader is not None:
-            self.evaluator = self._evaluate
-
-    def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
-        scaler, sae = trainer.activation_scaler, trainer.sae
-        if sae.cfg.normalize_activations == "expected_average_only_in":
-            # The trainer does the same unless it finds a factor, and folds it into the weights
-            # at the end: this is the place to learn it.
-            if scaler.scaling_factor is None:
-                scaler.estimate_scaling_factor(
-                    d_in=sae.cfg.d_in,
-                    data_provider=trainer.data_provider,
-                    n_batches_for_norm_estimate=trainer.cfg.n_batches_for_norm_estimate,
-                )
-        if self.reader is not None:
-            sae.cfg.metadata.lch_centroid = _provenance(self.model, self.reader, scaler)
-        try:
-            return super().run_trainer_with_interruption_handling(trainer)
-        except (KeyboardInterrupt, InterruptedException) as interrupt:
-            # SAELens has saved where it was in the text, but neither SAE nor optimizer.
-            if self.cfg.checkpoint_path is not None:
-                trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
-            raise KeyboardInterrupt from interrupt
-
-    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
-        if checkpoint_path is not None:
-            # SAELens takes it to exist, which on an interrupt it does not.
-            checkpoint_path.mkdir(parents=True, exist_ok=True)
-        super().save_checkpoint(checkpoint_path)
-
-    def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
-        with new_directory(output_path) as directory:
-            super().save_final_sae(sae, str(directory), log_feature_sparsity)
-
-    def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
-        """Reconstruction and sparsity; SAELens' default divides by an ablation loss of zero."""
-        prefetching = isinstance(data_provider, PrefetchingIterator)
-        with data_provider.paused() if prefetching else nullcontext():
-            metrics, _ = run_evals(
-                sae=sae,
-                activation_store=self.activations_store,
-                model=self.model,
-                activation_scaler=activation_scaler,
-                eval_config=EvalConfig(
-                    batch_size_prompts=self.cfg.eval_batch_size_prompts,
-                    n_eval_sparsity_variance_batches=self.cfg.n_eval_batches,
-                    compute_l2_norms=True,
-                    compute_sparsity_metrics=True,
-                    compute_variance_metrics=True,
-                ),
-                model_kwargs=self.cfg.model_kwargs,
-            )
-        return metrics
+def _hooks(config: _Config) -> dict[str, tuple[str, int, int | None]]:
+    """Hook, width and head of each SAE, by name."""
+    if isinstance(config, MultiSAETrainingRunnerConfig):
+        heads = config.hook_head_indices_per_sae
+        return {
+            name: (hook, config.saes[name].d_in, heads[name])
+            for name, hook in config.hook_names_per_sae.items()
+        }
+    return {"": (config.hook_name, config.sae.d_in, config.hook_head_index)}
 
 
-def _readers(model: LensModel | HookedModel) -> Mapping[str, Reader | huggingface.Reader]:
-    return model.readers if isinstance(model, HookedModel) else attached_readers(model)
-
-
-def _provenance(
-    model: LensModel | HookedModel, reader: Reader | huggingface.Reader, scaler: Any
-) -> dict[str, Any]:
-    if isinstance(reader, Reader):
-        more: dict[str, Any] = {"weight_processing": weight_processing(model, reader.layer or 0)}
-    else:
-        more = {"model": huggingface.model_name(model.model)}
-    return {
-        **reader.record(),
-        **more,
-        "scale": scaler.scaling_factor,
-        "lch_plugin_version": version("lch-plugin"),
-    }
-
-
-def _check(
-    model: LensModel | HookedModel, dataset: Any, config: LanguageModelSAERunnerConfig[Any]
-) -> None:
-    """Everything about a configuration that can be known before work starts."""
-    hook = config.hook_name
-    n_ctx = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
-    if hook not in model.hook_dict:
-        place = hook.rpartition(".")[0]
-        known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
-        known = known or list(_readers(model))
-        raise SiteError(
-            f"hook_name={hook!r} is no hook point of this model. Beside it are {known}. Centroids "
-            "of mlp, attn and block are attached for you; attach other sites with lch.attach "
-            "first. A HookedModel has those it was made with."
-        )
-    if hook in _readers(model) and config.hook_head_index is not None:
+def _train_on_cache(
+    model: LensModel | HookedModel | None, config: LanguageModelSAERunnerConfig[Any]
+) -> TrainingSAE[Any]:
+    assert config.cached_activations_path is not None
+    cache = Cache(config.cached_activations_path)
+    if config.hook_name not in cache.hook_names:
         raise InputError(
-            f"hook_head_index={config.hook_head_index}: a centroid has no heads. Set it to None."
+            f"hook_name={config.hook_name!r} is not in the cache {cache.path}, which has "
+            f"{cache.hook_names}."
         )
-    if n_ctx is not None and config.context_size > n_ctx:
+    check_width(config.hook_name, config.sae.d_in, cache.d_in[config.hook_name])
+    if config.context_size != cache.context_size or config.seqpos_slice != (None,):
         raise InputError(
-            f"context_size={config.context_size} is longer than the model's context of {n_ctx} "
-            f"tokens. Set context_size to {n_ctx} or less."
+            f"context_size={config.context_size} and seqpos_slice={config.seqpos_slice}, but the "
+            f"cache holds whole sequences of {cache.context_size} tokens. Set context_size="
+            f"{cache.context_size}, and leave seqpos_slice out."
         )
-    with torch.no_grad():
-        device = next(model.parameters()).device
-        tokens = torch.zeros(1, config.context_size, dtype=torch.long, device=device)
-        value = model.run_with_cache(tokens, names_filter=[hook])[1][hook]
-    if value.ndim < 3:
-        raise InputError(
-            f"{hook} has shape {tuple(value.shape)}, not (batch, pos, d_in): there is nothing to "
-            "train an SAE on."
-        )
-    # SAELens joins the head dimension to the last, unless it is told which head to take.
-    width = value[0, 0].numel() if config.hook_head_index is None else value.shape[-1]
-    if config.sae.d_in != width:
-        raise InputError(
-            f"sae.d_in={config.sae.d_in}, but {hook} has {width} dimensions. Set d_in={width}."
-        )
-    buffer = config.n_batches_in_buffer * config.context_size
-    if buffer < config.train_batch_size_tokens:
-        raise InputError(
-            f"n_batches_in_buffer * context_size = {buffer} tokens hold no training batch of "
-            f"train_batch_size_tokens={config.train_batch_size_tokens}. Raise n_batches_in_buffer "
-            f"to {-(-config.train_batch_size_tokens // config.context_size)} or more."
-        )
-    if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
-        raise InputError(
-            f"resume_from_checkpoint={config.resume_from_checkpoint!r} is no directory. Give one "
-            "below checkpoint_path that holds trainer_state.pt."
-        )
-    if config.output_path is not None:
-        check_new_directory(config.output_path)
-    if isinstance(dataset, Dataset):
-        _check_dataset(model, dataset, config.context_size)
+    if model is not None:
+        check_model(model)
+        cache.check(model)
+    check_run(config)
+    return CachedRunner(config, model, cache, _excluded(model, config)).run()
 
 
-def _check_dataset(model: LensModel | HookedModel, dataset: Dataset, context_size: int) -> None:
-    columns = [c for c in _COLUMNS if c in dataset.column_names]
-    if len(dataset) == 0 or not columns:
+def _excluded(
+    model: LensModel | HookedModel | None, config: LanguageModelSAERunnerConfig[Any]
+) -> list[int] | None:
+    """Token ids that are not trained on."""
+    if not isinstance(config.exclude_special_tokens, bool):
+        return list(config.exclude_special_tokens)
+    if not config.exclude_special_tokens:
+        return None
+    if model is None:
         raise InputError(
-            f"the dataset has {len(dataset)} rows and columns {dataset.column_names}: rows with "
-            f"one of the columns {_COLUMNS} are needed."
+            "exclude_special_tokens=True: without a model nobody knows which tokens are special. "
+            "Pass the model, or give their ids as a list."
         )
-    if columns[0] not in _TOKEN_COLUMNS:
-        return
-    for batch in dataset.with_format("arrow").iter(10_000):
-        rows = batch[columns[0]]
-        if not (types.is_list(rows.type) or types.is_large_list(rows.type)) or not (
-            types.is_integer(rows.type.value_type) and rows.null_count == 0
-        ):
-            raise InputError(
-                f"column {columns[0]!r} of the dataset holds {rows.type} with {rows.null_count} "
-                "missing rows; each row has to be a list of integers."
-            )
-        shortest = compute.min(compute.list_value_length(rows)).as_py()
-        if shortest < context_size:
-            raise InputError(
-                f"a row of the dataset has {shortest} tokens, fewer than "
-                f"context_size={context_size}. Lower context_size, or tokenise into longer rows."
-            )
-        ids = compute.min_max(compute.list_flatten(rows)).as_py()
-        check_token_ids(_d_vocab(model), ids["min"], ids["max"])
-
-
-def _d_vocab(model: LensModel | HookedModel) -> int:
-    if isinstance(model, HookedModel):
-        return int(model.model.get_input_embeddings().num_embeddings)
-    return int(model.cfg.d_vocab)
+    return list(get_special_token_ids(model.tokenizer))

@@ -12,12 +12,18 @@ import torch
 from datasets import Dataset
 from sae_lens import (
     SAE,
+    AbsTopKTrainingSAEConfig,
     BatchTopKTrainingSAEConfig,
+    GatedTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
     LanguageModelSAERunnerConfig,
     LoggingConfig,
+    MatchingPursuitTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
     StandardTrainingSAEConfig,
     TopKTrainingSAEConfig,
 )
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.prefetch import PrefetchingIterator
 
 import lch_plugin as lch
@@ -31,7 +37,22 @@ ARCHITECTURES = {
     "topk": lambda **kw: TopKTrainingSAEConfig(k=4, **kw),
     "batchtopk": lambda **kw: BatchTopKTrainingSAEConfig(k=4, **kw),
     "standard": lambda **kw: StandardTrainingSAEConfig(l1_coefficient=1.0, **kw),
+    "gated": lambda **kw: GatedTrainingSAEConfig(l1_coefficient=1.0, **kw),
+    "jumprelu": lambda **kw: JumpReLUTrainingSAEConfig(l0_coefficient=0.1, **kw),
+    "abstopk": lambda **kw: AbsTopKTrainingSAEConfig(k=4, **kw),
+    "matryoshka_batchtopk": lambda **kw: MatryoshkaBatchTopKTrainingSAEConfig(
+        k=4, matryoshka_widths=[16, 64], **kw
+    ),
+    "matching_pursuit": lambda **kw: MatchingPursuitTrainingSAEConfig(max_iterations=4, **kw),
 }
+# Whose saved form has a threshold in the place of its batch's k.
+BATCH_TOP_K = ("batchtopk", "matryoshka_batchtopk")
+
+
+def test_every_architecture_that_saelens_trains_is_tested() -> None:
+    assert set(ARCHITECTURES) == set(SAE_TRAINING_CLASS_REGISTRY)
+
+
 
 
 def config(
@@ -80,7 +101,7 @@ def test_a_trained_sae_saves_loads_and_reconstructs(architecture: str, tmp_path:
     mu = mu.flatten(0, 1)
     with torch.no_grad():
         decoded = loaded.decode(loaded.encode(mu))
-        if architecture != "batchtopk":  # Whose saved form has a threshold for its batch's k.
+        if architecture not in BATCH_TOP_K:
             torch.testing.assert_close(decoded, sae.decode(sae.encode(mu)))
     unexplained = (mu - decoded).square().sum() / (mu - mu.mean(0)).square().sum()
     assert unexplained < 0.6

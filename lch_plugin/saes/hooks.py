@@ -1,0 +1,131 @@
+"""What training and caching ask of a model: hook points by name, their values' shape and origin."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+
+from lch_plugin.adapters import huggingface
+from lch_plugin.adapters.transformer_lens import (
+    LensModel,
+    Reader,
+    attach,
+    attached_readers,
+    weight_processing,
+)
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.saes.hooked import HookedModel
+from lch_plugin.sites import Site
+
+_CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what SAELens cannot read.
+
+    Raises:
+        InputError: the model has no hook points.
+    """
+    if not isinstance(model, HookedModel | TransformerBridge | HookedTransformer):
+        raise InputError(
+            f"model is a {type(model).__name__}; SAELens reads models with hook points. Wrap a "
+            "HuggingFace model as lch.saes.HookedModel(model, tokenizer), or load it into "
+            "TransformerLens: lch.load(...).bridge()."
+        )
+
+
+def readers(
+    model: LensModel | HookedModel,
+) -> Mapping[str, Reader | huggingface.Reader]:
+    """What computes the centroids of a model, by hook point."""
+    return model.readers if isinstance(model, HookedModel) else attached_readers(model)
+
+
+@contextmanager
+def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Iterator[None]:
+    """See that a model has these hook points, for as long as the block lasts.
+
+    Centroids of mlp, attn and block that nobody has attached are attached with the all-ones
+    cotangent. Other sites have to be there, and so have all of a `HookedModel`.
+
+    Raises:
+        SiteError: the model has no such hook point.
+        VanishingCentroidError: as `lch_plugin.attach`.
+    """
+    names = list(dict.fromkeys(hook_names))
+    missing = (
+        [] if isinstance(model, HookedModel) else [n for n in names if n not in readers(model)]
+    )
+    matches = filter(None, map(_CENTROID_HOOK.fullmatch, missing))
+    sites = [Site(match[2] or "block", int(match[1])) for match in matches]  # type: ignore[arg-type]
+    with attach(model, site=sites) if sites else nullcontext():
+        for name in names:
+            _check_hook(model, name)
+        yield
+
+
+def _check_hook(model: LensModel | HookedModel, hook: str) -> None:
+    if hook in model.hook_dict:
+        return
+    place = hook.rpartition(".")[0]
+    known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
+    raise SiteError(
+        f"hook_name={hook!r} is no hook point of this model. Beside it are "
+        f"{known or list(readers(model))}. Centroids of mlp, attn and block are attached for you; "
+        "attach other sites with lch.attach first. A HookedModel has those it was made with."
+    )
+
+
+def width(
+    model: LensModel | HookedModel, hook: str, context_size: int, head: int | None = None
+) -> int:
+    """Dimensions of what SAELens reads at a hook point, which joins heads unless told of one.
+
+    Raises:
+        InputError: the context is longer than the model's, there are no positions to train on, or
+            a centroid is asked for its heads.
+    """
+    n_ctx = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
+    if n_ctx is not None and context_size > n_ctx:
+        raise InputError(
+            f"context_size={context_size} is longer than the model's context of {n_ctx} "
+            f"tokens. Set context_size to {n_ctx} or less."
+        )
+    if hook in readers(model) and head is not None:
+        raise InputError(f"hook_head_index={head}: a centroid has no heads. Set it to None.")
+    with torch.no_grad():
+        device = next(model.parameters()).device
+        tokens = torch.zeros(1, context_size, dtype=torch.long, device=device)
+        value = model.run_with_cache(tokens, names_filter=[hook])[1][hook]
+    if value.ndim < 3:
+        raise InputError(
+            f"{hook} has shape {tuple(value.shape)}, not (batch, pos, d_in): there is nothing to "
+            "train an SAE on."
+        )
+    return int(value[0, 0].numel() if head is None else value.shape[-1])
+
+
+def d_vocab(model: LensModel | HookedModel) -> int:
+    """How many tokens a model knows."""
+    if isinstance(model, HookedModel):
+        return int(model.model.get_input_embeddings().num_embeddings)
+    return int(model.cfg.d_vocab)
+
+
+def provenance(model: LensModel | HookedModel, hook: str) -> dict[str, Any] | None:
+    """What a centroid hook's values are of, in terms of JSON; None for any other hook."""
+    reader = readers(model).get(hook)
+    if reader is None:
+        return None
+    if isinstance(reader, Reader):
+        more: dict[str, Any] = {"weight_processing": weight_processing(model, reader.layer or 0)}
+    else:
+        more = {"model": huggingface.model_name(model.model)}
+    return {**reader.record(), **more, "lch_plugin_version": version("lch-plugin")}

@@ -1,0 +1,376 @@
+"""SAELens' two training runners, with what suits a centroid hook.
+
+What differs from SAELens' own: where an SAE starts (`starting`), an evaluator that does not splice
+a read-out in, metadata that say what the SAE was trained on, interrupts that wait for the step
+under way, checkpoints that a run on a `Cache` can be resumed from bit for bit, and output that
+appears only when it is complete.
+
+Private names used, for want of a public way: of SAELens' ``MultiSAETrainingRunner`` the methods
+``_run_with_interruption_handling``, ``_save_runner_checkpoint_files`` and ``_save_final_outputs``
+(SAELens 6.54).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.prefetch import PrefetchingIterator
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.errors import InputError
+from lch_plugin.files import new_directory
+from lch_plugin.saes.cache import Cache, Stream
+from lch_plugin.saes.evaluate import evaluate
+from lch_plugin.saes.hooked import HookedModel
+from lch_plugin.saes.hooks import provenance
+from lch_plugin.saes.starting import n_estimate_batches, start_at_data, starts_at_data
+
+#: What a checkpoint holds beside SAELens' files: the state of torch's generator, and how many
+#: batches scale and mean were estimated from.
+RESUME_FILE = "lch_resume.safetensors"
+
+
+class Runner(LanguageModelSAETrainingRunner):
+    """SAELens' runner for one SAE on values as a model computes them."""
+
+    def __init__(
+        self,
+        config: LanguageModelSAERunnerConfig[Any],
+        dataset: Any,
+        model: Any,
+    ) -> None:
+        super().__init__(config, override_dataset=dataset, override_model=model)
+        self._n_estimate = 0
+        if self._provenance() is not None:
+            self.evaluator = self._evaluate
+
+    def _provenance(self) -> dict[str, Any] | None:
+        return provenance(self.model, self.cfg.hook_name)
+
+    def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
+        resumed = self.cfg.resume_from_checkpoint
+        self._n_estimate = _prepare(
+            {"": trainer},
+            lambda: {"": next(trainer.data_provider)},
+            resumed,
+            fresh=self.cfg.from_pretrained_path is None,
+        )
+        record = self._provenance()
+        if record is not None:
+            record |= {"scale": trainer.activation_scaler.scaling_factor, "seed": self.cfg.seed}
+            trainer.sae.cfg.metadata.lch_centroid = record
+        trainer.checkpoint_thresholds = _ahead(trainer)
+        with _stopping_between_steps(trainer) as stopped:
+            try:
+                return trainer.fit()
+            except KeyboardInterrupt:
+                if stopped() and self.cfg.checkpoint_path is not None:
+                    trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+                raise
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        _save_resume_file(checkpoint_path, self._n_estimate)
+
+    def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
+        with new_directory(output_path) as directory:
+            super().save_final_sae(sae, str(directory), log_feature_sparsity)
+
+    def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
+        with _paused(data_provider):
+            return _metrics(sae, activation_scaler, self, is_read_out=True)
+
+
+class CachedRunner(Runner):
+    """SAELens' runner for one SAE on a `Cache`; neither model nor text is needed.
+
+    Batches come from a seeded `Stream` that knows its position, where SAELens' mixing buffer takes
+    them from the global random state: a run resumed from a checkpoint is, on a CPU, bit for bit
+    the run that was never interrupted.
+    """
+
+    def __init__(
+        self, config: LanguageModelSAERunnerConfig[Any], model: Any, cache: Cache, exclude: Any
+    ) -> None:
+        self.cache = cache
+        # SAELens asks for a dataset and for a tokenizer, and reads neither.
+        rows = Dataset.from_dict({"tokens": [[0] * config.context_size]})
+        super().__init__(config, rows, _NoModel() if model is None else model)
+        buffer_size = config.n_batches_in_buffer * config.context_size
+        self._stream = lambda seed: cache.stream(
+            config.hook_name,
+            batch_size=config.train_batch_size_tokens,
+            buffer_size=buffer_size,
+            seed=seed,
+            exclude_tokens=exclude,
+        )
+        stream = self._stream(config.seed)
+        if config.resume_from_checkpoint:
+            # Now, and not when SAELens says so: prefetching begins before that.
+            stream.seek(_n_batches_taken(config))
+        self.activations_store = _CachedStore(stream)
+        self.evaluator = self._evaluate
+
+    def _provenance(self) -> dict[str, Any] | None:
+        return self.cache.provenance(self.cfg.hook_name)
+
+    def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
+        # In another order than training, so that evaluation takes no batch from it.
+        batches = itertools.islice(self._stream(self.cfg.seed + 1), self.cfg.n_eval_batches)
+        evaluation = evaluate(sae, (activation_scaler(x.to(sae.device)) for x in batches))
+        return {f"evaluation/{name}": value for name, value in evaluation.to_dict().items()}
+
+
+class MultiRunner(MultiSAETrainingRunner):
+    """SAELens' runner for several SAEs, of several hook points, from one forward pass."""
+
+    cfg: MultiSAETrainingRunnerConfig
+
+    def __init__(
+        self, config: MultiSAETrainingRunnerConfig, dataset: Any, model: LensModel | HookedModel
+    ) -> None:
+        super().__init__(config, override_dataset=dataset, override_model=model)
+        self._n_estimate = 0
+        self.evaluator = self._evaluate
+
+    def _run_with_interruption_handling(self, trainer: Any) -> dict[str, TrainingSAE[Any]]:
+        hooks = self.cfg.hook_names_per_sae
+
+        def draw() -> dict[str, Tensor]:
+            batch = next(trainer.data_provider)
+            return {name: batch[hook] for name, hook in hooks.items()}
+
+        self._n_estimate = _prepare(
+            trainer.trainers, draw, self.cfg.resume_from_checkpoint, fresh=True
+        )
+        for name, sae in self.saes.items():
+            record = provenance(self.model, hooks[name])
+            if record is not None:
+                scale = trainer.trainers[name].activation_scaler.scaling_factor
+                sae.cfg.metadata.lch_centroid = {**record, "scale": scale, "seed": self.cfg.seed}
+        trainer.n_training_steps = next(iter(trainer.trainers.values())).n_training_steps
+        trainer.checkpoint_thresholds = _ahead(trainer)
+        with _stopping_between_steps(next(iter(trainer.trainers.values()))) as stopped:
+            try:
+                return trainer.fit()
+            except KeyboardInterrupt:
+                if stopped() and self.cfg.checkpoint_path is not None:
+                    trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+                raise
+
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        super()._save_runner_checkpoint_files(checkpoint_path)
+        _save_resume_file(checkpoint_path, self._n_estimate)
+
+    def _save_final_outputs(self, saes: Any, trainer: Any) -> None:
+        config = self.cfg
+        output = config.output_path
+        assert output is not None
+        with new_directory(output) as directory:
+            self.cfg = copy.copy(config)
+            self.cfg.output_path = str(directory)
+            try:
+                super()._save_final_outputs(saes, trainer)
+            finally:
+                self.cfg = config
+            (directory / RUNNER_CFG_FILENAME).write_text(json.dumps(config.to_dict()))
+
+    def _evaluate(
+        self, saes: Any, data_provider: Any, activation_scalers: Any, hook_names: Any
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        with _paused(data_provider):
+            for name, sae in saes.items():
+                is_read_out = provenance(self.model, hook_names[name]) is not None
+                found[name] = _metrics(sae, activation_scalers[name], self, is_read_out)
+        if self.cfg.evaluator is not None:  # Takes batches itself, so nothing may be paused.
+            for name, sae in saes.items():
+                batches = (batch[hook_names[name]] for batch in data_provider)
+                found[name] |= self.cfg.evaluator(sae, batches, activation_scalers[name])
+        return {f"{name}/{key}": x for name, more in found.items() for key, x in more.items()}
+
+
+def _metrics(
+    sae: TrainingSAE[Any],
+    scaler: Any,
+    runner: LanguageModelSAETrainingRunner | MultiSAETrainingRunner,
+    is_read_out: bool,
+) -> dict[str, Any]:
+    """SAELens' metrics, but the loss after splicing only where something reads the value."""
+    config, special = runner.cfg, runner.activations_store.exclude_special_tokens
+    metrics, _ = run_evals(
+        sae=sae,
+        activation_store=runner.activations_store,
+        model=runner.model,
+        activation_scaler=scaler,
+        eval_config=EvalConfig(
+            batch_size_prompts=config.eval_batch_size_prompts,
+            n_eval_reconstruction_batches=config.n_eval_batches,
+            n_eval_sparsity_variance_batches=config.n_eval_batches,
+            # Nothing downstream reads a centroid, so the loss of its ablation, by which SAELens
+            # divides, is zero.
+            compute_ce_loss=not is_read_out,
+            compute_l2_norms=True,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+        ),
+        model_kwargs=dict(config.model_kwargs),
+        exclude_special_tokens=False if special is None else special.tolist(),
+    )
+    return {f"{group}/{name}": x for group, more in metrics.items() for name, x in more.items()}
+
+
+def _paused(data_provider: Any) -> Any:
+    """Prefetching and evaluation share one store."""
+    if isinstance(data_provider, PrefetchingIterator):
+        return data_provider.paused()
+    return nullcontext()
+
+
+def _prepare(
+    trainers: Mapping[str, SAETrainer[Any, Any]],
+    draw: Callable[[], dict[str, Tensor]],
+    checkpoint: str | None,
+    *,
+    fresh: bool,
+) -> int:
+    """Start SAEs at their data, or go on where a checkpoint left off.
+
+    Returns:
+        How many batches are drawn to start from, by SAELens' whitening too.
+    """
+    config = next(iter(trainers.values())).cfg
+    if checkpoint is not None:
+        for trainer in trainers.values():
+            # SAELens counts a step only after saving, so that a checkpoint is one behind.
+            trainer.n_training_steps = trainer.n_training_samples // config.train_batch_size_samples
+        state = _read_resume_file(checkpoint)
+        if state is None:
+            return 0
+        torch.set_rng_state(state["rng"])
+        return int(state["n_estimate"])
+    starting = {name: t for name, t in trainers.items() if starts_at_data(t.sae)}
+    n_batches = n_estimate_batches(config) if starting else 0
+    sample = [draw() for _ in range(n_batches)]
+    for name, trainer in starting.items():
+        rows = [batch[name] for batch in sample]
+        start_at_data(trainer.sae, trainer.activation_scaler, rows, fresh=fresh)
+    normalizations = {t.sae.cfg.normalize_activations for t in trainers.values()}
+    whitened = "covariance_whitening" in normalizations
+    return n_batches + (config.n_batches_for_norm_estimate if whitened else 0)
+
+
+def _ahead(trainer: Any) -> list[int]:
+    """Checkpoints that are still to come, which SAELens does not ask when it resumes."""
+    return [n for n in trainer.checkpoint_thresholds if n > trainer.n_training_samples]
+
+
+@contextmanager
+def _stopping_between_steps(trainer: SAETrainer[Any, Any]) -> Iterator[Callable[[], bool]]:
+    """Make the first SIGINT or SIGTERM wait until the step under way is complete.
+
+    In the midst of a step the weights, the optimizer and the counts do not belong together, and a
+    checkpoint of them could not be resumed exactly. A second signal does not wait.
+
+    Yields:
+        Whether the loop was left between two steps.
+    """
+    asked, left = False, False
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    between_steps = trainer.maybe_reset_sparsity  # What SAELens calls before each step.
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def check() -> dict[str, Any]:
+        nonlocal left
+        if asked:
+            left = True
+            raise KeyboardInterrupt
+        return between_steps()
+
+    trainer.maybe_reset_sparsity = check
+    for number in handlers:
+        signal.signal(number, ask)
+    try:
+        yield lambda: left
+    finally:
+        del trainer.maybe_reset_sparsity
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _save_resume_file(checkpoint: Path | None, n_estimate: int) -> None:
+    if checkpoint is not None:
+        state = {"rng": torch.get_rng_state(), "n_estimate": torch.tensor(n_estimate)}
+        save_file(state, checkpoint / RESUME_FILE)
+
+
+def _read_resume_file(checkpoint: str) -> dict[str, Tensor] | None:
+    path = Path(checkpoint) / RESUME_FILE
+    return load_file(path) if path.exists() else None
+
+
+def _n_batches_taken(config: LanguageModelSAERunnerConfig[Any]) -> int:
+    """How many batches of a stream a checkpoint's run had used."""
+    assert config.resume_from_checkpoint is not None
+    checkpoint = Path(config.resume_from_checkpoint)
+    state = _read_resume_file(config.resume_from_checkpoint)
+    if state is None or not checkpoint.name.isdigit():
+        raise InputError(
+            f"resume_from_checkpoint={config.resume_from_checkpoint!r} holds no {RESUME_FILE}, or "
+            "is not named after its number of tokens: it is no checkpoint that lch.saes.train "
+            "wrote on the way, from which a run on a cache can be resumed."
+        )
+    return int(state["n_estimate"]) + int(checkpoint.name) // config.train_batch_size_tokens
+
+
+class _CachedStore:
+    """A stream in the place of SAELens' store."""
+
+    exclude_special_tokens = None
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._stream
+
+    def __next__(self) -> Tensor:
+        return next(self._stream)
+
+    def save_to_checkpoint(self, _checkpoint_path: Path) -> None:
+        """The position follows from the number of tokens."""
+
+    def load_from_checkpoint(self, _checkpoint_path: str) -> None:
+        """The stream is at its position already."""
+
+
+class _NoModel:
+    """Stands where SAELens wants a model, for its tokenizer, though it reads a cache."""
+
+    tokenizer = None

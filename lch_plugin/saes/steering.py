@@ -1,0 +1,398 @@
+"""Move what a component reads along a feature, and see what becomes of the model's predictions.
+
+A centroid ``mu = J^T v`` is a vector of the component's *input* space, and so is each decoder row
+of an SAE on centroids. Nothing consumes a centroid, so there is nothing to splice a feature into;
+but adding the row to what the component reads changes what the component does, and with it the
+logits. What an MLP or attention reads lies after the layer norm: the vector is added there, past
+the norm, and reaches nothing but that component. A block reads the residual stream, so what is
+added there also flows by it.
+
+Random directions of the same norm say how much of the effect any direction would have had.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from lch_plugin.adapters.arguments import Call, input_of
+from lch_plugin.adapters.states import evaluating
+from lch_plugin.adapters.transformer_lens.anatomy import is_module
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.saes.hooked import HookedModel
+
+Batch = Tensor | Mapping[str, Any]
+Positions = slice | Sequence[int]
+_EVERYWHERE = slice(None)
+
+
+@contextmanager
+def steering(
+    model: nn.Module | HookedModel,
+    component: str,
+    vector: Float[Tensor, " d_in"],
+    positions: Positions = _EVERYWHERE,
+) -> Iterator[None]:
+    """While open, a vector is added to what a component reads, in every forward pass.
+
+    Generation too: with a key-value cache each step reads one token, which is position 0 and -1.
+    Hooks and centroids within the component see the steered value. Contexts nest, and their vectors
+    add up. Afterwards the model is what it was.
+
+    Args:
+        model: any module, TransformerLens' models and `lch_plugin.saes.HookedModel` included.
+        component: name of a module or hook point, as ``blocks.2.mlp``; or of a centroid's hook
+            point, as in the metadata of an SAE, which stands for the component's input.
+        vector: for an SAE ``strength * sae.W_dec[feature]``.
+        positions: of the sequence, where to add it.
+
+    Raises:
+        SiteError: there is no such component.
+        InputError: the vector is not finite; in a pass, it does not fit what the component reads.
+
+    Example:
+        >>> with lch.saes.steering(model, sae.cfg.metadata.hook_name, 4 * sae.W_dec[17]):
+        ...     print(model.generate("Once upon a time", max_new_tokens=20))
+    """
+    if vector.ndim != 1 or not bool(vector.isfinite().all()):
+        raise InputError(
+            f"the vector has shape {tuple(vector.shape)}, and {int((~vector.isfinite()).sum())} "
+            "of its values are not finite; a finite one of shape (d_in,) is needed."
+        )
+    vector = vector.detach()
+    with edited_input(model, component, lambda x: _add(x, vector, positions, component)):
+        yield
+
+
+@contextmanager
+def edited_input(
+    model: nn.Module | HookedModel, component: str, edit: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """While open, a component reads ``edit`` of what it would have read.
+
+    Args:
+        model, component: as `steering`.
+        edit: gets and returns a tensor, ``(batch, pos, d_in)`` mostly.
+
+    Raises:
+        SiteError: there is no such component.
+    """
+    entry = _entry(model, component)
+
+    def on_call(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return replaced_input((args, kwargs), component, edit)
+
+    # First of all, so that whatever else looks at the input sees the edited one.
+    handle = entry.register_forward_pre_hook(on_call, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replaced_input(call: Call, name: str, edit: Callable[[Tensor], Tensor]) -> Call:
+    """A module's call in which it reads ``edit`` of what it would have read.
+
+    Raises:
+        InputError: as `lch_plugin.adapters.arguments.input_of`.
+    """
+    x, _ = input_of(call, name)
+    edited = edit(x)
+
+    def instead(value: Any) -> Any:
+        # HookedTransformer's attention gets the same three times over, as three tensors.
+        same = isinstance(value, Tensor) and (value.shape, value.dtype) == (x.shape, x.dtype)
+        return edited if same and torch.equal(value, x) else value
+
+    args, kwargs = call
+    return tuple(map(instead, args)), {key: instead(value) for key, value in kwargs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringEffects:
+    """What moving along some directions does to a model's predictions, beside random directions.
+
+    All are means over the tokens at which the model was steered, in each sequence, and then over
+    sequences unless these are told apart. Changes of logits are relative to their mean over the
+    vocabulary, since a shift of all logits alike changes no prediction.
+
+    Attributes:
+        strengths: norms of what was added, over ``input_norm``.
+        input_norm: mean norm of what the component reads.
+        kl: ``KL(clean || steered)`` of the predictions, in nats.
+        random_kl: of each random direction.
+        logit_change: absolute change of a logit, mean over the vocabulary.
+        random_logit_change: of each random direction.
+        logit_shift: change of each token's logit, signed.
+    """
+
+    strengths: tuple[float, ...]
+    input_norm: float
+    kl: Float[Tensor, "n_directions n_strengths n_sequences"]
+    random_kl: Float[Tensor, "n_random n_strengths n_sequences"]
+    logit_change: Float[Tensor, "n_directions n_strengths"]
+    random_logit_change: Float[Tensor, "n_random n_strengths"]
+    logit_shift: Float[Tensor, "n_directions n_strengths d_vocab"]
+
+    @property
+    def ratios(self) -> Float[Tensor, "n_directions n_strengths"]:
+        """KL of each direction over that of the median random one, on the same text.
+
+        Means over sequences of the logarithm of the ratio in each sequence, so that no sequence
+        counts for more because the model is easily moved there. NaN at strength 0.
+        """
+        median = self.random_kl.quantile(0.5, dim=0)
+        return (self.kl / median).log().mean(-1).exp()
+
+    @property
+    def p_values(self) -> Float[Tensor, "n_directions n_strengths"]:
+        """How often a random direction's mean KL is at least as large, with the direction itself
+        among them: one-sided permutation p-values, no smaller than ``1 / (1 + n_random)``."""
+        as_large = self.random_kl.mean(-1) >= self.kl.mean(-1)[:, None]
+        return (1 + as_large.sum(1)) / (1 + len(self.random_kl))
+
+    def promoted(self, direction: int, strength: int = -1, k: int = 8) -> Int[Tensor, " k"]:
+        """Ids of the tokens whose logits rise most, by indices of direction and strength."""
+        return self.logit_shift[direction, strength].topk(k).indices
+
+    def suppressed(self, direction: int, strength: int = -1, k: int = 8) -> Int[Tensor, " k"]:
+        """Ids of the tokens whose logits fall most."""
+        return (-self.logit_shift[direction, strength]).topk(k).indices
+
+
+def steering_effects(
+    model: nn.Module | HookedModel,
+    batches: Iterable[Batch],
+    component: str,
+    directions: Float[Tensor, "n_directions d_in"],
+    *,
+    strengths: Sequence[float] = (0.1, 0.3, 1.0),
+    positions: Positions = _EVERYWHERE,
+    n_random: int = 20,
+    generator: torch.Generator | None = None,
+) -> SteeringEffects:
+    """Steer a model along each direction and along random ones, and compare its predictions.
+
+    Takes ``(n_directions + n_random) * n_strengths`` forward passes a batch. The random directions
+    are uniform on the sphere; every one has the norm of the directions it stands beside.
+
+    Args:
+        model: with logits for an output; as `steering`.
+        batches: the model's inputs: token ids, or mappings of keyword arguments. Padding does not
+            count where a mapping has an ``attention_mask``.
+        component: as `steering`.
+        directions: one a row, of any length; for features of an SAE ``sae.W_dec[features]``.
+        strengths: norms of what is added, in units of the mean norm of what the component reads at
+            these positions; negative ones go the other way.
+        positions: where to steer, and where to look at the predictions.
+        n_random: random directions to compare with.
+        generator: source of the randomness, on the CPU.
+
+    Returns:
+        The effects, on the CPU.
+
+    Raises:
+        InputError: no batches, directions that are zero, not finite or of another width, strengths
+            that are missing or not finite, ``n_random`` below 1, positions that do not exist, or a
+            model without logits.
+        SiteError: there is no such component, or the model does not call it.
+
+    Example:
+        >>> effects = lch.saes.steering_effects(
+        ...     model, tokens.split(16), "blocks.2.mlp", sae.W_dec[[3, 17]]
+        ... )
+        >>> model.to_string(effects.promoted(0))
+    """
+    batches = list(batches)
+    directions = _unit(directions)
+    if not batches:
+        raise InputError("there are no batches: pass some of the model's inputs.")
+    if not strengths or not all(map(math.isfinite, strengths)):
+        raise InputError(f"strengths={list(strengths)}: at least one, and all finite, are needed.")
+    if n_random < 1:
+        raise InputError(f"n_random={n_random} must be at least 1.")
+    noise = torch.randn(n_random, directions.shape[-1], generator=generator, dtype=torch.float64)
+    n, moved = len(directions), torch.cat([directions, normalize(noise, dim=-1)])
+    with torch.no_grad(), evaluating(_root(model)):
+        input_norm = _mean_norm(model, batches, component, positions)
+        lengths = torch.tensor(strengths, dtype=torch.float64) * input_norm
+        vectors = (moved[:, None] * lengths[:, None]).flatten(0, 1)
+        found = [_effects_on(model, batch, component, vectors, positions) for batch in batches]
+    kl, change, shift = (
+        torch.cat(parts, dim=1).unflatten(0, (len(moved), len(strengths))).cpu()
+        for parts in zip(*found, strict=True)
+    )
+    return SteeringEffects(
+        strengths=tuple(map(float, strengths)),
+        input_norm=input_norm,
+        kl=kl[:n],
+        random_kl=kl[n:],
+        logit_change=change[:n].mean(2),
+        random_logit_change=change[n:].mean(2),
+        logit_shift=shift[:n].sum(2) / kl.shape[2],
+    )
+
+
+def _effects_on(
+    model: nn.Module | HookedModel,
+    batch: Batch,
+    component: str,
+    vectors: Iterable[Float[Tensor, " d_in"]],
+    positions: Positions,
+) -> tuple[
+    Float[Tensor, "n_vectors batch"],
+    Float[Tensor, "n_vectors batch"],
+    Float[Tensor, "n_vectors 1 d_vocab"],
+]:
+    """Of each vector KL and absolute change of a logit, sequence by sequence, and their shifts."""
+    clean = _logits(model, batch)
+    # Of a classifier there is one prediction, wherever it is steered.
+    counts = _counts(batch, clean, positions if clean.shape[1] > 1 else _EVERYWHERE)
+    weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
+    kls, changes, shifts = [], [], []
+    for vector in vectors:
+        with steering(model, component, vector, positions):
+            steered = _logits(model, batch)
+        p, q = clean.log_softmax(-1), steered.log_softmax(-1)
+        shift = steered - clean
+        shift = shift - shift.mean(-1, keepdim=True)
+        kls.append(((p.exp() * (p - q)).sum(-1) * weights).sum(1))
+        changes.append((shift.abs().mean(-1) * weights).sum(1))
+        shifts.append(torch.einsum("bpv,bp->v", shift, weights)[None])
+    return torch.stack(kls), torch.stack(changes), torch.stack(shifts)
+
+
+def _mean_norm(
+    model: nn.Module | HookedModel,
+    batches: Sequence[Batch],
+    component: str,
+    positions: Positions,
+) -> float:
+    """Mean norm of what a component reads, at the tokens that count."""
+    total, n = 0.0, 0.0
+    seen: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    for batch in batches:
+        seen.clear()
+        with edited_input(model, component, look):
+            _run(model, batch)
+        if not seen:
+            raise SiteError(
+                f"the model did not call {component} on these inputs, so it cannot be steered "
+                "there. Name a module that it calls."
+            )
+        # OPT's blocks join batch and position.
+        x = seen[0] if seen[0].ndim > 2 else seen[0][:, None]
+        counts = _counts(batch, x, positions)
+        total += float((x.double().norm(dim=-1) * counts).sum())
+        n += float(counts.sum())
+    return total / n
+
+
+def _counts(batch: Batch, values: Tensor, positions: Positions) -> Float[Tensor, "batch pos"]:
+    """1 at the tokens that count, 0 at others and at padding."""
+    counts = torch.zeros(values.shape[:-1], dtype=torch.float64, device=values.device)
+    try:
+        counts[:, positions] = 1
+    except IndexError as error:
+        raise InputError(
+            f"positions={positions!r} do not exist in sequences of {counts.shape[1]} tokens."
+        ) from error
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == counts.shape:
+        counts *= (mask != 0).to(counts)
+    if not bool(counts.any(1).all()):
+        raise InputError(
+            f"positions={positions!r} leave a sequence without tokens. Choose others, or pass no "
+            "sequence that is padding there."
+        )
+    return counts
+
+
+def _logits(model: nn.Module | HookedModel, batch: Batch) -> Float[Tensor, "batch pos d_vocab"]:
+    output = _run(model, batch)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
+        raise InputError(
+            f"the model returned a {type(output).__name__} without logits, (batch, pos, d_vocab) "
+            "or (batch, class). Load it with its head."
+        )
+    logits = logits if logits.ndim == 3 else logits[:, None]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _run(model: nn.Module | HookedModel, batch: Batch) -> Any:
+    root = _root(model)
+    device = next((p.device for p in root.parameters()), None)
+    if isinstance(batch, Mapping):
+        return root(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+    return root(batch.to(device))
+
+
+def _root(model: nn.Module | HookedModel) -> nn.Module:
+    root: nn.Module = model.model if isinstance(model, HookedModel) else model
+    return root
+
+
+def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
+    """The module whose input a component reads."""
+    name, _, rest = component.partition(".hook_centroid")
+    span = re.match(r"_from_(\d+)", rest)
+    if span:
+        name = f"{name.rpartition('.')[0]}.{span[1]}"
+    name = name.partition(":")[0]  # A stretch begins with its first module.
+    try:
+        if not name or name.startswith("hook_centroid"):
+            raise AttributeError("it names no module.")
+        module = _root(model).get_submodule(name)
+    except AttributeError as error:
+        raise SiteError(
+            f"{component!r} is no component of this {type(_root(model)).__name__}: {error} Give "
+            "the name of a module or hook point as in model.named_modules(), or of a centroid's "
+            "hook point, as 'blocks.2.mlp.hook_centroid'."
+        ) from error
+    entry: nn.Module = module if is_module(module) else getattr(module, "in")
+    return entry
+
+
+def _add(x: Tensor, vector: Tensor, positions: Positions, component: str) -> Tensor:
+    if x.shape[-1] != len(vector) or (x.ndim != 3 and positions != _EVERYWHERE):
+        raise InputError(
+            f"{component} reads a tensor of shape {tuple(x.shape)}: a vector of {len(vector)} "
+            f"values at positions {positions!r} cannot be added to it. Vectors have to have as "
+            "many values as its last dimension, and positions are of (batch, pos, d_in)."
+        )
+    if positions == _EVERYWHERE:
+        return x + vector.to(x)
+    x = x.clone()
+    try:
+        x[:, positions] += vector.to(x)
+    except IndexError as error:
+        raise InputError(
+            f"positions={positions!r} do not exist in sequences of {x.shape[1]} tokens."
+        ) from error
+    return x
+
+
+def _unit(directions: Tensor) -> Float[Tensor, "n_directions d_in"]:
+    directions = directions.detach().double().cpu()
+    bad = (~(directions.norm(dim=-1) > 0) | ~directions.isfinite().all(-1)).nonzero().flatten()
+    if directions.ndim != 2 or not len(directions) or len(bad):
+        raise InputError(
+            f"directions of shape {tuple(directions.shape)}, of which rows {bad.tolist()} are zero "
+            "or not finite: one direction a row is needed, (n_directions, d_in)."
+        )
+    return normalize(directions, dim=-1)

@@ -1,0 +1,170 @@
+"""Training from a cache: without a model, and resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, TrainingSAE
+from sae_lens.saes.sae import TrainingSAE as AnyTrainingSAE
+
+import lch_plugin as lch
+from lch_plugin.saes.cache import Cache
+from tests import models
+from tests.saes.test_train import ARCHITECTURES, DATA, HOOK, config
+
+INPUT = "blocks.1.mlp.hook_in"
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    path = tmp_path_factory.mktemp("caches") / "cache"
+    return lch.saes.cache(models.bridge("gpt2"), DATA, path, hook_names=[HOOK, INPUT], batch_size=8)
+
+
+def settings(cached: Cache, **kw: Any) -> dict[str, Any]:
+    return {
+        "use_cached_activations": True,
+        "cached_activations_path": str(cached.path),
+        "training_tokens": 3072,
+        "train_batch_size_tokens": 96,  # Neither sequences nor epochs are made of whole batches.
+        **kw,
+    }
+
+
+def assert_same(sae: TrainingSAE[Any], other: TrainingSAE[Any]) -> None:
+    state, expected = sae.state_dict(), other.state_dict()
+    assert state.keys() == expected.keys()
+    for name in state:
+        assert torch.equal(state[name], expected[name]), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    architecture: str, cached: Cache, tmp_path: Path
+) -> None:
+    kw = settings(cached, architecture=architecture, n_checkpoints=2)
+    whole = lch.saes.train(None, None, config(**kw, checkpoint_path=str(tmp_path)))
+    checkpoints = sorted(tmp_path.glob("*/*"))
+    assert len(checkpoints) == 2
+    for checkpoint in checkpoints:
+        assert 0 < int(checkpoint.name) < 3072
+        resumed = lch.saes.train(None, None, config(**kw, resume_from_checkpoint=str(checkpoint)))
+        assert_same(resumed, whole)
+        assert resumed.cfg.to_dict() == whole.cfg.to_dict()
+
+
+@pytest.mark.parametrize("prefetch", [False, 3])
+@pytest.mark.parametrize("normalize", ["none", "covariance_whitening"])
+def test_an_interrupt_waits_for_the_step_and_loses_nothing(
+    normalize: str,
+    prefetch: bool | int,
+    cached: Cache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kw = settings(cached, normalize=normalize, prefetch_llm_batches=prefetch)
+    whole = lch.saes.train(None, None, config(**kw))
+    steps: list[int] = []
+    forward = AnyTrainingSAE.training_forward_pass
+
+    def interrupted(self: Any, step_input: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 7:
+            signal.raise_signal(signal.SIGINT)  # In the midst of a step.
+        return forward(self, step_input)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnyTrainingSAE, "training_forward_pass", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lch.saes.train(None, None, config(**kw, checkpoint_path=str(tmp_path)))
+    (checkpoint,) = tmp_path.glob("*/*")
+    assert int(checkpoint.name) == 7 * 96
+    resumed = lch.saes.train(None, None, config(**kw, resume_from_checkpoint=str(checkpoint)))
+    assert_same(resumed, whole)
+
+
+def test_a_cache_needs_no_model_and_says_what_it_is_of(cached: Cache, tmp_path: Path) -> None:
+    out = str(tmp_path / "sae")
+    lch.saes.train(None, None, config(**settings(cached, output_path=out)))
+    record = SAE.load_from_disk(out).cfg.metadata.lch_centroid
+    assert (record["site"], record["layer"], record["cotangent"]) == ("mlp", 1, "ones")
+    assert record["scale"] > 0
+    given = lch.saes.train(models.bridge("gpt2"), None, config(**settings(cached)))
+    assert_same(given, lch.saes.train(None, None, config(**settings(cached))))
+    activations = lch.saes.train(None, None, config(hook_name=INPUT, **settings(cached)))
+    assert "lch_centroid" not in activations.cfg.metadata
+
+
+def test_logging_evaluates_rows_of_the_cache(
+    cached: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr("wandb.init", lambda **kw: None)
+    monkeypatch.setattr("wandb.finish", lambda: None)
+    monkeypatch.setattr("wandb.log", lambda data, **kw: logged.update(data))
+    monkeypatch.setattr("wandb.log_artifact", lambda *args, **kw: None)
+    logging = lch.saes.train(None, None, config(**settings(cached, wandb=True)))
+    assert logged["evaluation/l0"] == 4
+    assert 0 < logged["evaluation/explained_variance"] < 1
+    # Evaluation takes no batches from training.
+    assert_same(logging, lch.saes.train(None, None, config(**settings(cached))))
+
+
+def test_the_seed_decides_the_order(cached: Cache) -> None:
+    saes = [
+        lch.saes.train(None, None, config(**settings(cached, seed=seed))).W_dec for seed in (0, 0, 1)
+    ]
+    assert torch.equal(saes[0], saes[1])
+    assert not torch.equal(saes[0], saes[2])
+
+
+def test_special_tokens_are_left_out_by_id(cached: Cache) -> None:
+    first = int(cached.token_ids([0])[0, 0])
+    kept = lch.saes.train(None, None, config(**settings(cached, exclude_special_tokens=[first])))
+    everything = lch.saes.train(None, None, config(**settings(cached)))
+    assert not torch.equal(kept.W_dec, everything.W_dec)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_what_does_not_fit_the_cache_is_refused(cached: Cache, tmp_path: Path) -> None:
+    final = tmp_path / "final_3072"
+    final.mkdir()
+    cases: list[tuple[str, Any, dict[str, Any]]] = [
+        ("which has", None, {"hook_name": "blocks.0.mlp.hook_centroid"}),
+        ("Set d_in=32", None, {"d_in": 33}),
+        ("Set context_size=16", None, {"context_size": 8}),
+        ("leave seqpos_slice out", None, {"seqpos_slice": (1, None)}),
+        ("give their ids", None, {"exclude_special_tokens": True}),
+        ("no checkpoint", None, {"resume_from_checkpoint": str(final)}),
+        ("not of this model", models.bridge("gpt2", seed=1), {}),
+        ("no finished cache", None, {"cached_activations_path": str(tmp_path)}),
+        ("hook points", "gpt2", {}),
+    ]
+    for match, model, kw in cases:
+        with pytest.raises(lch.InputError, match=match):
+            lch.saes.train(model, None, config(**{**settings(cached), **kw}))
+    with pytest.raises(lch.InputError, match="is a NoneType"):
+        lch.saes.train(None, DATA, config())
+
+
+def test_a_live_run_resumes_in_the_text_where_it_was(tmp_path: Path) -> None:
+    model = models.bridge("gpt2")
+    kw: dict[str, Any] = {"training_tokens": 3072, "n_checkpoints": 2}
+    lch.saes.train(model, DATA, config(**kw, checkpoint_path=str(tmp_path)))
+    first, second = sorted(tmp_path.glob("*/*"), key=lambda path: int(path.name))
+    sae = lch.saes.train(
+        model,
+        DATA,
+        config(**kw, checkpoint_path=str(tmp_path / "again"), resume_from_checkpoint=str(first)),
+    )
+    # No checkpoint is written twice.
+    assert [p.name for p in tmp_path.glob("again/*/*")] == [second.name]
+    state = torch.load(next(tmp_path.glob("again/*/*")) / "trainer_state.pt")
+    assert state["n_training_samples"] == int(second.name)
+    scale = json.loads((first / "activation_scaler.json").read_text())["scaling_factor"]
+    assert sae.cfg.metadata.lch_centroid["scale"] == scale
