@@ -48,13 +48,21 @@ def top_contexts(
     for row in peaks.argsort(descending=True, stable=True)[:n].tolist():
         if peaks[row] <= 0:
             break
-        position = int(positions[row])
-        window = slice(max(0, position - before), position + after + 1)
-        contexts.append(
-            Context(
-                tokens=list(tokens[row][window]),
-                values=values[row, window].tolist(),
-                peak=position - window.start,
-            )
-        )
+        contexts.append(context(values[row], tokens[row], int(positions[row]), before, after))
     return contexts
+
+
+def context(
+    values: Float[Tensor, " pos"],
+    tokens: Sequence[str],
+    position: int,
+    before: int = 14,
+    after: int = 5,
+) -> Context:
+    """The text around one token of a row, which counts as the peak."""
+    window = slice(max(0, position - before), position + after + 1)
+    return Context(
+        tokens=list(tokens[window]),
+        values=values[window].tolist(),
+        peak=position - window.start,
+    )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lch_plugin.errors import OutputError
+
+#: In a directory that was made in parts, what was asked for.
+SETTINGS = "settings.json"
 
 
 def check_new_directory(path: str | Path) -> Path:
@@ -52,6 +57,45 @@ def new_directory(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a directory beside ``path`` that outlives an interruption, for long work in parts.
+
+    It is called ``.NAME.partial``, says in ``settings.json`` what is being made, and takes the name
+    of ``path`` when the block succeeds. After an exception, or a process that was killed, the next
+    call with the same settings yields it again with what was finished. Write each part with
+    `new_directory`, so that a part that exists is whole: what such a block left unfinished is
+    removed here.
+
+    Args:
+        path: an absent or empty directory.
+        settings: everything that decides the content, in terms of JSON.
+
+    Raises:
+        OutputError: as `check_new_directory`; or the unfinished work has other settings.
+    """
+    path = check_new_directory(path)
+    partial = path.with_name(f".{path.name}.partial")
+    record = partial / SETTINGS
+    wanted = json.loads(json.dumps(settings))
+    if record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        differing = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        if differing:
+            raise OutputError(
+                f"{partial} holds unfinished work with other settings: {', '.join(differing)} "
+                "differ. Repeat the call it was begun with, choose another path, or remove it."
+            )
+        for unfinished in [p for p in partial.rglob(".*-*") if p.is_dir()]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    else:
+        with new_directory(partial) as directory:
+            text = json.dumps(wanted, indent=2, ensure_ascii=False)
+            (directory / SETTINGS).write_text(text + "\n", encoding="utf-8")
+    yield partial
+    partial.replace(path)
 
 
 def _umask() -> int:

@@ -16,9 +16,18 @@ from torch import Tensor
 
 from lch_plugin.circuits import AblationCheck, NeuronAttribution
 from lch_plugin.errors import InputError
+from lch_plugin.saes.evaluate import DENSE, Evaluation
+from lch_plugin.saes.functional import EXACT, MEAN, ResponseFit
+from lch_plugin.saes.steering import SteeringEffects
 
 CENTROIDS, ACTIVATIONS, GREY = "#c2410c", "#1d4ed8", "#9ca3af"
+#: Colour of what SAEs are trained on: centroids of a component, what it reads, what it writes.
+VALUES = {"centroid": CENTROIDS, "input": ACTIVATIONS, "output": "#047857"}
 
+_BASELINES: dict[str, Any] = {
+    EXACT: {"color": "black", "marker": "s"},
+    MEAN: {"color": GREY, "marker": "^"},
+}
 _SOLID = ListedColormap([CENTROIDS])
 # Colour and marker of each kind of site; the colours of Okabe & Ito, told apart by anyone.
 SITES = {
@@ -87,6 +96,124 @@ def firing_frequencies(
         axis.plot(range(1, len(alive) + 1), alive, color=colours[name], label=label)
     axis.set(yscale="log", xlabel="feature, by frequency", ylabel="share of tokens", title="Firing")
     axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def density_histogram(evaluation: Evaluation) -> Figure:
+    """Features of an SAE by the share of rows they fire on."""
+    figure, (axis,) = _figure(6.0, 2.8)
+    counts, edges = evaluation.density_histogram
+    axis.stairs(counts, 10**edges, fill=True, color=CENTROIDS)
+    axis.axvline(DENSE, color="black", linewidth=0.8, linestyle="--")
+    axis.set(xscale="log", xlabel="share of rows a feature fires on", ylabel="features")
+    axis.set_title(
+        f"{evaluation.n_fired} of {len(evaluation.density)} features fire, "
+        f"{evaluation.n_dense} of them on more than {DENSE:.0%} of rows",
+        fontsize=10,
+    )
+    return figure
+
+
+def response_fits(fits: Sequence[ResponseFit]) -> Figure:
+    """R² of predicted responses by size of the perturbation, one panel a kind of perturbation.
+
+    Predictions worse than the mean response are shown at the lower edge.
+    """
+    kinds = list(dict.fromkeys(fit.perturbation for fit in fits))
+    titles = {"isotropic": "Random directions", "data": "Towards other tokens' inputs"}
+    figure, axes = _figure(7.5, 3.0, columns=len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        chosen = [fit for fit in fits if fit.perturbation == kind]
+        ticks = ["first order" if fit.size is None else f"{fit.size:g}" for fit in chosen]
+        for name in chosen[0].r_squared:
+            values = [max(fit.r_squared[name], -0.1) for fit in chosen]
+            style = _BASELINES.get(name, {"color": CENTROIDS, "marker": "o"})
+            axis.plot(range(len(chosen)), values, label=name, markersize=4, **style)
+        axis.set_xticks(range(len(chosen)), ticks)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="perturbation / norm of the input", ylim=(-0.12, 1.03))
+        axis.set_title(titles[kind], fontsize=10)
+    axes[0].set_ylabel("R² of predicted responses")
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left")
+    return figure
+
+
+def steering(effects: SteeringEffects) -> Figure:
+    """KL divergence by strength: a line for each direction, and the range of the random ones."""
+    figure, (axis,) = _figure(6.0, 3.2)
+    order = sorted(range(len(effects.strengths)), key=effects.strengths.__getitem__)
+    x = [effects.strengths[i] for i in order]
+    random = effects.random_kl.mean(-1)[:, order]
+    label = f"{len(random)} random directions: range and median"
+    axis.fill_between(x, random.amin(0), random.amax(0), color=GREY, alpha=0.4, linewidth=0)
+    axis.plot(x, random.quantile(0.5, dim=0), color="#4b5563", linewidth=1.2, label=label)
+    for i, kl in enumerate(effects.kl.mean(-1)[:, order]):
+        label = "" if i else f"{len(effects.kl)} features"
+        axis.plot(x, kl, color=CENTROIDS, marker="o", markersize=3, lw=0.8, alpha=0.8, label=label)
+    # Strengths may be negative or zero; effects at zero are zero.
+    axis.set(xscale="log" if min(x) > 0 else "linear", yscale="log")
+    axis.set(xlabel="norm of what is added / mean norm of the input")
+    axis.set_ylabel("KL(clean || steered), nats")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def firing_by_k(
+    densities: Mapping[int, Mapping[str, Sequence[Float[Tensor, " d_sae"]]]],
+) -> Figure:
+    """Share of rows each feature fires on, features sorted, one curve an SAE and one panel a k.
+
+    Args:
+        densities: by k, then by a key of `VALUES`, of SAEs of several seeds.
+    """
+    figure, axes = _figure(3.0 * len(densities), 3.0, columns=len(densities))
+    for axis, (k, by_site) in zip(axes, densities.items(), strict=True):
+        for site, seeds in by_site.items():
+            for i, density in enumerate(seeds):
+                fired = density[density > 0].sort(descending=True).values
+                label = site if i == 0 else None
+                axis.plot(range(1, len(fired) + 1), fired, color=VALUES[site], lw=1, label=label)
+        axis.set(yscale="log", xlabel="feature, by frequency", title=f"k = {k}")
+        axis.sharey(axes[0])
+    axes[0].set_ylabel("share of held-out rows")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def scores_by_k(
+    panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
+    levels: Mapping[str, Mapping[str, float]] | None = None,
+    *,
+    ylabel: str = "",
+) -> Figure:
+    """Scores of SAEs by k: a dot a seed, a line through the means.
+
+    Args:
+        panels: by title, then by a key of `VALUES`, then by k.
+        levels: of each panel, by a key of `VALUES` the score of the values themselves (dashed), and
+            by any other name one that holds for all (dotted).
+        ylabel: of the first panel.
+    """
+    figure, axes = _figure(3.4 * len(panels) + 0.4, 3.2, columns=len(panels))
+    for axis, (title, by_site) in zip(axes, panels.items(), strict=True):
+        for i, (site, by_k) in enumerate(by_site.items()):
+            shift = 1 + 0.03 * (i - (len(by_site) - 1) / 2)  # So that no site hides another.
+            xs = [k * shift for k in by_k]
+            means = [sum(values) / len(values) for values in by_k.values()]
+            axis.plot(xs, means, color=VALUES[site], marker="o", ms=4, label=site)
+            for x, values in zip(xs, by_k.values(), strict=True):
+                axis.scatter([x] * len(values), values, s=9, color=VALUES[site], alpha=0.45, lw=0)
+        for name, level in (levels or {}).get(title, {}).items():
+            style = "--" if name in VALUES else ":"
+            colour = VALUES.get(name, "black")
+            label = None if name in VALUES else name
+            axis.axhline(level, color=colour, linestyle=style, linewidth=1, label=label)
+        ks = list(next(iter(by_site.values())))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, map(str, ks))
+        axis.set(xlabel="k", title=title)
+    axes[0].set_ylabel(ylabel)
+    axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 

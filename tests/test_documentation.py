@@ -38,7 +38,7 @@ def test_examples_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = {"train_sae.py": ["sae"], "vision_sae.py": ["--rows", "20_000"]}
+    arguments = {"train_centroid_sae.py": ["sae"], "vision_sae.py": ["--rows", "20_000"]}
     monkeypatch.chdir(tmp_path)
     run_example(example, arguments.get(example, []), monkeypatch)
     assert capsys.readouterr().out.strip()

@@ -113,10 +113,18 @@ _DETAILS_WITH_ARTICLE = {
 
 @dataclass(frozen=True)
 class Story:
-    """A story and the combinations, each under its behaviour, that its sentences were made from."""
+    """A story, and what its sentences were made from.
+
+    Attributes:
+        text: the passages, a space between them.
+        combinations: those of the examples it tells, each under its behaviour.
+        passages: its sentences in order, those of one example together, each under the behaviour
+            of the example; None for the sentences in between.
+    """
 
     text: str
     combinations: tuple[tuple[str, Combination], ...]
+    passages: tuple[tuple[str | None, str], ...]
 
 
 def write_story(rng: random.Random, split: str = "train") -> Story:
@@ -130,19 +138,21 @@ def write_story(rng: random.Random, split: str = "train") -> Story:
     details["her"] = "her" if pronoun == "she" else "his"
 
     tell = partial(_tell, details=details, rng=rng)
-    told = [tell(_OPENINGS)] if rng.random() < 0.25 else []
+    told: list[tuple[str | None, str]] = []
+    if rng.random() < 0.25:
+        told.append((None, tell(_OPENINGS)))
     used: list[tuple[str, Combination]] = []
     cast = frozenset({name, other, rng.choice(["I", "We", "They", details["She"]])})
     for _ in range(rng.randint(1, 2)):
         behaviour, combination = _draw_about(cast, split, rng)
         if told and rng.random() < 0.6:
-            told.append(tell(rng.choice([_MIDDLES, _LEADS[behaviour]])))
+            told.append((None, tell(rng.choice([_MIDDLES, _LEADS[behaviour]]))))
         example = make_example(behaviour, combination, rng)
-        told.append(example.prompt + example.ending)
+        told.append((behaviour, example.prompt + example.ending))
         used.append((behaviour, combination))
     if len(told) == 1 or rng.random() < 0.3:
-        told.append(tell(_CLOSINGS + _MIDDLES))
-    return Story(" ".join(told), tuple(used))
+        told.append((None, tell(_CLOSINGS + _MIDDLES)))
+    return Story(" ".join(text for _, text in told), tuple(used), tuple(told))
 
 
 def stories(n: int, *, split: str = "train", seed: int = 0) -> Iterator[str]:

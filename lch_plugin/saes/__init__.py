@@ -3,13 +3,15 @@
 On text through SAELens' runners (`train`), on models that TransformerLens does not know through its
 wrapper of HuggingFace models (`HookedModel`), and on models without text through its trainer
 (`Images`, `Rows`, `train_on`, `train_transcoder`). Values can be cached once for many SAEs
-(`cache`).
+(`cache`), and the same SAEs compared on centroids and activations (`compare`).
 """
 
 from lch_plugin.saes.cache import Cache, Stream
 from lch_plugin.saes.caching import cache
+from lch_plugin.saes.compare import ComparisonSettings, Labelled, compare, load_labelled
 from lch_plugin.saes.configs import runner_config
 from lch_plugin.saes.evaluate import Evaluation, evaluate
+from lch_plugin.saes.features import Feature, FeatureReport, features
 from lch_plugin.saes.functional import (
     CapturedComponent,
     ResponseFit,
@@ -27,15 +29,22 @@ from lch_plugin.saes.transcoders import train_transcoder
 __all__ = [
     "Cache",
     "CapturedComponent",
+    "ComparisonSettings",
     "Evaluation",
+    "Feature",
+    "FeatureReport",
     "HookedModel",
     "Images",
+    "Labelled",
     "ResponseFit",
     "Rows",
     "SteeringEffects",
     "Stream",
     "cache",
+    "compare",
     "evaluate",
+    "features",
+    "load_labelled",
     "load_text",
     "predicted_responses",
     "reconstructed_centroids",

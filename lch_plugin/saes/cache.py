@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,12 @@ from lch_plugin.errors import InputError
 from lch_plugin.saes.hooked import HookedModel
 from lch_plugin.saes.records import differences, record
 from lch_plugin.saes.shards import (
-    MANIFEST,
     TOKEN_IDS,
     Shard,
     column,
     hash_tokens,
     read_index,
+    read_manifest,
     read_shard,
 )
 
@@ -62,6 +61,7 @@ class Cache:
         self.path = Path(path).expanduser().resolve()
         try:
             columns, files = read_index(self.path)
+            manifest = read_manifest(self.path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.path} holds no finished cache: {error}. lch.saes.cache makes one; "
@@ -77,13 +77,11 @@ class Cache:
         self.d_in = {name: int(shape[1]) for name, shape in shapes.items()}
         self.context_size = int(next(iter(shapes.values()))[0])
         self._has_token_ids = TOKEN_IDS in columns
-        manifest = self.path / MANIFEST
-        self.manifest: dict[str, Any] | None = None
+        self.manifest = manifest
         self._checked: set[int] = set()
         self._opened: dict[tuple[int, str], list[np.ndarray[Any, np.dtype[Any]]]] = {}
-        if manifest.exists():
-            self.manifest = json.loads(manifest.read_text(encoding="utf-8"))
-            self._shards = [Shard(**shard) for shard in self.manifest["shards"]]
+        if manifest is not None:
+            self._shards = [Shard(**shard) for shard in manifest["shards"]]
             for shard in self._shards:
                 self._check(shard, read=False)
         else:
@@ -157,7 +155,7 @@ class Cache:
         hook_name: str,
         *,
         batch_size: int,
-        buffer_size: int = 2**18,
+        buffer_size: int = 2**17,
         seed: int = 0,
         exclude_tokens: Iterable[int] | None = None,
     ) -> Stream:

@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +49,7 @@ from lch_plugin.saes.shards import (
     Shard,
     features,
     hash_tokens,
+    read_manifest,
     record_batch,
     sync_directory,
     write_index,
@@ -136,6 +137,7 @@ def cache(
     }
     with attached(model, hook_names), evaluating(model):
         known = {hook: entry["d_in"] for hook, entry in before.get("hooks", {}).items()}
+        hook_names = sorted(hook_names, key=[*known, *hook_names].index)
         d_in = {h: known.get(h) or width(model, h, context_size) for h in hook_names}
         columns = features(context_size, d_in, dtype)
         settings = {
@@ -237,10 +239,7 @@ def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[di
             before = shards.get(file)
             if before is not None and before.n_sequences == len(tokens):
                 if before.tokens != ids:
-                    raise InputError(
-                        f"{directory} was made of another text: it has other tokens in {file}. "
-                        "Pass the same text in the same order, or choose another path."
-                    )
+                    raise _other_text(directory, f"it has other tokens in {file}")
                 if file in whole:
                     advance(len(tokens))
                     continue
@@ -251,12 +250,27 @@ def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[di
                 entries = [asdict(shards[name]) for name in sorted(shards)]
                 write_text(directory / MANIFEST, _json({**manifest, "shards": entries}))
     if n_found < (n_sequences or 1):
+        n_texts = source.store.n_dataset_processed
+        if is_finished:
+            raise _other_text(directory, f"it has more than these {n_texts} texts make")
+        if n_sequences is None:
+            raise InputError(
+                f"the {n_texts} texts do not fill a sequence of context_size={context_size}. Pass "
+                "more text, or lower context_size."
+            )
         raise InputError(
-            f"n_tokens={n_tokens}: the {source.store.n_dataset_processed} texts make "
-            f"{n_found * context_size} tokens, in sequences of context_size={context_size}. Lower "
-            "n_tokens, or leave it out; what is computed already is kept. Or pass more text."
+            f"n_tokens={n_tokens}: the {n_texts} texts make {n_found * context_size} tokens, in "
+            f"sequences of context_size={context_size}. Lower n_tokens or leave it out, and what "
+            "is computed already is used; or pass more text."
         )
     return [asdict(shards[file]) for file in (sorted(shards) if is_finished else used)]
+
+
+def _other_text(directory: Path, reason: str) -> InputError:
+    return InputError(
+        f"{directory} was made of another text: {reason}. Pass the same text in the same order, or "
+        "choose another path."
+    )
 
 
 def _finish(directory: Path, path: Path, manifest: dict[str, Any], columns: Features) -> None:
@@ -275,20 +289,17 @@ def _finish(directory: Path, path: Path, manifest: dict[str, Any], columns: Feat
 def _find(path: str | Path) -> tuple[Path, Path, dict[str, Any]]:
     """The path, the directory that is or will be written, and its manifest if it has one."""
     path = Path(path).expanduser().resolve()
-    manifest = _read_manifest(path)
-    if manifest:
-        return path, path, manifest
+    with suppress(OSError, ValueError):  # What is no cache is refused below.
+        if manifest := read_manifest(path):
+            return path, path, manifest
     path = check_new_directory(path)
     partial = path.with_name(f".{path.name}.partial")
-    return path, partial, _read_manifest(partial)
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) and "shards" in manifest else {}
+        return path, partial, read_manifest(partial) or {}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the unfinished cache {partial} cannot be read: {error}. Remove it."
+        ) from error
 
 
 def _check_same(
@@ -369,17 +380,19 @@ def _store(
         texts = texts.shuffle(seed=seed, buffer_size=_SHUFFLED)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # That text could be tokenised before; that it ends.
+            warnings.filterwarnings("ignore", "Dataset is not tokenized")
             return ActivationsStore.from_config_multi_hook(
                 model,
                 dataset=texts,
                 hook_names=list(d_in),
                 hook_d_ins=d_in,
                 context_size=context_size,
+                total_training_tokens=0,  # Only for a warning that texts are few.
                 **tokenization,
             )
     except (ValueError, StopIteration) as error:
-        raise InputError(f"SAELens cannot read the text: {error or 'it is empty'}") from error
+        reason = str(error) or "there is none"
+        raise InputError(f"the text cannot be read: {reason} Pass another dataset.") from error
 
 
 def _check_finite(hook: str, values: Float[Tensor, "n pos d_in"]) -> None:

@@ -62,8 +62,10 @@ def check_hooks(
     hooks: Mapping[str, tuple[str, int, int | None]],
     context_size: int,
 ) -> None:
-    """Refuse SAEs that do not fit their hook points, each ``(hook, d_in, head)``."""
-    for hook, d_in, head in hooks.values():
+    """Refuse SAEs that do not fit their hook points, each ``(hook, d_in, head)`` by its name."""
+    for name, (hook, d_in, head) in hooks.items():
+        if name and (Path(name).name != name or name == ".."):
+            raise InputError(f"{name!r} names an SAE and its directory: give it a plain name.")
         check_width(hook, d_in, width(model, hook, context_size, head))
 
 

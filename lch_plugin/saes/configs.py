@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAEConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from lch_plugin.errors import InputError
 
 
 def runner_config(
@@ -38,6 +42,7 @@ def runner_config(
     defaults: dict[str, Any] = {
         "dataset_path": "passed in",
         "model_name": "passed in",
+        "model_from_pretrained_kwargs": {},
         "streaming": False,
         "n_batches_in_buffer": max(20, -(-4 * batch_size // context_size)),
         "checkpoint_path": None,
@@ -51,3 +56,31 @@ def runner_config(
         training_tokens=training_tokens,
         **{**defaults, **settings},
     )
+
+
+def sae_config(architecture: str, **settings: Any) -> TrainingSAEConfig:
+    """SAELens' configuration of an architecture by its name, scaling what it reads.
+
+    Args:
+        architecture: any that SAELens trains: ``topk``, ``batchtopk``, ``jumprelu``...
+        **settings: of that configuration, ``d_in`` and ``d_sae`` among them.
+
+    Raises:
+        InputError: no such architecture, or a setting that it does not have or take.
+    """
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise InputError(
+            f"architecture={architecture!r} is none that SAELens trains. Use one of "
+            f"{sorted(SAE_TRAINING_CLASS_REGISTRY)}."
+        )
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    known = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := settings.keys() - known:
+        raise InputError(
+            f"{sorted(unknown)} are no settings of {architecture}, which has {sorted(known)}."
+        )
+    defaults = {"normalize_activations": "expected_average_only_in"}
+    try:
+        return config_class(**{**defaults, **settings})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{settings} make no {architecture} SAE: {error}.") from error

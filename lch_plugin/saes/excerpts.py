@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -23,13 +23,12 @@ class Survey:
         self.squares = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self.maximum = torch.zeros(d_sae, device=device)
 
-    def add(self, codes: Float[Tensor, "row pos d_sae"], counts: Bool[Tensor, "row pos"]) -> None:
-        """See a batch; ``counts`` says which tokens do."""
-        codes = codes[counts]
-        self.n_tokens += len(codes)
-        self.n_fired += (codes > 0).sum(0)
-        self.squares += codes.square().sum(0, dtype=torch.float64)
-        self.maximum = torch.maximum(self.maximum, codes.amax(0).float())
+    def add(self, codes: Float[Tensor, "row pos d_sae"], n_tokens: int) -> None:
+        """See a batch of which ``n_tokens`` count; the codes of all others are zero."""
+        self.n_tokens += n_tokens
+        self.n_fired += (codes > 0).sum((0, 1))
+        self.squares += codes.square().sum((0, 1), dtype=torch.float64)
+        self.maximum = torch.maximum(self.maximum, codes.amax((0, 1)).float())
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:

@@ -186,6 +186,21 @@ def read_index(directory: Path) -> tuple[Features, list[str]]:
     return info.features, [entry["filename"] for entry in state["_data_files"]]
 
 
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """What a cache is of; None where there is no manifest.
+
+    Raises:
+        ValueError: there is one, of something else or damaged.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or "shards" not in manifest:
+        raise ValueError(f"{MANIFEST} is none of a cache")
+    return manifest
+
+
 def read_shard(path: Path) -> list[pa.RecordBatch]:
     """Map a shard into memory: nothing is read before it is used."""
     with pa.memory_map(str(path)) as source:  # The mapping outlives the open file.

@@ -50,14 +50,15 @@ def steering(
 
     Args:
         model: any module, TransformerLens' models and `lch_plugin.saes.HookedModel` included.
-        component: name of a module or hook point, as ``blocks.2.mlp``; or of a centroid's hook
-            point, as in the metadata of an SAE, which stands for the component's input.
+        component: name of a module, which stands for what it reads, as ``blocks.2.mlp``; or of a
+            hook point, as in the metadata of an SAE: of a centroid it stands for what the component
+            reads, of anything else for the value there.
         vector: for an SAE ``strength * sae.W_dec[feature]``.
         positions: of the sequence, where to add it.
 
     Raises:
         SiteError: there is no such component.
-        InputError: the vector is not finite; in a pass, it does not fit what the component reads.
+        InputError: the vector is no vector or not finite; in a pass, it does not fit what is there.
 
     Example:
         >>> with lch.saes.steering(model, sae.cfg.metadata.hook_name, 4 * sae.W_dec[17]):
@@ -349,7 +350,11 @@ def _root(model: nn.Module | HookedModel) -> nn.Module:
 
 def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
     """The module whose input a component reads."""
-    name, _, rest = component.partition(".hook_centroid")
+    points = getattr(model, "hook_dict", {})
+    name, centroid, rest = component.partition(".hook_centroid")
+    if component in points and not centroid:  # Under any of its names.
+        point: nn.Module = points[component]
+        return point
     span = re.match(r"_from_(\d+)", rest)
     if span:
         name = f"{name.rpartition('.')[0]}.{span[1]}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from lch_plugin.errors import InputError
+
+Source: TypeAlias = (
+    str | Path | Sequence[str] | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
+)
 
 # Files that `datasets` reads, and its name for each kind.
 _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -19,12 +23,7 @@ _FORMS = (
 )
 
 
-def load_text(
-    source: str | Path | Sequence[str] | Dataset | IterableDataset,
-    *,
-    split: str = "train",
-    streaming: bool = False,
-) -> Any:
+def load_text(source: Source, *, split: str = "train", streaming: bool = False) -> Any:
     """A dataset of text or tokens, as SAELens takes them.
 
     A string names a path if it exists, starts with ``/``, ``.`` or ``~``, or ends like a file that
@@ -37,7 +36,8 @@ def load_text(
             such as ``text`` or ``tokens``; or a name on the hub, ``name:configuration`` if it has
             several.
         split: of a dataset on the hub, or of a directory that holds several.
-        streaming: read a file or the hub as it is needed, in place of all of it at once.
+        streaming: read a file or the hub as it is needed, in place of all of it at once. What is
+            in memory or was saved to disk is not copied in any case.
 
     Returns:
         A ``Dataset``, or if it is streamed an ``IterableDataset``.

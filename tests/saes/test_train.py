@@ -53,8 +53,6 @@ def test_every_architecture_that_saelens_trains_is_tested() -> None:
     assert set(ARCHITECTURES) == set(SAE_TRAINING_CLASS_REGISTRY)
 
 
-
-
 def config(
     *,
     architecture: str = "topk",
@@ -309,3 +307,34 @@ def test_hooks_without_positions_or_not_there_are_refused_with_the_cure() -> Non
             lch.saes.train(model, DATA, config(hook_name="blocks.1.hook_centroid_offset"))
     with pytest.raises(lch.SiteError, match=r"lch\.attach first"):
         lch.saes.train(model, DATA, config(hook_name="blocks.2.hook_centroid_from_1"))
+
+
+def test_the_configuration_for_a_model_that_is_passed_in_writes_and_logs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sae = ARCHITECTURES["topk"](d_in=models.D_MODEL, d_sae=64)
+    short = lch.saes.runner_config(sae, HOOK, training_tokens=8192, context_size=16)
+    assert not short.logger.log_to_wandb
+    trained = lch.saes.train(models.bridge("gpt2"), DATA, short)
+    assert trained.cfg.metadata.hook_name == HOOK
+    assert not list(tmp_path.iterdir())
+    own = lch.saes.runner_config(
+        sae, HOOK, training_tokens=8192, n_batches_in_buffer=7, lr=1.0, output_path="here"
+    )
+    assert (own.n_batches_in_buffer, own.lr, own.output_path) == (7, 1.0, "here")
+
+
+def test_training_under_autocast_learns_as_well() -> None:
+    """bfloat16 has three digits, and a centroid is computed in float32 all the same."""
+    model = models.bridge("gpt2")
+    found = {}
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        kw = {"autocast": autocast, "autocast_lm": autocast, "training_tokens": 8192}
+        sae = lch.saes.train(model, DATA, config(**kw))
+        with lch.attach(model, layers=1):
+            mu = model.run_with_cache(models.tokens(16, 16), names_filter=HOOK)[1][HOOK]
+        found[autocast] = lch.saes.evaluate(sae, [mu.flatten(0, 1)]).explained_variance
+    assert found[True] > 0.5
+    assert abs(found[True] - found[False]) < 0.05

@@ -1,0 +1,235 @@
+"""An SAE's codes along a text, on rows of tokens put together as they were for its training."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens import SAE, Transcoder
+from sae_lens.pretokenize_runner import get_special_token_from_cfg
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
+from torch import Tensor
+
+from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
+from lch_plugin.errors import InputError
+from lch_plugin.saes.cache import Cache
+from lch_plugin.saes.checks import check_width
+from lch_plugin.saes.hooked import HookedModel
+from lch_plugin.saes.hooks import d_vocab, provenance, width
+from lch_plugin.saes.texts import load_text
+
+_COLUMNS = ("tokens", "input_ids", "text")
+# Of a centroid's record, what an SAE does not carry over to another value of.
+_SAME = ("site", "layer", "cotangent", "linearization", "weight_processing")
+
+
+class Codes:
+    """An SAE's codes along a text: iterate as often as you like, each time from the beginning.
+
+    Yields for each batch tokens, codes, and how many of the tokens count. The codes of the others
+    are zero: of special tokens and positions that the SAE was trained without.
+
+    Attributes:
+        model: with the hook point attached while it is iterated.
+        sae: on that hook point.
+        hook_name: what it reads.
+        text: tokens ``(row, pos)``, a `lch_plugin.saes.Cache`, or a dataset.
+        context_size: tokens in a row.
+        batch_size: rows in a batch; the last may have fewer.
+
+    Raises:
+        InputError: nothing that can be read, no SAE on all of one hook point, or a cache of another
+            model.
+    """
+
+    def __init__(
+        self,
+        model: LensModel | HookedModel,
+        sae: SAE[Any],
+        text: Any,
+        *,
+        hook_name: str | None = None,
+        n_tokens: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """Choose what to read; nothing runs yet. `lch_plugin.saes.features` says what is what."""
+        self.model, self.sae, self.hook_name = model, sae, _hook_name(sae, hook_name)
+        self.batch_size = batch_size
+        if self.hook_name in getattr(model, "acts_to_saes", {}):
+            raise InputError(
+                f"an SAE stands at {self.hook_name}, so its value is not to be had. Call "
+                "reset_saes() first, and add it again afterwards."
+            )
+        metadata = sae.cfg.metadata
+        self.text: Any
+        if isinstance(text, Cache):
+            text.check(model)
+            self.text, self.context_size = text, text.context_size
+        elif isinstance(text, Tensor):
+            if text.ndim != 2 or text.is_floating_point() or not text.numel():
+                raise InputError(
+                    f"text is a tensor of shape {tuple(text.shape)} and dtype {text.dtype}: tokens "
+                    "are integers of shape (row, pos)."
+                )
+            self.text, self.context_size = text, text.shape[1]
+        else:
+            n_ctx = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
+            self.context_size = int(metadata.context_size or n_ctx or 128)
+            self.text = load_text(text, streaming=True)
+        self.n_rows = None if n_tokens is None else max(1, n_tokens // self.context_size)
+        excluded = metadata.exclude_special_tokens or []
+        if excluded is True:
+            excluded = get_special_token_ids(model.tokenizer)
+        self._excluded = torch.tensor(excluded, dtype=torch.long)
+
+    def check(self) -> None:
+        """Refuse an SAE that was trained on other values than the hook point has now.
+
+        Raises:
+            InputError: it was.
+        """
+        sae, hook_name = self.sae, self.hook_name
+        found = width(self.model, hook_name, self.context_size)
+        check_width(hook_name, sae.cfg.d_in, found)
+        then, now = sae.cfg.metadata.lch_centroid, provenance(self.model, hook_name)
+        if not then or now is None:
+            return
+        differing = [k for k in _SAME if k in then and k in now and then[k] != now[k]]
+        if differing:
+            raise InputError(
+                f"the SAE was trained on other centroids than {hook_name} gives now: "
+                + "; ".join(f"{key} was {then[key]} and is {now[key]}" for key in differing)
+                + ". Attach the same with lch.attach(model, ...) first, to the same model."
+            )
+
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos d_sae"], int]]:
+        positions = slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))
+        for tokens, values in self._batches():
+            counts = torch.zeros_like(tokens, dtype=torch.bool)
+            counts[:, positions] = ~torch.isin(tokens[:, positions], self._excluded)
+            codes = self._encode(values)
+            codes[~counts.to(codes.device)] = 0
+            yield tokens, codes, int(counts.sum())
+
+    def _batches(
+        self,
+    ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos ..."]]]:
+        """Tokens, and what the hook point has on them."""
+        if isinstance(self.text, Cache):
+            n_rows = min(self.text.n_sequences, self.n_rows or self.text.n_sequences)
+            for first in range(0, n_rows, self.batch_size):
+                chunk = slice(first, min(first + self.batch_size, n_rows))
+                yield self.text.token_ids(chunk), self.text.values(self.hook_name, chunk)
+            return
+        device = next(self.model.parameters()).device
+        rows = itertools.islice(self._rows(), self.n_rows)
+        while batch := list(itertools.islice(rows, self.batch_size)):
+            tokens = torch.stack(batch)
+            check_token_ids(d_vocab(self.model), int(tokens.min()), int(tokens.max()))
+            _, cache = self.model.run_with_cache(
+                tokens.to(device),
+                names_filter=[self.hook_name],
+                stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(self.hook_name),
+            )
+            yield tokens, cache[self.hook_name]
+
+    def _encode(self, values: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos d_sae"]:
+        # Heads are joined, by the SAE if it wants to do it itself.
+        if self.sae.cfg.reshape_activations != "hook_z":
+            values = values.flatten(2)
+        codes: Tensor = self.sae.encode(values.to(self.sae.device, self.sae.dtype))
+        return codes.to_dense()  # SAELens' TopK can give them sparse in training.
+
+    def _rows(self) -> Iterator[Int[Tensor, " pos"]]:
+        if isinstance(self.text, Tensor):
+            yield from self.text.cpu()
+            return
+        texts = iter(self.text)
+        first: Any = next(texts, {})
+        column = next((c for c in _COLUMNS if c in first), None)
+        if column is None:
+            raise InputError(f"the text has columns {list(first)}: one of {_COLUMNS} is needed.")
+        values = (row[column] for row in itertools.chain([first], texts))
+        if column == "text":
+            yield from self._tokenised(values)
+            return
+        for ids in values:
+            if len(ids) < self.context_size:
+                raise InputError(
+                    f"a row of the text has {len(ids)} tokens, fewer than the {self.context_size} "
+                    "that the SAE was trained on. Tokenise into longer rows, or pass text."
+                )
+            yield torch.as_tensor(ids[: self.context_size], dtype=torch.long)
+
+    def _tokenised(self, texts: Iterator[str]) -> Iterator[Int[Tensor, " pos"]]:
+        """Rows as SAELens puts them together for training."""
+        metadata, tokenizer = self.sae.cfg.metadata, self.model.tokenizer
+        ids = (
+            torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
+            for text in texts
+        )
+        separator = metadata.get("sequence_separator_token", "bos")
+        yield from concat_and_batch_sequences(
+            (row for row in ids if len(row)),
+            self.context_size,
+            tokenizer.bos_token_id if metadata.get("prepend_bos", True) else None,
+            sequence_separator_token_id=get_special_token_from_cfg(separator, tokenizer),
+            disable_concat_sequences=bool(metadata.disable_concat_sequences),
+        )
+
+
+def _hook_name(sae: Any, hook_name: str | None) -> str:
+    if not isinstance(sae, SAE) or isinstance(sae, Transcoder):
+        raise InputError(
+            f"sae is a {type(sae).__name__}. What features do is asked in the space that an SAE "
+            "both reads and writes: pass one of SAELens', such as SAE.load_from_disk(...)."
+        )
+    if sae.cfg.metadata.hook_head_index is not None:
+        raise InputError(
+            f"the SAE reads head {sae.cfg.metadata.hook_head_index} alone; pass one that reads "
+            "all heads together."
+        )
+    hook_name = hook_name or sae.cfg.metadata.hook_name
+    if not hook_name:
+        raise InputError(
+            "the SAE's metadata say nothing of the hook it reads. Pass hook_name, such as "
+            "'blocks.2.mlp.hook_centroid'."
+        )
+    return str(hook_name)
+
+
+def load_sae(path: str | Path, device: str = "cpu") -> SAE[Any]:
+    """An SAE from a directory that SAELens wrote.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        with warnings.catch_warnings():
+            # How SAELens would load the model, which is none of its business here.
+            warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
+            return SAE.load_from_disk(str(path), device=device)
+    except Exception as error:  # Of any type, and all of them about the files.
+        raise InputError(
+            f"{path} holds no SAE that SAELens {version('sae-lens')} can load: {error}. Give a "
+            "directory with cfg.json and sae_weights.safetensors."
+        ) from error
+
+
+def describe_text(text: Any) -> str:
+    """Where a text is from, as far as it says."""
+    if isinstance(text, Cache):
+        return str(text.path)
+    if isinstance(text, str | Path):
+        return str(text)
+    kind = type(text).__name__
+    return f"{kind} of {len(text):,}" if hasattr(text, "__len__") else kind

@@ -1,0 +1,196 @@
+"""What is measured of the features of an SAE, on labelled items that training has not seen.
+
+Codes are matrices ``(n_items, d_sae)``: of each item the mean of its rows' features. Raw values of
+a component, averaged in the same way, take their place in the baselines.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from sklearn.feature_selection import SelectKBest, f_classif
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MaxAbsScaler, StandardScaler
+from torch import Tensor
+
+#: How many features a sparse probe may use.
+SPARSE = (1, 5, 10)
+
+
+def probe_accuracy(
+    train: Float[np.ndarray, "n_train d"],
+    train_labels: np.ndarray,
+    test: Float[np.ndarray, "n_test d"],
+    test_labels: np.ndarray,
+    *,
+    of_codes: bool = True,
+) -> float:
+    """Share of test items whose label logistic regression on all features gets right.
+
+    Args:
+        train, test: codes, or raw values.
+        train_labels, test_labels: of the items.
+        of_codes: codes are scaled by their largest absolute value, raw values standardised.
+    """
+    probe = make_pipeline(_scaler(of_codes), LogisticRegression(max_iter=2000))
+    return float(probe.fit(train, train_labels).score(test, test_labels))
+
+
+def sparse_probe_accuracy(
+    train: Float[np.ndarray, "n_train d"],
+    train_labels: np.ndarray,
+    test: Float[np.ndarray, "n_test d"],
+    test_labels: np.ndarray,
+    n_features: int,
+    *,
+    of_codes: bool = True,
+) -> float:
+    """How well a few features tell one label from all others, averaged over labels.
+
+    For each label the features that differ most between its training items and the others, by the
+    F statistic of an analysis of variance, are probed with logistic regression in which both sides
+    weigh the same. The score of a label is the balanced accuracy: 0.5 is chance. After Gurnee et
+    al., "Finding Neurons in a Haystack" (2023), which finds this criterion to do about as well as
+    costlier ones.
+
+    Args:
+        train, test: codes, or raw values.
+        train_labels, test_labels: of the items.
+        n_features: to choose for each label.
+        of_codes: as `probe_accuracy`.
+    """
+    varies = np.ptp(train, axis=0) > 0
+    if not varies.any():
+        return 0.5
+    train, test = train[:, varies], test[:, varies]
+    scores = []
+    for label in np.intersect1d(train_labels, test_labels):
+        is_train, is_test = train_labels == label, test_labels == label
+        probe = make_pipeline(
+            SelectKBest(f_classif, k=min(n_features, train.shape[1])),
+            _scaler(of_codes),
+            LogisticRegression(class_weight="balanced", max_iter=2000),
+        )
+        with warnings.catch_warnings():
+            # A feature that is constant on both sides tells them apart without error.
+            warnings.filterwarnings("ignore", "divide by zero", RuntimeWarning)
+            probe.fit(train, is_train)
+        scores.append(balanced_accuracy_score(is_test, probe.predict(test)))
+    return float(np.mean(scores))
+
+
+def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray) -> float:
+    """Share of test items with the label that most training items have."""
+    labels, counts = np.unique(train_labels, return_counts=True)
+    return float(np.mean(test_labels == labels[counts.argmax()]))
+
+
+def label_agreement(
+    codes: Float[np.ndarray, "n_items d_sae"], labels: np.ndarray, n_neighbours: int
+) -> float:
+    """Share of an item's nearest neighbours that have its label, averaged over items.
+
+    Near are items with the same features active: by the Jaccard index, features active in both over
+    features active in either. Of neighbours that are tied for the last places each counts in part,
+    so that the order of the items does not matter.
+
+    Args:
+        codes: zero where a feature is not active.
+        labels: of the items.
+        n_neighbours: less than the number of items.
+    """
+    active = torch.from_numpy(codes != 0)
+    _, numbers = np.unique(labels, return_inverse=True)
+    of_item = torch.from_numpy(numbers)
+    shares = [
+        _nearest_with_label(active, of_item, chunk, n_neighbours)
+        for chunk in torch.arange(len(codes)).split(1024)
+    ]
+    return float(torch.cat(shares).mean())
+
+
+def _nearest_with_label(
+    active: Bool[Tensor, "n_items d_sae"],
+    labels: Int[Tensor, " n_items"],
+    chunk: Int[Tensor, " n_chunk"],
+    n_neighbours: int,
+) -> Float[Tensor, " n_chunk"]:
+    indicator = active.float()
+    both = indicator[chunk] @ indicator.T
+    sizes = indicator.sum(1)
+    similarity = both / (sizes[chunk, None] + sizes - both).clamp_min(1)
+    similarity[torch.arange(len(chunk)), chunk] = -1  # No item is its own neighbour.
+    last = similarity.topk(n_neighbours, dim=1).values[:, -1:]
+    nearer, tied = similarity > last, similarity == last
+    places = n_neighbours - nearer.sum(1, keepdim=True)
+    weight = nearer + tied * places / tied.sum(1, keepdim=True)
+    return (weight * (labels[chunk, None] == labels)).sum(1) / n_neighbours
+
+
+def chance_agreement(labels: np.ndarray) -> float:
+    """Share of pairs of items that have the same label: what `label_agreement` is by chance."""
+    counts = np.unique(labels, return_counts=True)[1]
+    n = len(labels)
+    return float((counts * (counts - 1)).sum() / (n * (n - 1)))
+
+
+def mean_max_cosine(W: Float[Tensor, "n d_in"], other: Float[Tensor, "m d_in"]) -> float:
+    """Mean over features of the largest cosine with a feature of the other dictionary.
+
+    In both directions, averaged.
+
+    Args:
+        W, other: decoder rows of the features that count.
+    """
+    unit, other_unit = (torch.nn.functional.normalize(w.float(), dim=-1) for w in (W, other))
+    return _mean_max(unit @ other_unit.T)
+
+
+def mean_max_correlation(
+    codes: Float[np.ndarray, "n_items d"], other: Float[np.ndarray, "n_items m"]
+) -> float:
+    """Mean over features of the largest Pearson correlation with a feature of another dictionary.
+
+    In both directions, averaged, over the same items, and over the features that vary. The other
+    dictionary may be that of another model, whose space has nothing to do with this one's.
+    """
+    return _mean_max(_standardise(codes).T @ _standardise(other) / len(codes))
+
+
+def _standardise(codes: Float[np.ndarray, "n d"]) -> Float[Tensor, "n varying"]:
+    varying = torch.from_numpy(codes[:, np.ptp(codes, axis=0) > 0]).double()
+    centred = varying - varying.mean(0)
+    return centred / centred.square().mean(0).sqrt()
+
+
+def _mean_max(similarity: Float[Tensor, "n m"]) -> float:
+    if not similarity.numel():
+        return 0.0  # A dictionary of which nothing fires is like no other.
+    return float(similarity.amax(1).mean() + similarity.amax(0).mean()) / 2
+
+
+def probe_scores(
+    train: Float[np.ndarray, "n_train d"],
+    train_labels: np.ndarray,
+    test: Float[np.ndarray, "n_test d"],
+    test_labels: np.ndarray,
+    *,
+    of_codes: bool = True,
+) -> dict[str, float]:
+    """All probes of one kind of label: ``probe``, and ``sparse_probe_N`` for N features."""
+    data = (train, train_labels, test, test_labels)
+    return {
+        "probe": probe_accuracy(*data, of_codes=of_codes),
+        **{f"sparse_probe_{n}": sparse_probe_accuracy(*data, n, of_codes=of_codes) for n in SPARSE},
+    }
+
+
+def _scaler(of_codes: bool) -> Any:
+    # Codes are sparse, and a feature that is off stays at zero; raw values are neither.
+    return MaxAbsScaler() if of_codes else StandardScaler()

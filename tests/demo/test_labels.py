@@ -1,0 +1,142 @@
+"""Labels of stories and digits, against what the generator is known to have written."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+
+import pytest
+
+from lch_plugin.demo.corpus import stories, write_story
+from lch_plugin.demo.labels import (
+    behaviours,
+    embedded_task,
+    labelled_digits,
+    labelled_stories,
+    lexicon,
+    parts_of_speech,
+)
+from lch_plugin.demo.tasks import BEHAVIOURS, examples
+from lch_plugin.demo.vision import digits
+from lch_plugin.errors import InputError
+
+#: Words of the stories that are more than one part of speech in them, or none of those labelled.
+UNLABELLED = {
+    *("After Every In On Once One That There Where all before home in last lost next no on").split(),
+    *("orange over so that there to up where why").split(),
+}
+
+
+def tagged(text: str) -> dict[str, str]:
+    return {text[start:end]: kind for start, end, kind in parts_of_speech(text)}
+
+
+def test_the_stories_are_what_they_were() -> None:
+    """The embedded model was trained on them, and published results are of them."""
+    text = "\n".join([*stories(5000, seed=3), *stories(5000, split="test", seed=7)])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert digest == "a6f79b51aaf04e8145634a11e7cc13b79135fa366899b17aaf942a23a039bdb3"
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_other_word_has_a_part_of_speech(split: str) -> None:
+    text = " ".join(stories(4000, split=split, seed=1))
+    words = set(re.findall(r"[^\W\d]+|\d\d|[^\w\s]", text))
+    assert words - lexicon().keys() <= UNLABELLED
+    assert not UNLABELLED & lexicon().keys()
+
+
+def test_parts_of_speech_of_sentences() -> None:
+    assert tagged("When Mary and John went to the store, John gave a bottle to Mary.") == {
+        "When": "conjunction",
+        "Mary": "name",
+        "and": "conjunction",
+        "John": "name",
+        "went": "verb",
+        "the": "article",
+        "store": "noun",
+        ",": "punctuation",
+        "gave": "verb",
+        "a": "article",
+        "bottle": "noun",
+        ".": "punctuation",
+    }
+    assert tagged("The war lasted from 1732 until 1745.") == {
+        "The": "article",
+        "war": "noun",
+        "lasted": "verb",
+        "from": "preposition",
+        "17": "number",
+        "32": "number",
+        "until": "preposition",
+        "45": "number",
+        ".": "punctuation",
+    }
+    assert tagged("Zelkin never put her lovely children beside shelves") == {
+        "Zelkin": "name",
+        "never": "adverb",
+        "put": "verb",
+        "her": "pronoun",
+        "lovely": "adjective",
+        "children": "noun",
+        "beside": "preposition",
+        "shelves": "noun",
+    }
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS)
+def test_passages_are_those_of_the_examples(behaviour: str) -> None:
+    """Each passage begins as examples of its behaviour do, and no text is in between but spaces."""
+    rng = random.Random(0)
+    written = [write_story(rng) for _ in range(400)]
+    starts = {e.prompt.split()[0] for e in examples(behaviour, 300, split="train")}
+    found = 0
+    for story in written:
+        assert story.text == " ".join(text for _, text in story.passages)
+        spans = behaviours(story)
+        assert [kind for _, _, kind in spans] == [kind for kind, _ in story.combinations]
+        for start, end, kind in spans:
+            assert story.text[end - 1] == "."
+            assert start == 0 or story.text[start - 1] == " "
+            if kind == behaviour:
+                found += 1
+                first = story.text[start:end].split()[0]
+                assert first in starts or behaviour in ("ioi", "pronoun", "agreement", "a_an")
+    assert found > 10
+
+
+def test_words_of_a_passage_have_its_behaviour() -> None:
+    data = labelled_stories(50, seed=4)
+    assert list(data.inputs) == list(stories(50, seed=4))
+    for text, passages, by_word in zip(
+        data.inputs, data.labels["behaviour"], data.labels["behaviour, by word"], strict=True
+    ):
+        for start, end, kind in passages:
+            words = [text[a:b] for a, b, label in by_word if start <= a < end and label == kind]
+            assert "".join(words) == text[start:end].replace(" ", "")
+        assert sum(b - a for a, b, _ in by_word) == sum(
+            len(text[a:b].replace(" ", "")) for a, b, _ in passages
+        )
+
+
+def test_digits_are_labelled() -> None:
+    data = labelled_digits("test")
+    images, labels = digits("test")
+    assert data.labels == {"digit": labels.tolist()}
+    assert data.inputs.equal(images)
+
+
+def test_tasks() -> None:
+    task = embedded_task("stories", n_rows=3000, n_test_rows=1000, seed=2)
+    assert len(task.train.inputs) > len(task.test.inputs) > 20
+    assert list(task.test.inputs[:3]) == list(stories(3, split="test", seed=2))
+    assert embedded_task("digits", 1, 1).module == "encoder.layer.2.mlp"
+
+
+def test_bad_requests() -> None:
+    for n, split in ((0, "train"), (1, "dev")):
+        with pytest.raises(InputError):
+            labelled_stories(n, split=split)
+    with pytest.raises(InputError, match="digits and stories"):
+        embedded_task("letters", 1, 1)

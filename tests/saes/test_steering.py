@@ -1,0 +1,313 @@
+"""Steering, held to derivatives of the component and to a model left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+import lch_plugin as lch
+from lch_plugin.saes import CapturedComponent, HookedModel, steering, steering_effects
+from lch_plugin.saes.steering import SteeringEffects
+from tests import families, models
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: models.bridge("gpt2", torch.float64),
+    "opt": lambda: models.bridge("opt", torch.float64),
+    "gemma3_text": lambda: models.bridge("gemma3_text", torch.float64),
+    "HookedTransformer": lambda: models.hooked(torch.float64),
+}
+MLP = "blocks.1.mlp"
+
+
+@pytest.fixture(scope="module")
+def bridge() -> Any:
+    return models.bridge("gpt2", torch.float64)
+
+
+def direction(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(models.D_MODEL, dtype=torch.float64, generator=generator)
+
+
+def logits(model: Any, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        output = model(models.tokens() if ids is None else ids)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def written(model: Any, component: str, vector: Tensor) -> Tensor:
+    """What a component writes while the model is steered there."""
+    found: list[Tensor] = []
+    hook = model.get_submodule(component).register_forward_hook(
+        lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y)
+    )
+    with steering(model, component, vector):
+        logits(model)
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("component", [MLP, "blocks.1.attn", "blocks.1"])
+def test_the_component_reads_the_sum(name: str, component: str) -> None:
+    if (name, component) == ("opt", MLP):
+        pytest.skip("OPT's MLP is no module of its own")
+    model, d = MODELS[name](), direction()
+    alone = CapturedComponent(model, [models.tokens()], component)
+    with torch.no_grad():
+        torch.testing.assert_close(written(model, component, d), alone(alone.x + d))
+    if name in ("gpt2", "HookedTransformer"):  # Others have norms or softmaxes in float32.
+        _, slope = torch.autograd.functional.jvp(alone, alone.x, d.expand_as(alone.x))
+        rise, fall = (written(model, component, sign * 1e-5 * d) for sign in (1, -1))
+        torch.testing.assert_close((rise - fall) / 2e-5, slope, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_is_what_it_was(name: str) -> None:
+    model, d = MODELS[name](), direction()
+    clean = logits(model)
+    before = n_hooks(model)
+    with steering(model, MLP, d):
+        assert not torch.equal(logits(model), clean)
+    fails = model.get_submodule("blocks.2").register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), steering(model, MLP, d):
+        logits(model)
+    fails.remove()
+    effects = steering_effects(model, [models.tokens()], MLP, d[None], n_random=2)
+    assert n_hooks(model) == before
+    assert torch.equal(logits(model), clean)
+    assert effects.kl.min() > 0
+
+
+def test_nothing_added_changes_nothing(bridge: Any) -> None:
+    clean = logits(bridge)
+    with steering(bridge, MLP, direction() * 0):
+        assert torch.equal(logits(bridge), clean)
+    effects = steering_effects(
+        bridge, [models.tokens()], MLP, direction()[None], strengths=[0.0, 0.5], n_random=2
+    )
+    for values in (effects.kl, effects.random_kl, effects.logit_change, effects.logit_shift):
+        assert not values[:, 0].any()
+        assert values[:, 1].any()
+
+
+def test_contexts_add_up(bridge: Any) -> None:
+    a, b = direction(0), direction(1)
+    with steering(bridge, MLP, a), steering(bridge, MLP, b):
+        nested = logits(bridge)
+    with steering(bridge, MLP, a + b):
+        torch.testing.assert_close(logits(bridge), nested)
+
+
+def test_positions(bridge: Any) -> None:
+    """Earlier tokens do not see it, later ones do, through attention."""
+    clean = logits(bridge)
+    with steering(bridge, MLP, direction(), [3]):
+        listed = logits(bridge)
+    with steering(bridge, MLP, direction(), slice(3, 4)):
+        assert torch.equal(logits(bridge), listed)
+    changed = (listed != clean).any(-1).any(0)
+    assert changed.tolist() == [False] * 3 + [True] * 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("site", ["mlp", "attn", "block"])
+def test_centroids_are_those_of_the_steered_input(name: str, site: Any) -> None:
+    """Also where the hook points were there first."""
+    if (name, site) == ("opt", "mlp"):
+        pytest.skip("OPT's MLP is no module of its own")
+    model, d, v = MODELS[name](), direction(), lch.cotangents.Random(0)
+    component = {"mlp": MLP, "attn": "blocks.1.attn", "block": "blocks.1"}[site]
+    with lch.attach(model, layers=1, site=site, cotangent=v) as handle:
+        (hook,) = handle.hook_names
+        with steering(model, hook, d):
+            _, cache = model.run_with_cache(models.tokens(), names_filter=[hook])
+    alone = CapturedComponent(model, [models.tokens()], component)
+    torch.testing.assert_close(
+        cache[hook], lch.centroid(alone, alone.x + d, v), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_names_of_hook_points_stand_for_what_the_component_reads(bridge: Any) -> None:
+    def steered(model: Any, component: str) -> Tensor:
+        with steering(model, component, direction()):
+            return logits(model)
+
+    assert torch.equal(steered(bridge, f"{MLP}.hook_centroid"), steered(bridge, MLP))
+    assert torch.equal(steered(bridge, f"{MLP}.hook_in"), steered(bridge, MLP))
+    span = steered(bridge, "blocks.2.hook_centroid_from_1")
+    assert torch.equal(span, steered(bridge, "blocks.1"))
+    model = models.huggingface("gpt2", torch.float64)
+    hooked = HookedModel(model, models.tokenizer(), "transformer.h.1.mlp")
+    by_hook = steered(hooked, "transformer.h.1.mlp.hook_centroid")
+    assert torch.equal(by_hook, steered(model, "transformer.h.1.mlp"))
+    torch.testing.assert_close(by_hook, steered(bridge, MLP))
+
+
+def test_generation_is_steered() -> None:
+    loaded = lch.load_demo_model()
+    w = 20 * torch.nn.functional.normalize(direction().float(), dim=0).repeat(4)
+    settings: Any = {"max_new_tokens": 8, "do_sample": False, "verbose": False}
+    before = loaded.generate("Once there was", **settings)
+    with steering(loaded, "blocks.2.hook_centroid", w):
+        assert loaded.generate("Once there was", **settings) != before
+    assert loaded.generate("Once there was", **settings) == before
+
+
+def test_effects_are_those_of_the_definition(bridge: Any) -> None:
+    ids, ds = models.tokens(batch=3), torch.stack([direction(0), direction(1)])
+    effects = steering_effects(
+        bridge, ids.split(2), MLP, ds, strengths=[0.2, -0.5], positions=slice(2, None), n_random=3
+    )
+    seen: list[Tensor] = []
+    hook = bridge.get_submodule(MLP).register_forward_pre_hook(lambda _m, x: seen.append(x[0]))
+    clean = logits(bridge, ids)
+    hook.remove()
+    norm = float(seen[0][:, 2:].norm(dim=-1).mean())
+    assert effects.input_norm == pytest.approx(norm)
+    assert effects.strengths == (0.2, -0.5)
+    for i, d in enumerate(ds):
+        for j, strength in enumerate(effects.strengths):
+            with steering(bridge, MLP, strength * norm * d / d.norm(), slice(2, None)):
+                steered = logits(bridge, ids)
+            p, q = (t.log_softmax(-1)[:, 2:] for t in (clean, steered))
+            kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True)
+            torch.testing.assert_close(effects.kl[i, j], kl.sum(-1).mean(1))
+            change = (steered - clean)[:, 2:]
+            change = change - change.mean(-1, keepdim=True)
+            torch.testing.assert_close(effects.logit_shift[i, j], change.mean((0, 1)))
+            torch.testing.assert_close(effects.logit_change[i, j], change.abs().mean())
+            assert effects.promoted(i, j, 3).tolist() == change.mean((0, 1)).topk(3)[1].tolist()
+            assert (
+                effects.suppressed(i, j, 3).tolist() == (-change.mean((0, 1))).topk(3)[1].tolist()
+            )
+
+
+def test_controls_have_the_norms_of_the_directions_beside_them(bridge: Any) -> None:
+    seen: list[Tensor] = []
+    hook = bridge.get_submodule(MLP).register_forward_pre_hook(lambda _m, x: seen.append(x[0]))
+    effects = steering_effects(
+        bridge,
+        [models.tokens()],
+        MLP,
+        torch.stack([direction(0), direction(1) * 9]),
+        strengths=[0.1, 2.0],
+        positions=[-1],
+        n_random=5,
+        generator=torch.Generator().manual_seed(0),
+    )
+    hook.remove()
+    clean, moved = seen[0], torch.stack(seen[2:])
+    assert torch.equal(moved[:, :, :-1], clean[:, :-1].expand_as(moved[:, :, :-1]))
+    norms = (moved - clean)[:, :, -1].norm(dim=-1) / effects.input_norm
+    expected = torch.tensor([0.1, 2.0] * 7, dtype=torch.float64)[:, None].expand_as(norms)
+    torch.testing.assert_close(norms, expected)
+    directions = torch.nn.functional.normalize((moved - clean)[4::2, 0, -1], dim=-1)
+    assert len(directions) == 5
+    assert (directions @ directions.T).triu(1).abs().max() < 0.9
+
+
+def test_the_same_generator_gives_the_same_controls(bridge: Any) -> None:
+    def kl(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ids = [models.tokens()]
+        return steering_effects(
+            bridge, ids, MLP, direction()[None], n_random=2, generator=generator
+        ).random_kl
+
+    assert torch.equal(kl(0), kl(0))
+    assert not torch.equal(kl(0), kl(1))
+
+
+def test_ratios_and_p_values() -> None:
+    kl = torch.tensor([[[2.0, 8.0]], [[0.5, 0.5]]])
+    random = torch.tensor([[[1.0, 1.0]], [[2.0, 2.0]], [[1.0, 1.0]]])
+    one = torch.ones(2, 1)
+    effects = SteeringEffects((1.0,), 1.0, kl, random, one, one[:1].repeat(3, 1), one[..., None])
+    torch.testing.assert_close(effects.ratios, torch.tensor([[4.0], [0.5]]))
+    torch.testing.assert_close(effects.p_values, torch.tensor([[0.25], [1.0]]))
+
+
+def test_padding_does_not_count() -> None:
+    model, ids = models.huggingface("gpt2", torch.float64), models.tokens()
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    options: Any = {"n_random": 2, "strengths": [0.5]}
+    component, d = "transformer.h.1.mlp", direction()[None]
+    padded = {"input_ids": ids, "attention_mask": mask}
+
+    def effects(batches: list[Any]) -> SteeringEffects:
+        generator = torch.Generator().manual_seed(0)
+        return steering_effects(model, batches, component, d, generator=generator, **options)
+
+    together, apart = effects([padded]), effects([ids[:1], ids[1:, :4]])
+    assert together.input_norm == pytest.approx(apart.input_norm)
+    for name in ("kl", "random_kl", "logit_change", "logit_shift"):
+        torch.testing.assert_close(getattr(together, name), getattr(apart, name))
+
+
+def test_classifiers_have_one_prediction() -> None:
+    settings: Any = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ViTConfig(**settings, intermediate_size=48, image_size=16, patch_size=8, num_labels=5)
+    torch.manual_seed(0)
+    vit = ViTForImageClassification(config).eval().double()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    name = next(n for n, _ in vit.named_modules() if n.endswith("1.mlp") or n.endswith("layer.1"))
+    effects = steering_effects(
+        vit, [images], name, direction()[None], positions=slice(1, None), n_random=2
+    )
+    assert effects.kl.shape == (1, 3, 3)
+    assert effects.logit_shift.shape == (1, 3, 5)
+
+
+ONE = direction()[None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": []}, "no batches"),
+        ({"directions": ONE * 0}, r"rows \[0\] are zero"),
+        ({"directions": ONE / 0}, r"rows \[0\] are zero"),
+        ({"directions": ONE[0]}, "one direction a row"),
+        ({"directions": ONE[:, 1:]}, "cannot be added"),
+        ({"strengths": []}, "strengths"),
+        ({"strengths": [float("nan")]}, "strengths"),
+        ({"n_random": 0}, "at least 1"),
+        ({"positions": [7]}, "do not exist in sequences of 7"),
+        ({"positions": slice(7, None)}, "without tokens"),
+        ({"component": "blocks.7.mlp"}, "is no component"),
+        ({"component": "hook_centroid"}, "is no component"),
+        ({"component": ""}, "is no component"),
+        ({"component": "blocks"}, "did not call"),
+    ],
+)
+def test_bad_input_is_refused(
+    bridge: Any, arguments: dict[str, Any], message: str, as_users_run: None
+) -> None:
+    usual = {"batches": [models.tokens()], "component": MLP, "directions": ONE}
+    before = n_hooks(bridge)
+    with pytest.raises(lch.LCHError, match=message):
+        steering_effects(bridge, **(usual | arguments))
+    assert n_hooks(bridge) == before
+
+
+def test_bad_vectors_and_models_are_refused(bridge: Any, as_users_run: None) -> None:
+    for vector in (direction() / 0, ONE):
+        with pytest.raises(lch.InputError, match="not finite"), steering(bridge, MLP, vector):
+            pass
+    for vector, positions in ((direction()[1:], slice(None)), (direction(), [9])):
+        with pytest.raises(lch.InputError), steering(bridge, MLP, vector, positions):
+            logits(bridge)
+    backbone = families.huggingface("vit_base", torch.float64)
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with pytest.raises(lch.InputError, match="without logits"):
+        steering_effects(backbone, [images], "layers.1.mlp", ONE)
