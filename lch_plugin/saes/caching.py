@@ -149,20 +149,21 @@ def cache(
             **tokenization,
         }
         manifest = {**record(model, d_in), "settings": settings, "n_tokens": n_tokens}
+        is_finished = directory == path
         if before:
-            _check_same(before, manifest, directory, finished=directory == path)
+            _check_same(before, manifest, directory, is_finished)
         manifest |= {
             # Recorded, but not compared: a text is known by its tokens.
             "dataset": _describe(dataset, texts),
             "versions": {name: version(name) for name in _LIBRARIES},
-            "n_sequences": before.get("n_sequences"),
+            "n_sequences": before["n_sequences"] if is_finished else None,
             "shards": before.get("shards", []),
         }
         store = _store(model, texts, seed, d_in, context_size, tokenization)
         source = _Source(model, store, columns, batch_size, getattr(torch, dtype))
         shards = _fill(directory, manifest, source)
-    if directory != path:
-        _finish(directory, path, {**manifest, "shards": shards}, columns)
+    if not is_finished:
+        _finish(directory, path, manifest, shards, columns)
     return Cache(path)
 
 
@@ -212,47 +213,48 @@ class _Source:
             yield record_batch(self.columns, batch, values)
 
 
-def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[dict[str, Any]]:
+def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[Shard]:
     """Compute the shards that are not there, and enter each into the manifest when it is whole.
 
     Returns:
-        The manifest's entries of all shards.
+        The shards of the text, of a finished cache up to the last that had to be computed.
     """
-    context_size, n_tokens = source.store.context_size, manifest["n_tokens"]
+    known = {shard["file"]: Shard(**shard) for shard in manifest["shards"]}
+    damaged = [i for i, s in enumerate(known.values()) if s.fault(directory, read=True)]
+    whole = set(known) - {list(known)[i] for i in damaged}
     size = manifest["settings"]["batch_size"] * manifest["settings"]["batches_per_shard"]
-    shards = {shard["file"]: Shard(**shard) for shard in manifest["shards"]}
-    whole = {file for file, s in shards.items() if s.fault(directory, read=True) is None}
-    n_sequences, n_found, used = n_tokens and -(-n_tokens // context_size), 0, []
+    context_size, n_tokens = source.store.context_size, manifest["n_tokens"]
+    n_sequences = None if n_tokens is None else -(-n_tokens // context_size)
     is_finished = manifest["n_sequences"] is not None
     if is_finished:
-        # The first in any case, to see that the text is the same; then as far as is needed.
-        last = max((i for i, file in enumerate(shards) if file not in whole), default=0)
-        n_sequences = min(manifest["n_sequences"], (last + 1) * size)
-    is_complete = is_finished and len(whole) == len(shards)
-    with nullcontext() if is_complete else _alone(directory), _progress(n_sequences) as advance:
+        # The first shard in any case, to see that the text is the same.
+        n_sequences = min(manifest["n_sequences"], size * (1 + max(damaged, default=0)))
+    shards: list[Shard] = []
+    n_found, is_read_only = 0, is_finished and not damaged
+    with nullcontext() if is_read_only else _alone(directory), _progress(n_sequences) as advance:
         for index, tokens in enumerate(_ahead(source.tokens(size, n_sequences))):
             n_found += len(tokens)
-            if n_sequences is not None and n_found < min(n_sequences, (index + 1) * size):
-                break  # Too few.
+            if n_sequences is not None and n_found < min(n_sequences, size * (index + 1)):
+                break  # The text ends too early, and what is short is not written.
             file, ids = f"data-{index:05d}.arrow", hash_tokens(tokens.numpy())
-            used.append(file)
-            before = shards.get(file)
-            if before is not None and before.n_sequences == len(tokens):
-                if before.tokens != ids:
-                    raise _other_text(directory, f"it has other tokens in {file}")
-                if file in whole:
-                    advance(len(tokens))
-                    continue
-            with _writing(directory):
+            shard = known.get(file)
+            is_of_size = shard is not None and shard.n_sequences == len(tokens)
+            if shard is not None and is_of_size and shard.tokens != ids:
+                raise _other_text(directory, f"it has other tokens in {file}")
+            if shard is not None and is_of_size and file in whole:
+                advance(len(tokens))
+            else:
                 batches = _each(source.values(tokens), lambda batch: advance(batch.num_rows))
-                n_bytes, xxh3 = write_shard(directory / file, source.columns.arrow_schema, batches)
-                shards[file] = Shard(file, len(tokens), n_bytes, xxh3, ids)
-                entries = [asdict(shards[name]) for name in sorted(shards)]
-                write_text(directory / MANIFEST, _json({**manifest, "shards": entries}))
+                with _writing(directory):
+                    written = write_shard(directory / file, source.columns.arrow_schema, batches)
+                    shard = known[file] = Shard(file, len(tokens), *written, ids)
+                    entries = [asdict(known[name]) for name in sorted(known)]
+                    write_text(directory / MANIFEST, _json({**manifest, "shards": entries}))
+            shards.append(shard)
     if n_found < (n_sequences or 1):
         n_texts = source.store.n_dataset_processed
         if is_finished:
-            raise _other_text(directory, f"it has more than these {n_texts} texts make")
+            raise _other_text(directory, f"it has more tokens than these {n_texts} texts make")
         if n_sequences is None:
             raise InputError(
                 f"the {n_texts} texts do not fill a sequence of context_size={context_size}. Pass "
@@ -263,7 +265,7 @@ def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[di
             f"sequences of context_size={context_size}. Lower n_tokens or leave it out, and what "
             "is computed already is used; or pass more text."
         )
-    return [asdict(shards[file]) for file in (sorted(shards) if is_finished else used)]
+    return shards
 
 
 def _other_text(directory: Path, reason: str) -> InputError:
@@ -273,10 +275,14 @@ def _other_text(directory: Path, reason: str) -> InputError:
     )
 
 
-def _finish(directory: Path, path: Path, manifest: dict[str, Any], columns: Features) -> None:
+def _finish(
+    directory: Path, path: Path, manifest: dict[str, Any], shards: list[Shard], columns: Features
+) -> None:
     """Make shards a dataset, and give the directory its name."""
-    shards = [Shard(**shard) for shard in manifest["shards"]]
-    manifest["n_sequences"] = sum(shard.n_sequences for shard in shards)
+    manifest |= {
+        "n_sequences": sum(shard.n_sequences for shard in shards),
+        "shards": [asdict(shard) for shard in shards],
+    }
     with _writing(directory):
         for file in {p.name for p in directory.iterdir()} - {shard.file for shard in shards}:
             (directory / file).unlink()
@@ -303,15 +309,15 @@ def _find(path: str | Path) -> tuple[Path, Path, dict[str, Any]]:
 
 
 def _check_same(
-    before: dict[str, Any], now: dict[str, Any], directory: Path, *, finished: bool
+    before: dict[str, Any], now: dict[str, Any], directory: Path, is_finished: bool
 ) -> None:
-    if not finished:  # What there is of another number of tokens is of use.
+    if not is_finished:  # What there is of another number of tokens is of use.
         now = {key: value for key, value in now.items() if key != "n_tokens"}
     found = differences(before, now)
     if found:
         raise InputError(
-            f"{directory} holds {'a cache' if finished else 'an unfinished cache'} of something "
-            f"else. {' '.join(found)} Pass what was, choose another path, or remove it."
+            f"{directory} holds {'a' if is_finished else 'an unfinished'} cache of something else. "
+            f"{' '.join(found)} Repeat the call it was made by, choose another path, or remove it."
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 from pyarrow import compute, types
 from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 
@@ -16,19 +16,9 @@ from lch_plugin.files import check_new_directory
 from lch_plugin.saes.hooked import HookedModel
 from lch_plugin.saes.hooks import d_vocab, width
 
-_DATASETS = (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
 # Columns that SAELens reads, in its order.
 _TOKEN_COLUMNS = ("tokens", "input_ids")
 _COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
-
-
-def check_is_dataset(dataset: Any) -> None:
-    """Refuse what is no dataset of the `datasets` library."""
-    if not isinstance(dataset, _DATASETS):
-        raise InputError(
-            f"dataset is a {type(dataset).__name__}; SAELens takes those of the datasets library. "
-            "Wrap a list of texts as datasets.Dataset.from_dict({'text': texts})."
-        )
 
 
 def check_width(hook: str, d_in: int, found: int) -> None:

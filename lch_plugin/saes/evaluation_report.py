@@ -87,12 +87,17 @@ def evaluation_report(
         What ``results.json`` holds.
 
     Raises:
-        InputError: model, SAE, text and hook do not fit each other.
+        InputError: model, SAE, text, hook and numbers do not fit each other.
         SiteError, VanishingCentroidError: as `lch_plugin.attach`.
         OutputError: ``out`` holds other content or cannot be written.
     """
     check_new_directory(out)
     check_model(model)
+    if skip < 0 or min(n_features, n_sequences) < 1:
+        raise InputError(
+            f"skip={skip} must be zero or more, and n_features={n_features} and "
+            f"n_sequences={n_sequences} at least 1."
+        )
     codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
     positions = slice(skip, None)
     console = Console()

@@ -58,7 +58,10 @@ def load_text(source: Source, *, split: str = "train", streaming: bool = False) 
     if isinstance(source, str | Path):
         return _load(source, split, streaming)
     if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
-        raise InputError(f"a {type(source).__name__} is no text. {_FORMS}, and a list of strings.")
+        raise InputError(
+            f"the text is a {type(source).__name__}, which is no text. {_FORMS}, and a list of "
+            "strings."
+        )
     if not any(text.strip() for text in source):
         raise InputError(f"there is no text among the {len(source)} given.")
     return Dataset.from_dict({"text": list(source)})

@@ -21,13 +21,13 @@ from lch_plugin.saes.cache import Cache
 from lch_plugin.saes.checks import (
     check_dataset,
     check_hooks,
-    check_is_dataset,
     check_run,
     check_width,
 )
 from lch_plugin.saes.hooked import HookedModel
 from lch_plugin.saes.hooks import attached, check_model
 from lch_plugin.saes.runners import CachedRunner, MultiRunner, Runner
+from lch_plugin.saes.texts import load_text
 
 _Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 
@@ -83,14 +83,15 @@ def train(
     Args:
         model: TransformerBridge or HookedTransformer, SAELens' subclass of either, or a
             `lch_plugin.saes.HookedModel` for models that TransformerLens does not know.
-        dataset: a `datasets` dataset of text or tokens, as SAELens takes them.
+        dataset: a `datasets` dataset of text or tokens as SAELens takes them, or anything else that
+            `lch_plugin.saes.load_text` takes.
         config: SAELens' own configuration; its ``model_name`` is only recorded.
 
     Returns:
         The SAE; of a ``MultiSAETrainingRunnerConfig`` each SAE by its name.
 
     Raises:
-        InputError: the dataset is no dataset, or the configuration does not fit the model, the
+        InputError: the dataset holds no text, or the configuration does not fit the model, the
             dataset, the cache or itself.
         SiteError: the model has no such hook.
         OutputError: ``config.output_path`` holds other content or cannot be written.
@@ -101,7 +102,7 @@ def train(
             return _train_on_cache(model, config)
         check_model(model)
         assert model is not None
-        check_is_dataset(dataset)
+        dataset = load_text(dataset)
         hooks = _hooks(config)
         with attached(model, [hook for hook, *_ in hooks.values()]):
             check_hooks(model, hooks, config.context_size)

@@ -137,6 +137,9 @@ def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
     model = lch.load_demo_model()
     with pytest.raises(lch.InputError, match="no row of 64 tokens"):
         evaluation_report(model, sae, ["Too short."], tmp_path / "out")
+    for setting in ({"skip": -1}, {"n_features": 0}, {"n_sequences": 0}):
+        with pytest.raises(lch.InputError, match="at least 1"):
+            evaluation_report(model, sae, TEXTS, tmp_path / "out", **setting)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(lch.OutputError):

@@ -36,7 +36,7 @@ def codes(seed: int, strength: float = 1.0, d_sae: int = 12) -> np.ndarray:
 
 
 def test_probes_find_what_is_there() -> None:
-    train, test = codes(0), codes(1)
+    train, test = codes(0, strength=4), codes(1, strength=4)
     scores = probe_scores(train, LABELS, test, LABELS)
     assert scores == {"probe": 1, "sparse_probe_1": 1, "sparse_probe_5": 1, "sparse_probe_10": 1}
 
