@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lch_plugin.adapters import huggingface
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
-from lch_plugin.files import new_directory
+from lch_plugin.files import new_directory, portable
 from lch_plugin.loading import LoadedModel
 
 CENTROIDS, RECORD = "centroids.safetensors", "record.json"
@@ -70,7 +70,7 @@ def extract(
         }
         tensors = {name: mu.contiguous().cpu() for name, mu in tensors.items()}
         record = {
-            "model": loaded.name,
+            "model": portable(loaded.name),
             "revision": loaded.revision,
             "dtype": str(loaded.model.dtype),
             "prompts": prompts,

@@ -103,3 +103,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def portable(name: str) -> str:
+    """A model's name, or its path; of a path within this package, the part that every machine has.
+
+    >>> portable("gpt2")
+    'gpt2'
+    """
+    package = Path(__file__).parent
+    path = Path(name)
+    return str(path.relative_to(package.parent)) if path.is_relative_to(package) else name

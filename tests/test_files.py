@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import lch_plugin as lch
-from lch_plugin.files import new_directory
+from lch_plugin.demo import DEMO_MODEL_DIR
+from lch_plugin.files import new_directory, portable
 
 
 def test_a_finished_directory_takes_its_name(tmp_path: Path) -> None:
@@ -53,3 +54,9 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> 
     ):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_paths_of_embedded_models_are_the_same_on_every_machine() -> None:
+    assert portable(str(DEMO_MODEL_DIR)) == "lch_plugin/demo/model"
+    assert portable("gpt2") == "gpt2"
+    assert portable("/models/gpt2") == "/models/gpt2"

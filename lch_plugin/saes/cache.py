@@ -161,6 +161,13 @@ class Cache:
     ) -> Stream:
         """Shuffled rows of one hook point, without end. See `Stream`.
 
+        Args:
+            hook_name: one of `hook_names`.
+            batch_size: rows in a batch.
+            buffer_size: tokens in memory at a time, whose rows are shuffled among each other.
+            seed: of the order.
+            exclude_tokens: ids of tokens whose rows are left out, special ones for example.
+
         Raises:
             InputError: no such hook point, numbers out of range, nothing left by
                 ``exclude_tokens``, or no token ids to exclude any by.

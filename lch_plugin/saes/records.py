@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.files import portable
 from lch_plugin.saes.hooked import HookedModel
 from lch_plugin.saes.hooks import attached, provenance
 
@@ -35,7 +36,7 @@ def record(model: LensModel | HookedModel, d_in: Mapping[str, int]) -> dict[str,
         name, kind = huggingface.model_name(model.model), type(model.model).__name__
     else:
         config = getattr(getattr(model, "original_model", None), "config", None)
-        name, kind = model.cfg.model_name, type(model).__name__
+        name, kind = portable(model.cfg.model_name), type(model).__name__
     with attached(model, d_in):
         centroids = {hook: provenance(model, hook) for hook in d_in}
     return {

@@ -1061,3 +1061,10 @@ def test_handles_say_what_they_are(gpt2: Any) -> None:
     assert "detached" in repr(handle)
     assert "(2, 6, 32)" in repr(handle.cache)
     assert len(handle.cache) == 2
+
+
+@pytest.mark.parametrize("make", [lambda: models.bridge("gpt2"), models.hooked])
+def test_models_of_transformerlens_are_referred_to_their_own_adapter(make: Any) -> None:
+    """HookedTransformer's attention reads one value as three tensors, of which one was followed."""
+    with pytest.raises(lch.AttachError, match=r"lch\.attach"):
+        lch.huggingface.attach(make(), "blocks.1.attn")

@@ -16,7 +16,8 @@ from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
 from lch_plugin.adapters.huggingface.readers import ClosedFormReader, Graph, Reader, VJPReader
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.cotangents import Cotangent
-from lch_plugin.errors import InputError, SiteError
+from lch_plugin.errors import AttachError, InputError, SiteError
+from lch_plugin.files import portable
 from lch_plugin.memo import Memo
 
 # By module: components of one model share graphs, whoever attached to them.
@@ -212,6 +213,7 @@ def attach(
 
     Raises:
         InputError: the model is no module, or the cotangent none that works here.
+        AttachError: the model is one of TransformerLens.
         SiteError: no such module, or one whose weights are not loaded or quantised.
         VanishingCentroidError: the cotangent reads nothing of what an MLP writes; of what another
             component writes this is raised when it first runs.
@@ -262,6 +264,11 @@ def make_readers(
         cotangent: ``v``.
         sink: where each one's centroids go, and whether anybody wants them.
     """
+    if hasattr(model, "hook_dict"):
+        raise AttachError(
+            f"model is a {type(model).__name__}, whose components have hook points and are called "
+            "in ways of their own. Attach it with lch.attach."
+        )
     graph = _graph_of(model)
     readers: list[Reader] = []
     for target in targets:
@@ -324,4 +331,5 @@ def context_length(model: nn.Module) -> int | None:
 
 def model_name(model: nn.Module) -> str:
     """Where a HuggingFace model came from, or the class of one that does not say."""
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return portable(name) or type(model).__name__

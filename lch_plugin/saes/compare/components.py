@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lch_plugin.errors import InputError
+from lch_plugin.files import portable
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes.compare.data import Items, Labelled, Split, prepare
 from lch_plugin.saes.compare.settings import SITES, ComparisonSettings
@@ -48,7 +49,7 @@ class Component:
     def record(self) -> dict[str, Any]:
         """In terms of JSON."""
         return {
-            "model": self.loaded.name,
+            "model": portable(self.loaded.name),
             "revision": self.loaded.revision,
             "weights": weights_fingerprint(self.loaded.model),
             "dtype": str(self.loaded.model.dtype),
