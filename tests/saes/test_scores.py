@@ -12,6 +12,7 @@ from scipy import stats
 from sklearn.metrics import pairwise_distances
 
 from lch_plugin.saes.compare.scores import (
+    SPARSE,
     chance_agreement,
     label_agreement,
     majority_accuracy,
@@ -19,7 +20,7 @@ from lch_plugin.saes.compare.scores import (
     mean_max_cosine,
     probe_accuracy,
     probe_scores,
-    sparse_probe_accuracy,
+    sparse_probe_accuracies,
 )
 from lch_plugin.saes.compare.statistics import mean_and_sd, paired_test
 
@@ -49,7 +50,7 @@ def test_probes_find_nothing_where_nothing_is(of_codes: bool) -> None:
     test = rng.normal(size=(600, 12)).astype(np.float32)
     labels, test_labels = rng.permutation(np.tile(LABELS, 5)), rng.permutation(np.tile(LABELS, 5))
     full = probe_accuracy(train, labels, test, test_labels, of_codes=of_codes)
-    sparse = sparse_probe_accuracy(train, labels, test, test_labels, 5, of_codes=of_codes)
+    sparse = sparse_probe_accuracies(train, labels, test, test_labels, of_codes=of_codes)[5]
     assert full == pytest.approx(1 / 3, abs=4 * np.sqrt(2 / 9 / 600))
     assert sparse == pytest.approx(1 / 2, abs=4 * np.sqrt(1 / 4 / 600))
 
@@ -58,26 +59,27 @@ def test_sparse_probes_choose_features_in_training() -> None:
     """A feature that tells the labels apart among the test items only is no use."""
     train, test = codes(0, strength=0), codes(1, strength=0)
     test[:, 0] = LABELS == "x"
-    assert sparse_probe_accuracy(train, LABELS, test, LABELS, 1) < 0.7
+    assert sparse_probe_accuracies(train, LABELS, test, LABELS)[1] < 0.7
     train[:, 0] = LABELS == "x"
     is_x = np.where(LABELS == "x", "x", "other")
-    assert sparse_probe_accuracy(train, is_x, test, is_x, 1) == 1
+    assert sparse_probe_accuracies(train, is_x, test, is_x)[1] == 1
 
 
 def test_more_features_tell_more() -> None:
-    """Eight features, each of which fires on an eighth of one label: one of them finds that much."""
+    """Eight features, each of which fires on an eighth of one label: one finds that much."""
     found = np.zeros((160, 16), dtype=np.float32)
     labels = np.repeat(["x", "y"], 80)
     for i in range(160):
         found[i, 8 * (i // 80) + i % 8] = 1
-    one, five = (sparse_probe_accuracy(found, labels, found, labels, n) for n in (1, 5))
-    assert one == pytest.approx((1 / 8 + 1) / 2)
-    assert five == pytest.approx((5 / 8 + 1) / 2)
+    scores = sparse_probe_accuracies(found, labels, found, labels)
+    assert scores[1] == pytest.approx((1 / 8 + 1) / 2)
+    assert scores[5] == pytest.approx((5 / 8 + 1) / 2)
 
 
 def test_a_dead_dictionary_is_at_chance() -> None:
     dead = np.zeros((120, 8), dtype=np.float32)
-    assert sparse_probe_accuracy(dead, LABELS, dead, LABELS, 5) == 0.5
+    chance = dict.fromkeys(SPARSE, 0.5)
+    assert sparse_probe_accuracies(dead, LABELS, dead, LABELS) == chance
     assert probe_accuracy(dead, LABELS, dead, LABELS) == pytest.approx(1 / 3)
     assert label_agreement(dead, LABELS, 5) == pytest.approx(chance_agreement(LABELS))
     assert mean_max_correlation(dead, codes(0)) == 0

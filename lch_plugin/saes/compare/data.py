@@ -161,6 +161,11 @@ _ADDED = -1
 
 def _n_patches(loaded: LoadedModel, data: Labelled, module: str) -> int:
     """Tokens of an image at a module, those that are no patches among them."""
+    if loaded.model.main_input_name != "pixel_values":
+        raise InputError(
+            f"{loaded.name} reads {loaded.model.main_input_name}, and the inputs are no texts. "
+            "Give texts as strings, or a model of images."
+        )
     first = Images(data.first(1).inputs, loaded.processor, batch_size=1)
     (rows,) = Rows(loaded.model, first, module, of="output")
     return len(rows)
