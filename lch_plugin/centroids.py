@@ -30,7 +30,7 @@ from lch_plugin.errors import InputError, NotDifferentiableError
 Neighbourhood = Literal["ball", "gaussian"]
 
 # Rows of x evaluated at once by `local_centroid`: bounds its memory whatever n_samples is.
-_MAX_ROWS = 4096
+MAX_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ def mean_over_neighbourhood(
     _check_neighbourhood(x, radius, n_samples, neighbourhood)
     # In half precision a long sum would stop growing.
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    spread = _Spread()
-    chunk = max(1, _MAX_ROWS // max(1, x[..., 0].numel()))
+    spread = Spread()
+    chunk = max(1, MAX_ROWS // max(1, x[..., 0].numel()))
     for start in range(0, n_samples, chunk):
         samples = sample_neighbourhood(
             x,
@@ -297,7 +297,7 @@ def sample_neighbourhood(
     return x + direction * distance
 
 
-class _Spread:
+class Spread:
     """Squared deviations from the mean over the first dimension, from chunks of it."""
 
     def __init__(self) -> None:
@@ -320,7 +320,7 @@ class _Spread:
         self._n = n
 
 
-def _check_input(x: Tensor) -> None:
+def check_input(x: Tensor) -> None:
     if not x.is_floating_point() or x.ndim == 0:
         raise InputError(
             f"x has shape {tuple(x.shape)} and dtype {x.dtype}, but a centroid is a derivative in "
@@ -329,7 +329,7 @@ def _check_input(x: Tensor) -> None:
 
 
 def _check_neighbourhood(x: Tensor, radius: float, n_samples: int, neighbourhood: str) -> None:
-    _check_input(x)
+    check_input(x)
     if not (math.isfinite(radius) and radius >= 0):
         raise InputError(f"radius={radius} must be a finite number, zero or more.")
     if n_samples < 1:
@@ -344,7 +344,7 @@ def _vjp(
     fn: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor | Cotangent | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(fn(x), J^T v, v)``, all detached."""
-    _check_input(x)
+    check_input(x)
     # A tensor made under inference_mode can never require grad; a copy made outside can.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
@@ -354,22 +354,22 @@ def _vjp(
                 f"fn returned {type(y).__name__}, not a tensor. Wrap it so that it returns the "
                 "one tensor whose centroid you want."
             )
-        v = _fit_cotangent(cotangent, y)
+        v = fit_cotangent(cotangent, y)
         if not y.requires_grad:
-            raise NotDifferentiableError(_NO_PATH)
+            raise NotDifferentiableError(NO_PATH)
         (mu,) = torch.autograd.grad(y, leaf, v, allow_unused=True)
     if mu is None:
-        raise NotDifferentiableError(_NO_PATH)
+        raise NotDifferentiableError(NO_PATH)
     return y.detach(), mu, v
 
 
-_NO_PATH = (
+NO_PATH = (
     "fn(x) does not depend differentiably on x: no gradient path leads back to it. Look for "
     "detach(), integer casts, argmax, or a fn that ignores its argument."
 )
 
 
-def _fit_cotangent(cotangent: Tensor | Cotangent | None, y: Tensor) -> Tensor:
+def fit_cotangent(cotangent: Tensor | Cotangent | None, y: Tensor) -> Tensor:
     """Cotangent expanded to the shape, dtype and device of ``y``; all ones if None."""
     if cotangent is None:
         return torch.ones_like(y)

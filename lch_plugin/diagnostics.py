@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lch_plugin.centroids import _MAX_ROWS, _NO_PATH, _check_input
+from lch_plugin.centroids import MAX_ROWS, NO_PATH, check_input
 from lch_plugin.errors import InputError, NotDifferentiableError
 
 
@@ -63,7 +63,7 @@ def linearity_error(
             ``n_directions`` is below 1; or ``fn`` does not keep the leading dimensions.
         NotDifferentiableError: ``fn(x)`` does not depend differentiably on ``x``.
     """
-    _check_input(x)
+    check_input(x)
     radii = [float(r) for r in radii]
     if len(radii) == 0:
         raise InputError("radii is empty: pass the distances at which to measure the error.")
@@ -80,7 +80,7 @@ def linearity_error(
             dtype=torch.promote_types(x.dtype, torch.float32),
             device=x.device,
         )
-        chunk = max(1, _MAX_ROWS // max(1, x[..., 0].numel()))
+        chunk = max(1, MAX_ROWS // max(1, x[..., 0].numel()))
         for start in range(0, n_directions, chunk):
             # Drawn one by one, so that a seed gives the same directions whatever the chunk.
             directions = torch.stack(
@@ -160,7 +160,7 @@ class PointCloud:
                 self._mean = torch.zeros_like(self._origin)
                 self._scatter = self._origin.new_zeros(len(self._origin), len(self._origin))
             # The float64 copy is made chunk by chunk, so it stays small for a large batch.
-            for part in rows.split(_MAX_ROWS):
+            for part in rows.split(MAX_ROWS):
                 self._merge(part.to(self._origin.device).double() - self._origin)
 
     def _merge(self, rows: Tensor) -> None:
@@ -284,5 +284,5 @@ def _value_and_derivative(
     except RuntimeError as error:
         if "independent of the inputs" not in str(error):
             raise
-        raise NotDifferentiableError(_NO_PATH) from error
+        raise NotDifferentiableError(NO_PATH) from error
     return y, slope

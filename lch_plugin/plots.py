@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lch_plugin.circuits import AblationCheck, NeuronAttribution
 from lch_plugin.errors import InputError
-from lch_plugin.saes.evaluate import DENSE, Evaluation
-from lch_plugin.saes.functional import EXACT, MEAN, ResponseFit
-from lch_plugin.saes.steering import SteeringEffects
+from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation
+from lch_plugin.saes.evaluation.functional import EXACT, MEAN, ResponseFit
+from lch_plugin.saes.evaluation.steering import SteeringEffects
 
 CENTROIDS, ACTIVATIONS, GREY = "#c2410c", "#1d4ed8", "#9ca3af"
 #: Colour of what SAEs are trained on: centroids of a component, what it reads, what it writes.

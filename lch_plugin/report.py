@@ -1,4 +1,4 @@
-"""Results as one self-contained HTML page: no script, no request, pictures inside."""
+"""Results as one self-contained HTML page: no request, pictures inside."""
 
 from __future__ import annotations
 

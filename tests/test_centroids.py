@@ -146,7 +146,7 @@ def test_statistics_are_those_of_the_samples_whatever_the_chunks(
     v = torch.randn(4, dtype=torch.float64)
     options = {"radius": 0.5, "neighbourhood": neighbourhood}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(centroids, "_MAX_ROWS", max_rows)
+        patch.setattr(centroids, "MAX_ROWS", max_rows)
         local, plain = (
             lch.local_centroid(
                 fn,
@@ -182,7 +182,7 @@ def test_variance_in_float32_survives_a_large_mean(
     max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The centroid of this fn at x is 4096 + x: a sum of squares in float32 would leave noise.
-    monkeypatch.setattr(centroids, "_MAX_ROWS", max_rows)
+    monkeypatch.setattr(centroids, "MAX_ROWS", max_rows)
     seen: list[torch.Tensor] = []
 
     def fn(x: torch.Tensor) -> torch.Tensor:

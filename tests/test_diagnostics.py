@@ -103,13 +103,13 @@ def test_errors_do_not_depend_on_the_chunks_or_on_other_radii_or_rows(
     alone = linearity_error(fn, x, [1.0], generator=_generator(), **options)
     torch.testing.assert_close(alone[0], errors[1], rtol=1e-12, atol=0)
     for max_rows in (1, 6, 24):  # 1, 1 and 4 directions a chunk.
-        monkeypatch.setattr(diagnostics, "_MAX_ROWS", max_rows)
+        monkeypatch.setattr(diagnostics, "MAX_ROWS", max_rows)
         chunked = linearity_error(fn, x, [0.1, 1.0], generator=_generator(), **options)
         torch.testing.assert_close(chunked, errors, rtol=1e-10, atol=1e-14)
 
 
 def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnostics, "_MAX_ROWS", 8)
+    monkeypatch.setattr(diagnostics, "MAX_ROWS", 8)
     largest = 0
 
     def fn(x: torch.Tensor) -> torch.Tensor:
@@ -252,7 +252,7 @@ def test_any_split_into_batches_gives_the_same_cloud(
     points = offset + torch.randn(n, d, dtype=torch.float64, generator=_generator(seed))
     split, whole = PointCloud(), PointCloud()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnostics, "_MAX_ROWS", max_rows)
+        patch.setattr(diagnostics, "MAX_ROWS", max_rows)
         for batch in points.split(sizes):
             split.update(batch)
     whole.update(points)

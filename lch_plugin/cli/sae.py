@@ -47,8 +47,8 @@ def train(
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
-    from lch_plugin.saes.configs import sae_config
-    from lch_plugin.saes.hooks import attached, width
+    from lch_plugin.saes.sources.hooks import attached, width
+    from lch_plugin.saes.training.configs import sae_config
 
     check_new_directory(out)
     if model and not text:
@@ -168,7 +168,7 @@ def features(
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
     from lch_plugin.saes import features as describe
-    from lch_plugin.saes.codes import load_sae
+    from lch_plugin.saes.evaluation.codes import load_sae
 
     check_new_directory(out)
     if model and not text:
@@ -209,8 +209,8 @@ def evaluate(
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
-    from lch_plugin.saes.codes import load_sae
-    from lch_plugin.saes.evaluation_report import evaluation_report
+    from lch_plugin.saes.evaluation.codes import load_sae
+    from lch_plugin.saes.evaluation.report import evaluation_report
 
     check_new_directory(out)
     if model and not text:

@@ -37,7 +37,7 @@ from lch_plugin.demo.tasks import Example, examples, pear_apple
 from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory
 from lch_plugin.report import write_report
-from lch_plugin.saes.evaluate import DENSE
+from lch_plugin.saes.evaluation.evaluate import DENSE
 
 SAE_LAYER = 2
 N_TRAINING_STORIES, N_TEST_STORIES = 6000, 300

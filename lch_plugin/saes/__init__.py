@@ -6,25 +6,26 @@ wrapper of HuggingFace models (`HookedModel`), and on models without text throug
 (`cache`), and the same SAEs compared on centroids and activations (`compare`).
 """
 
-from lch_plugin.saes.cache import Cache, Stream
-from lch_plugin.saes.caching import cache
+from lch_plugin.saes.caching.cache import Cache, Stream
+from lch_plugin.saes.caching.writing import cache
 from lch_plugin.saes.compare import ComparisonSettings, Labelled, compare, load_labelled
-from lch_plugin.saes.configs import runner_config
-from lch_plugin.saes.evaluate import Evaluation, evaluate
-from lch_plugin.saes.features import Feature, FeatureReport, features
-from lch_plugin.saes.functional import (
+from lch_plugin.saes.evaluation.evaluate import Evaluation, evaluate
+from lch_plugin.saes.evaluation.functional import (
     CapturedComponent,
     ResponseFit,
     predicted_responses,
     reconstructed_centroids,
 )
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.images import Images
-from lch_plugin.saes.rows import Rows, train_on
-from lch_plugin.saes.steering import SteeringEffects, steering, steering_effects
-from lch_plugin.saes.texts import load_text
-from lch_plugin.saes.train import train
-from lch_plugin.saes.transcoders import train_transcoder
+from lch_plugin.saes.evaluation.steering import SteeringEffects, steering, steering_effects
+from lch_plugin.saes.feature_pages.features import Feature, FeatureReport, features
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.images import Images
+from lch_plugin.saes.sources.rows import Rows
+from lch_plugin.saes.sources.texts import load_text
+from lch_plugin.saes.training.configs import runner_config
+from lch_plugin.saes.training.on_rows import train_on
+from lch_plugin.saes.training.train import train
+from lch_plugin.saes.training.transcoders import train_transcoder
 
 __all__ = [
     "Cache",

@@ -39,7 +39,7 @@ import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_readers
 from lch_plugin.cli import app
 from lch_plugin.demo.corpus import stories
-from lch_plugin.saes.shards import Shard, features, record_batch, write_index, write_shard
+from lch_plugin.saes.caching.shards import Shard, features, record_batch, write_index, write_shard
 from tests import models
 
 HOOK = "blocks.1.mlp.hook_centroid"

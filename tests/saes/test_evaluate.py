@@ -21,7 +21,7 @@ from sae_lens import (
 from torch import Tensor
 
 import lch_plugin as lch
-from lch_plugin.saes.evaluate import DENSE, decoder_cosines, evaluate
+from lch_plugin.saes.evaluation.evaluate import DENSE, decoder_cosines, evaluate
 
 D_IN, D_SAE, K = 16, 40, 4
 
@@ -115,7 +115,7 @@ def test_decoder_cosines() -> None:
 def test_decoder_cosines_of_more_rows_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     W_dec = rows(30)
     whole = decoder_cosines(W_dec)
-    monkeypatch.setattr(sys.modules[decoder_cosines.__module__], "_MAX_ROWS", 7)
+    monkeypatch.setattr(sys.modules[decoder_cosines.__module__], "MAX_ROWS", 7)
     torch.testing.assert_close(decoder_cosines(W_dec), whole)
 
 

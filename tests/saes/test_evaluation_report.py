@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import lch_plugin as lch
 from lch_plugin import cli, plots
 from lch_plugin.demo.corpus import stories
-from lch_plugin.saes.codes import load_sae
-from lch_plugin.saes.evaluation_report import evaluation_report
-from lch_plugin.saes.steering import SteeringEffects
+from lch_plugin.saes.evaluation.codes import load_sae
+from lch_plugin.saes.evaluation.report import evaluation_report
+from lch_plugin.saes.evaluation.steering import SteeringEffects
 from tests import models
 
 TEXTS = list(stories(30, split="test"))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lch_plugin.saes.excerpts import Excerpts, Histogram, Survey
+from lch_plugin.saes.feature_pages.excerpts import Excerpts, Histogram, Survey
 
 N_POS, N_FEATURES = 5, 3
 

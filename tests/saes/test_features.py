@@ -497,7 +497,7 @@ def test_the_command_refuses_what_it_cannot_read(tmp_path: Path) -> None:
 
 
 def test_an_sae_is_read_from_its_directory(tmp_path: Path) -> None:
-    from lch_plugin.saes.codes import load_sae
+    from lch_plugin.saes.evaluation.codes import load_sae
 
     dictionary().save_model(tmp_path / "sae")
     assert isinstance(load_sae(tmp_path / "sae"), SAE)

@@ -11,7 +11,7 @@ from sae_lens import TopKTrainingSAEConfig, TrainingSAE
 from torch import Tensor, nn
 
 import lch_plugin as lch
-from lch_plugin.saes.functional import (
+from lch_plugin.saes.evaluation.functional import (
     EXACT,
     MEAN,
     CapturedComponent,

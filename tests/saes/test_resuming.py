@@ -13,7 +13,7 @@ from sae_lens import SAE, TrainingSAE
 from sae_lens.saes.sae import TrainingSAE as AnyTrainingSAE
 
 import lch_plugin as lch
-from lch_plugin.saes.cache import Cache
+from lch_plugin.saes.caching.cache import Cache
 from tests import models
 from tests.saes.test_train import ARCHITECTURES, DATA, HOOK, config
 
@@ -117,7 +117,8 @@ def test_logging_evaluates_rows_of_the_cache(
 
 def test_the_seed_decides_the_order(cached: Cache) -> None:
     saes = [
-        lch.saes.train(None, None, config(**settings(cached, seed=seed))).W_dec for seed in (0, 0, 1)
+        lch.saes.train(None, None, config(**settings(cached, seed=seed))).W_dec
+        for seed in (0, 0, 1)
     ]
     assert torch.equal(saes[0], saes[1])
     assert not torch.equal(saes[0], saes[2])

@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import lch_plugin as lch
 from lch_plugin.saes import CapturedComponent, HookedModel, steering, steering_effects
-from lch_plugin.saes.steering import SteeringEffects
+from lch_plugin.saes.evaluation.steering import SteeringEffects
 from tests import families, models
 
 MODELS: dict[str, Callable[[], Any]] = {

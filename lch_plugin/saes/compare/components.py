@@ -12,10 +12,10 @@ import numpy as np
 from lch_plugin.errors import InputError
 from lch_plugin.files import portable
 from lch_plugin.loading import LoadedModel
+from lch_plugin.saes.caching.records import weights_fingerprint
 from lch_plugin.saes.compare.data import Items, Labelled, Split, prepare
 from lch_plugin.saes.compare.settings import SITES, ComparisonSettings
-from lch_plugin.saes.records import weights_fingerprint
-from lch_plugin.saes.rows import Of, Rows
+from lch_plugin.saes.sources.rows import Of, Rows
 
 
 @dataclass(frozen=True, eq=False)

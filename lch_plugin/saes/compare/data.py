@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from lch_plugin.adapters.huggingface import context_length
 from lch_plugin.errors import InputError
 from lch_plugin.loading import LoadedModel
-from lch_plugin.saes.images import Images
-from lch_plugin.saes.rows import Rows
+from lch_plugin.saes.sources.images import Images
+from lch_plugin.saes.sources.rows import Rows
 
 BATCH_SIZE = 32
 _TEXTS_AT_ONCE = 256

@@ -19,7 +19,7 @@ from lch_plugin.report import write_report
 from lch_plugin.saes.compare.scores import SPARSE
 from lch_plugin.saes.compare.settings import SITES
 from lch_plugin.saes.compare.statistics import mean_and_sd, paired_test
-from lch_plugin.saes.rows import Of
+from lch_plugin.saes.sources.rows import Of
 
 Score = Mapping[str, Any]
 Densities = Mapping[tuple[Of, int, int], Float[Tensor, " d_sae"]]

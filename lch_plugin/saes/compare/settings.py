@@ -9,7 +9,7 @@ from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig, Training
 from sae_lens.config import SAETrainerConfig
 
 from lch_plugin.errors import InputError
-from lch_plugin.saes.rows import Of
+from lch_plugin.saes.sources.rows import Of
 
 Architecture = Literal["topk", "batchtopk"]
 

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 
 from lch_plugin.errors import InputError
 from lch_plugin.saes.compare.data import Labelled
-from lch_plugin.saes.texts import load_text
+from lch_plugin.saes.sources.texts import load_text
 
 # Of a data set that is not split, what is held out.
 _TEST_FRACTION = 0.2
@@ -33,7 +33,7 @@ def load_labelled(
     A column of lists of words is joined by spaces, and a list of labels beside it has one a word.
 
     Args:
-        source: what `lch_plugin.saes.texts.load_text` takes, other than lists of texts; or a
+        source: what `lch_plugin.saes.load_text` takes, other than lists of texts; or a
             directory with a folder of images for each label.
         label: column of labels.
         column: of texts or images; ``image`` if there is one, else ``text``.
@@ -92,7 +92,9 @@ def _labelled(data: Dataset, label: str, column: str | None, name: str) -> Label
     if isinstance(first, list):
         pairs = [_join(*pair) for pair in zip(data[column], labels, strict=True)]
         return Labelled([text for text, _ in pairs], {label: [entry for _, entry in pairs]}, name)
-    images = data.select_columns([column]).rename_column(column, "image")
+    images = data.select_columns([column])
+    if column != "image":
+        images = images.rename_column(column, "image")
     return Labelled(images, {label: labels}, name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lch_plugin.errors import InputError
 from lch_plugin.saes.compare.data import Items
-from lch_plugin.saes.rows import Rows
+from lch_plugin.saes.sources.rows import Rows
 
 # Rows read at once: neighbours on disk, mixed with others by SAELens' buffer.
 _BLOCK = 1024

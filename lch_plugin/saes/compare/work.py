@@ -30,8 +30,9 @@ from lch_plugin.saes.compare.scores import (
 )
 from lch_plugin.saes.compare.settings import SITES, ComparisonSettings
 from lch_plugin.saes.compare.values import Values, item_means, write_values
-from lch_plugin.saes.evaluate import evaluate
-from lch_plugin.saes.rows import Of, train_on
+from lch_plugin.saes.evaluation.evaluate import evaluate
+from lch_plugin.saes.sources.rows import Of
+from lch_plugin.saes.training.on_rows import train_on
 
 SCORES, FIRING = "scores.json", "firing.safetensors"
 _TRAIN, _TEST = "train.npy", "test.npy"
@@ -175,7 +176,7 @@ class Work:
         return {
             "of": of,
             "k": k,
-            "pairs": pairs,
+            "pairs": [list(pair) for pair in pairs],
             "cosine": [mean_max_cosine(decoders[a], decoders[b]) for a, b in pairs],
             "cosine_with_random": [
                 mean_max_cosine(decoders[a], other)

@@ -2,7 +2,7 @@
 
 Two passes over a text, in memory that does not grow with it: how often and how strongly each
 feature fires, and then histograms and excerpts of those that were chosen. On the excerpts alone,
-what each feature's direction does (`lch_plugin.saes.effects`).
+what each feature's direction does (`effects`).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lch_plugin.contexts import Context, context
 from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory
 from lch_plugin.report import write_report
-from lch_plugin.saes.codes import Codes, describe_text
-from lch_plugin.saes.effects import closed_form, neuron_terms, push
-from lch_plugin.saes.evaluate import DENSE
-from lch_plugin.saes.excerpts import Excerpts, Histogram, Survey
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import attached, check_model
-from lch_plugin.saes.records import record
+from lch_plugin.saes.caching.records import record
+from lch_plugin.saes.evaluation.codes import Codes, describe_text
+from lch_plugin.saes.evaluation.evaluate import DENSE
+from lch_plugin.saes.feature_pages.effects import closed_form, neuron_terms, push
+from lch_plugin.saes.feature_pages.excerpts import Excerpts, Histogram, Survey
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import attached, check_model
 
 # What a report has of each feature.
 N_BINS, N_BANDS, N_IN_BAND = 40, 4, 3
@@ -97,7 +97,7 @@ class Feature:
         promoted, suppressed: next tokens whose logits rise and fall most to first order when what
             the component reads (or the value of an ordinary hook point) moves along ``d`` at the
             token that excites the feature: the mean over ``contexts``, less the mean over the
-            vocabulary. See `lch_plugin.saes.effects.push`.
+            vocabulary. See `lch_plugin.saes.feature_pages.effects.push`.
         agreement: mean cosine between that of each context and the mean; None if it never fires.
         along: mean of ``mu . d`` over ``contexts``; None unless the SAE is on the centroids of an
             MLP in closed form.
@@ -191,7 +191,7 @@ def features(
         model: TransformerBridge, HookedTransformer or `lch_plugin.saes.HookedModel`.
         sae: on a hook of that model, a centroid's or any other.
         text: tokens ``(row, pos)``; a `lch_plugin.saes.Cache` of the hook, which saves running
-            the model over the text; or what `lch_plugin.saes.texts.load_text` takes: a dataset, a
+            the model over the text; or what `lch_plugin.saes.load_text` takes: a dataset, a
             list of texts, files, a name on the hub.
         hook_name: what the SAE reads; by default what its metadata say.
         indices: features to describe, in this order. By default the ``n_features`` that carry most
@@ -296,7 +296,7 @@ class _Effects:
     def push(
         self, tokens: Int[Tensor, "row pos"], positions: Int[Tensor, " row"], index: int
     ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_vocab"]]:
-        """`lch_plugin.saes.effects.push` along one feature, in batches."""
+        """`lch_plugin.saes.feature_pages.effects.push` along one feature, in batches."""
         batches = (t.to(self._device).split(self._batch_size) for t in (tokens, positions))
         pushed = [
             push(self.model, self._hook_name, t, p, self.directions[index].expand(len(t), -1))

@@ -1,4 +1,4 @@
-"""Text from wherever it is kept, as a dataset."""
+"""Text from wherever it is kept, as a dataset that a model can read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pyarrow import compute, types
 
+from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import d_vocab
 
 Source: TypeAlias = (
     str | Path | Sequence[str] | Dataset | IterableDataset | DatasetDict | IterableDatasetDict
@@ -17,6 +21,9 @@ Source: TypeAlias = (
 
 # Files that `datasets` reads, and its name for each kind.
 _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Columns that SAELens reads, in its order.
+_TOKEN_COLUMNS = ("tokens", "input_ids")
+_COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
 _FORMS = (
     "What can be read is a dataset on the Hugging Face hub by its name (or name:configuration), a "
     f"directory written by save_to_disk, and a file of a kind among {', '.join(_KINDS)}"
@@ -103,3 +110,34 @@ def _from_disk(path: Path, split: str) -> Dataset:
             raise InputError(f"{path} has the splits {list(found)}, and no {split!r}.")
         found = found[split]
     return found
+
+
+def check_dataset(model: LensModel | HookedModel, dataset: Any, context_size: int) -> None:
+    """Refuse a dataset without text or tokens, or with tokens that the model cannot read."""
+    if not isinstance(dataset, Dataset):
+        return  # A stream's columns need not be known before it is read.
+    columns = [c for c in _COLUMNS if c in dataset.column_names]
+    if len(dataset) == 0 or not columns:
+        raise InputError(
+            f"the dataset has {len(dataset)} rows and columns {dataset.column_names}: rows with "
+            f"one of the columns {_COLUMNS} are needed."
+        )
+    if columns[0] not in _TOKEN_COLUMNS:
+        return
+    for batch in dataset.with_format("arrow").iter(10_000):
+        rows = batch[columns[0]]
+        if not (types.is_list(rows.type) or types.is_large_list(rows.type)) or not (
+            types.is_integer(rows.type.value_type) and rows.null_count == 0
+        ):
+            raise InputError(
+                f"column {columns[0]!r} of the dataset holds {rows.type} with {rows.null_count} "
+                "missing rows; each row has to be a list of integers."
+            )
+        shortest = compute.min(compute.list_value_length(rows)).as_py()
+        if shortest < context_size:
+            raise InputError(
+                f"a row of the dataset has {shortest} tokens, fewer than "
+                f"context_size={context_size}. Lower context_size, or tokenise into longer rows."
+            )
+        ids = compute.min_max(compute.list_flatten(rows)).as_py()
+        check_token_ids(d_vocab(model), ids["min"], ids["max"])

@@ -30,12 +30,12 @@ from torch.nn.functional import normalize, one_hot
 
 from lch_plugin.adapters.arguments import Call, is_cache, output_of
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.centroids import _fit_cotangent, centroid
+from lch_plugin.centroids import centroid, fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
-from lch_plugin.saes.evaluate import check_rows
-from lch_plugin.saes.rows import Rows
-from lch_plugin.saes.steering import replaced_input
+from lch_plugin.saes.evaluation.evaluate import check_rows
+from lch_plugin.saes.evaluation.steering import replaced_input
+from lch_plugin.saes.sources.rows import Rows
 
 Perturbation = Literal["isotropic", "data"]
 #: Baselines beside every prediction: the exact centroid, and the mean of all exact centroids.
@@ -109,7 +109,7 @@ def predicted_responses(
     fits = []
     with torch.no_grad():
         y = fn(x)
-        v = _fit_cotangent(cotangent, y).double()
+        v = fit_cotangent(cotangent, y).double()
         for kind in get_args(Perturbation):
             predicted: dict[str, list[Tensor]] = {name: [] for name in centroids}
             responses: dict[float, list[Tensor]] = {size: [] for size in sizes}
@@ -211,7 +211,7 @@ class CapturedComponent:
             lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
         )
         try:
-            x = rows._value(batch)
+            x = rows.value(batch)
         finally:
             hook.remove()
         args, kwargs = calls[0]

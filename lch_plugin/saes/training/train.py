@@ -17,17 +17,16 @@ from sae_lens.util import get_special_token_ids
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
-from lch_plugin.saes.cache import Cache
-from lch_plugin.saes.checks import (
-    check_dataset,
+from lch_plugin.saes.caching.cache import Cache
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import attached, check_model
+from lch_plugin.saes.sources.texts import check_dataset, load_text
+from lch_plugin.saes.training.checks import (
     check_hooks,
     check_run,
     check_width,
 )
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import attached, check_model
-from lch_plugin.saes.runners import CachedRunner, MultiRunner, Runner
-from lch_plugin.saes.texts import load_text
+from lch_plugin.saes.training.runners import CachedRunner, MultiRunner, Runner
 
 _Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 

@@ -29,18 +29,18 @@ from lch_plugin.cotangents import Cotangent, Ones
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, new_directory
 from lch_plugin.report import write_report
-from lch_plugin.saes.codes import Codes, describe_text
-from lch_plugin.saes.evaluate import DENSE, Evaluation, evaluate
-from lch_plugin.saes.functional import (
+from lch_plugin.saes.caching.records import record
+from lch_plugin.saes.evaluation.codes import Codes, describe_text
+from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation, evaluate
+from lch_plugin.saes.evaluation.functional import (
     CapturedComponent,
     ResponseFit,
     predicted_responses,
     reconstructed_centroids,
 )
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import attached, check_model, readers
-from lch_plugin.saes.records import record
-from lch_plugin.saes.steering import SteeringEffects, steering_effects
+from lch_plugin.saes.evaluation.steering import SteeringEffects, steering_effects
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import attached, check_model, readers
 
 _PACKAGES = ("lch-plugin", "torch", "transformer-lens", "sae-lens", "transformers")
 _CENTROID, _INPUT = ".hook_centroid", ".hook_in"
@@ -159,7 +159,7 @@ class _Seen:
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
         n = 0
-        for tokens, values in self._codes._batches():
+        for tokens, values in self._codes.batches():
             values = values[:, self._positions].flatten(2)
             if n < self._n:
                 self.tokens.append(tokens[: self._n - n])

@@ -39,12 +39,9 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError, LCHError, NonFiniteError, OutputError
 from lch_plugin.files import check_new_directory
-from lch_plugin.saes.cache import Cache
-from lch_plugin.saes.checks import check_dataset
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import attached, check_model, d_vocab, width
-from lch_plugin.saes.records import differences, record
-from lch_plugin.saes.shards import (
+from lch_plugin.saes.caching.cache import Cache
+from lch_plugin.saes.caching.records import differences, record
+from lch_plugin.saes.caching.shards import (
     MANIFEST,
     Shard,
     features,
@@ -56,7 +53,9 @@ from lch_plugin.saes.shards import (
     write_shard,
     write_text,
 )
-from lch_plugin.saes.texts import load_text
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import attached, check_model, d_vocab, width
+from lch_plugin.saes.sources.texts import check_dataset, load_text
 
 T = TypeVar("T")
 

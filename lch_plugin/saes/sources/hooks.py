@@ -21,7 +21,7 @@ from lch_plugin.adapters.transformer_lens import (
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.saes.hooked import HookedModel
+from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.sites import Site
 
 _CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")

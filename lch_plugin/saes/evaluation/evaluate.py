@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, Transcoder
 from torch import Tensor
 
-from lch_plugin.centroids import _MAX_ROWS, _Spread
+from lch_plugin.centroids import MAX_ROWS, Spread
 from lch_plugin.errors import InputError, NonFiniteError
 
 #: A feature that fires on more than this share of rows is dense: it says little about any one.
@@ -121,7 +121,7 @@ def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluati
             f"a {type(sae).__name__} predicts what a component writes, and evaluate compares an "
             "SAE with what it reads. Pass an SAE."
         )
-    spread = _Spread()
+    spread = Spread()
     residual, n_active, n_rows = 0.0, 0, 0
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
     with torch.no_grad():
@@ -169,8 +169,8 @@ def decoder_cosines(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae
     directions = torch.nn.functional.normalize(W_dec.detach().float(), dim=-1)
     largest = []
     # In chunks: all pairs of a wide dictionary at once would not fit.
-    for start in range(0, len(directions), _MAX_ROWS):
-        chunk = directions[start : start + _MAX_ROWS]
+    for start in range(0, len(directions), MAX_ROWS):
+        chunk = directions[start : start + MAX_ROWS]
         cosines = chunk @ directions.T
         cosines.diagonal(start).fill_(-1)
         largest.append(cosines.amax(-1))

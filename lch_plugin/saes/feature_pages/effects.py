@@ -35,9 +35,9 @@ from lch_plugin.adapters.transformer_lens.anatomy import attention
 from lch_plugin.cotangents import AnyCotangent, Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import NotDifferentiableError
 from lch_plugin.mlp import MLP, at_least_float32, read_direction
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import readers
-from lch_plugin.saes.steering import edited_input
+from lch_plugin.saes.evaluation.steering import edited_input
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import readers
 
 
 def push(

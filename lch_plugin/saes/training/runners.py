@@ -40,11 +40,11 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory
-from lch_plugin.saes.cache import Cache, Stream
-from lch_plugin.saes.evaluate import evaluate
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import provenance
-from lch_plugin.saes.starting import n_estimate_batches, start_at_data, starts_at_data
+from lch_plugin.saes.caching.cache import Cache, Stream
+from lch_plugin.saes.evaluation.evaluate import evaluate
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import provenance
+from lch_plugin.saes.training.starting import n_estimate_batches, start_at_data, starts_at_data
 
 #: What a checkpoint holds beside SAELens' files: the state of torch's generator, and how many
 #: batches scale and mean were estimated from.

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.records import differences, record
-from lch_plugin.saes.shards import (
+from lch_plugin.saes.caching.records import differences, record
+from lch_plugin.saes.caching.shards import (
     TOKEN_IDS,
     Shard,
     column,
@@ -27,6 +26,7 @@ from lch_plugin.saes.shards import (
     read_manifest,
     read_shard,
 )
+from lch_plugin.saes.sources.hooked import HookedModel
 
 _CURE = "Call lch.saes.cache again with the arguments that made it: it computes this shard alone."
 

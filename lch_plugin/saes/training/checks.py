@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from pyarrow import compute, types
 from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 
-from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
+from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import d_vocab, width
-
-# Columns that SAELens reads, in its order.
-_TOKEN_COLUMNS = ("tokens", "input_ids")
-_COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import width
 
 
 def check_width(hook: str, d_in: int, found: int) -> None:
@@ -57,34 +51,3 @@ def check_hooks(
         if name and (Path(name).name != name or name == ".."):
             raise InputError(f"{name!r} names an SAE and its directory: give it a plain name.")
         check_width(hook, d_in, width(model, hook, context_size, head))
-
-
-def check_dataset(model: LensModel | HookedModel, dataset: Any, context_size: int) -> None:
-    """Refuse a dataset without text or tokens, or with tokens that the model cannot read."""
-    if not isinstance(dataset, Dataset):
-        return  # A stream's columns need not be known before it is read.
-    columns = [c for c in _COLUMNS if c in dataset.column_names]
-    if len(dataset) == 0 or not columns:
-        raise InputError(
-            f"the dataset has {len(dataset)} rows and columns {dataset.column_names}: rows with "
-            f"one of the columns {_COLUMNS} are needed."
-        )
-    if columns[0] not in _TOKEN_COLUMNS:
-        return
-    for batch in dataset.with_format("arrow").iter(10_000):
-        rows = batch[columns[0]]
-        if not (types.is_list(rows.type) or types.is_large_list(rows.type)) or not (
-            types.is_integer(rows.type.value_type) and rows.null_count == 0
-        ):
-            raise InputError(
-                f"column {columns[0]!r} of the dataset holds {rows.type} with {rows.null_count} "
-                "missing rows; each row has to be a list of integers."
-            )
-        shortest = compute.min(compute.list_value_length(rows)).as_py()
-        if shortest < context_size:
-            raise InputError(
-                f"a row of the dataset has {shortest} tokens, fewer than "
-                f"context_size={context_size}. Lower context_size, or tokenise into longer rows."
-            )
-        ids = compute.min_max(compute.list_flatten(rows)).as_py()
-        check_token_ids(d_vocab(model), ids["min"], ids["max"])

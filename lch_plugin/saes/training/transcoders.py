@@ -32,9 +32,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from lch_plugin.errors import InputError
-from lch_plugin.saes.checks import check_width
-from lch_plugin.saes.rows import endless, with_lr_end
-from lch_plugin.saes.starting import n_estimate_batches
+from lch_plugin.saes.training.checks import check_width
+from lch_plugin.saes.training.on_rows import endless, with_lr_end
+from lch_plugin.saes.training.starting import n_estimate_batches
 
 
 def train_transcoder(

@@ -28,7 +28,7 @@ from lch_plugin.adapters.arguments import Call, input_of
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens.anatomy import is_module
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.saes.hooked import HookedModel
+from lch_plugin.saes.sources.hooked import HookedModel
 
 Batch = Tensor | Mapping[str, Any]
 Positions = slice | Sequence[int]

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
-from lch_plugin.saes.cache import Cache
-from lch_plugin.saes.checks import check_width
-from lch_plugin.saes.hooked import HookedModel
-from lch_plugin.saes.hooks import d_vocab, provenance, width
-from lch_plugin.saes.texts import load_text
+from lch_plugin.saes.caching.cache import Cache
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import d_vocab, provenance, width
+from lch_plugin.saes.sources.texts import load_text
+from lch_plugin.saes.training.checks import check_width
 
 _COLUMNS = ("tokens", "input_ids", "text")
 # Of a centroid's record, what an SAE does not carry over to another value of.
@@ -113,14 +113,14 @@ class Codes:
         self,
     ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos d_sae"], int]]:
         positions = slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))
-        for tokens, values in self._batches():
+        for tokens, values in self.batches():
             counts = torch.zeros_like(tokens, dtype=torch.bool)
             counts[:, positions] = ~torch.isin(tokens[:, positions], self._excluded)
             codes = self._encode(values)
             codes[~counts.to(codes.device)] = 0
             yield tokens, codes, int(counts.sum())
 
-    def _batches(
+    def batches(
         self,
     ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos ..."]]]:
         """Tokens, and what the hook point has on them."""

@@ -1,0 +1,1 @@
+"""Values at hook points, computed once and read many times."""

@@ -1,0 +1,1 @@
+"""What SAEs are trained on: models with hook points, texts, images, rows of any model."""

@@ -1,0 +1,1 @@
+"""SAELens' runners and trainer, on centroids."""
