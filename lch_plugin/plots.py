@@ -28,6 +28,7 @@ _BASELINES: dict[str, Any] = {
     EXACT: {"color": "black", "marker": "s"},
     MEAN: {"color": GREY, "marker": "^"},
 }
+_PANELS_A_ROW = 3
 _SOLID = ListedColormap([CENTROIDS])
 # Colour and marker of each kind of site; the colours of Okabe & Ito, told apart by anyone.
 SITES = {
@@ -166,15 +167,18 @@ def firing_by_k(
     Args:
         densities: by k, then by a key of `VALUES`, of SAEs of several seeds.
     """
-    figure, axes = _figure(3.0 * len(densities), 3.0, columns=len(densities))
+    figure, axes = _figure(10.4, 2.8, columns=len(densities))
+    lowest = 1.0
     for axis, (k, by_site) in zip(axes, densities.items(), strict=True):
         for site, seeds in by_site.items():
             for i, density in enumerate(seeds):
                 fired = density[density > 0].sort(descending=True).values
+                lowest = min([lowest, *fired[-1:].tolist()])
                 label = site if i == 0 else None
                 axis.plot(range(1, len(fired) + 1), fired, color=VALUES[site], lw=1, label=label)
         axis.set(yscale="log", xlabel="feature, by frequency", title=f"k = {k}")
-        axis.sharey(axes[0])
+    for axis in axes:
+        axis.set_ylim(lowest / 2, 1.2)
     axes[0].set_ylabel("share of held-out rows")
     axes[0].legend(frameon=False, fontsize=8)
     return figure
@@ -183,19 +187,19 @@ def firing_by_k(
 def scores_by_k(
     panels: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]],
     levels: Mapping[str, Mapping[str, float]] | None = None,
-    *,
-    ylabel: str = "",
 ) -> Figure:
     """Scores of SAEs by k: a dot a seed, a line through the means.
 
     Args:
         panels: by title, then by a key of `VALUES`, then by k.
-        levels: of each panel, by a key of `VALUES` the score of the values themselves (dashed), and
-            by any other name one that holds for all (dotted).
-        ylabel: of the first panel.
+        levels: by title and key of `VALUES`, the score of the values themselves (dashed).
     """
-    figure, axes = _figure(3.4 * len(panels) + 0.4, 3.2, columns=len(panels))
-    for axis, (title, by_site) in zip(axes, panels.items(), strict=True):
+    columns = min(_PANELS_A_ROW, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(3.4 * columns, 2.9 * rows, columns, rows)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, by_site) in zip(axes, panels.items(), strict=False):
         for i, (site, by_k) in enumerate(by_site.items()):
             shift = 1 + 0.03 * (i - (len(by_site) - 1) / 2)  # So that no site hides another.
             xs = [k * shift for k in by_k]
@@ -203,17 +207,14 @@ def scores_by_k(
             axis.plot(xs, means, color=VALUES[site], marker="o", ms=4, label=site)
             for x, values in zip(xs, by_k.values(), strict=True):
                 axis.scatter([x] * len(values), values, s=9, color=VALUES[site], alpha=0.45, lw=0)
-        for name, level in (levels or {}).get(title, {}).items():
-            style = "--" if name in VALUES else ":"
-            colour = VALUES.get(name, "black")
-            label = None if name in VALUES else name
-            axis.axhline(level, color=colour, linestyle=style, linewidth=1, label=label)
+        for site, level in (levels or {}).get(title, {}).items():
+            axis.axhline(level, color=VALUES[site], linestyle="--", linewidth=1)
         ks = list(next(iter(by_site.values())))
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, map(str, ks))
         axis.set(xlabel="k", title=title)
-    axes[0].set_ylabel(ylabel)
-    axes[0].legend(frameon=False, fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
 

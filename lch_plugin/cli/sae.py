@@ -12,6 +12,13 @@ from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders on centroids.")
 
+# Options of the commands that look at an SAE.
+Hook = Annotated[
+    str | None, typer.Option(help="What the SAE reads; what its metadata say by default.")
+]
+TextTokens = Annotated[int | None, typer.Option(help="Of text at most; all by default.")]
+Rows = Annotated[int, typer.Option(help="Rows of text that run together.")]
+
 
 @app.command()
 def train(
@@ -30,7 +37,9 @@ def train(
     ] = None,
     d_sae: Annotated[int | None, typer.Option(help="Features; 8 times d_in by default.")] = None,
     tokens: Annotated[int, typer.Option(help="To train on.")] = 300_000,
-    context_size: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 128,
+    context_size: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence; the cache's by default, or 128.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Tokens in a step.")] = 1024,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
     checkpoints: Annotated[int, typer.Option(help="How many on the way, beside the output.")] = 0,
@@ -51,18 +60,25 @@ def train(
     from lch_plugin.saes.training.configs import sae_config
 
     check_new_directory(out)
-    if model and not text:
+    if model and not text and not cache:
         raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
+    if cache and (model or text or dtype):
+        raise InputError(f"--cache {cache} needs no --model, --text or --dtype. Leave them out.")
     if cache:
-        bridge, data, d_in = None, None, saes.Cache(cache).d_in.get(hook, 0)
+        values = saes.Cache(cache)
+        values.check_hook(hook)
+        bridge, data, d_in = None, None, values.d_in[hook]
+        context_size = context_size or values.context_size
     else:
+        context_size = context_size or 128
         bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
         data = saes.load_text(text or list(stories(6000, seed=seed)))
         with attached(bridge, [hook]):
             d_in = width(bridge, hook, context_size)
     config = saes.runner_config(
         sae_config(
-            architecture, d_in=d_in, d_sae=d_sae or 8 * d_in, device=device, **_parse(setting)
+            architecture,
+            **{"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": device, **_parse(setting)},
         ),
         hook,
         training_tokens=tokens,
@@ -144,6 +160,30 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def _model_sae_text(
+    model: str,
+    dtype: str | None,
+    device: str,
+    sae_dir: Path,
+    text: str,
+    *,
+    n_stories: int,
+    seed: int,
+) -> tuple[Any, Any, Any]:
+    """What the commands that look at an SAE read; the embedded model and stories by default."""
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.demo.corpus import stories
+    from lch_plugin.errors import InputError
+    from lch_plugin.loading import load
+    from lch_plugin.saes.evaluation.codes import load_sae
+
+    if model and not text:
+        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
+    sae = load_sae(sae_dir, device)
+    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
+    return bridge, sae, text or list(stories(n_stories, split="test", seed=seed))
+
+
 @app.command()
 def features(
     sae_dir: Annotated[Path, typer.Argument(help="Directory that SAELens wrote an SAE to.")],
@@ -155,33 +195,26 @@ def features(
     feature: Annotated[
         list[int] | None, typer.Option(help="One to look at in place of these. Repeatable.")
     ] = None,
-    n_tokens: Annotated[int | None, typer.Option(help="Of text at most; all by default.")] = None,
+    hook: Hook = None,
+    n_tokens: TextTokens = None,
+    batch_size: Rows = 16,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
     out: Out = Path("features"),
 ) -> None:
     """Features of an SAE as a page: excerpts, logits, neurons, neighbours."""
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.demo.corpus import stories
-    from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
-    from lch_plugin.loading import load
     from lch_plugin.saes import features as describe
-    from lch_plugin.saes.evaluation.codes import load_sae
 
     check_new_directory(out)
-    if model and not text:
-        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
-    sae = load_sae(sae_dir, device)
-    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
     report = describe(
-        bridge,
-        sae,
-        text or list(stories(1000, split="test", seed=seed)),
+        *_model_sae_text(model, dtype, device, sae_dir, text, n_stories=1000, seed=seed),
+        hook_name=hook,
         indices=feature,
         n_features=n_features,
         n_tokens=n_tokens,
+        batch_size=batch_size,
         seed=seed,
     )
     report.save(out)
@@ -196,7 +229,9 @@ def evaluate(
         str, typer.Option(help="File, directory or name on the hub; the demo's held-out stories.")
     ] = "",
     n_features: Annotated[int, typer.Option(help="How many to steer along.")] = 12,
-    n_tokens: Annotated[int | None, typer.Option(help="Of text at most; all by default.")] = None,
+    hook: Hook = None,
+    n_tokens: TextTokens = None,
+    batch_size: Rows = 16,
     skip: Annotated[int, typer.Option(help="First tokens of each row that do not count.")] = 1,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -204,27 +239,18 @@ def evaluate(
     out: Out = Path("evaluation"),
 ) -> None:
     """Reconstruction, predicted responses and steering of an SAE, as a page."""
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.demo.corpus import stories
-    from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
-    from lch_plugin.loading import load
-    from lch_plugin.saes.evaluation.codes import load_sae
     from lch_plugin.saes.evaluation.report import evaluation_report
 
     check_new_directory(out)
-    if model and not text:
-        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
-    sae = load_sae(sae_dir, device)
-    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
     evaluation_report(
-        bridge,
-        sae,
-        text or list(stories(300, split="test", seed=seed)),
+        *_model_sae_text(model, dtype, device, sae_dir, text, n_stories=300, seed=seed),
         out,
+        hook_name=hook,
         n_tokens=n_tokens,
         n_features=n_features,
         skip=skip,
+        batch_size=batch_size,
         seed=seed,
     )
     typer.echo(f"Open {out / 'report.html'}")

@@ -39,7 +39,16 @@ import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_readers
 from lch_plugin.cli import app
 from lch_plugin.demo.corpus import stories
-from lch_plugin.saes.caching.shards import Shard, features, record_batch, write_index, write_shard
+from lch_plugin.saes.caching import writing
+from lch_plugin.saes.caching.records import weights_fingerprint
+from lch_plugin.saes.caching.shards import (
+    Shard,
+    features,
+    record_batch,
+    write_index,
+    write_shard,
+    write_text,
+)
 from tests import models
 
 HOOK = "blocks.1.mlp.hook_centroid"
@@ -282,6 +291,39 @@ def test_killed_at_random_moments_it_ends_up_the_same(tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "c")
     assert process.exitcode == 0
     assert kills >= 4
+
+
+@pytest.mark.parametrize("step", ["write_index", "write_text", "sync_directory"])
+def test_ended_while_it_is_finished_no_shard_is_computed_again(
+    step: str, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*args: Any) -> Any:
+        # The manifest is written for each shard too; the last one says how many sequences.
+        if step != "write_text" or '"n_sequences": 60,\n  "shards"' in args[1]:
+            raise KeyboardInterrupt
+        return write_text(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, step, end)
+        with pytest.raises(KeyboardInterrupt):
+            write_fast(tmp_path / "c")
+    passes.clear()
+    write_fast(tmp_path / "c")
+    assert not passes
+    write_fast(tmp_path / "whole")
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def test_files_beside_the_shards_are_written_again(tmp_path: Path, passes: list[int]) -> None:
+    cache = write_fast(tmp_path / "c")
+    before = files(cache.path)
+    passes.clear()
+    (cache.path / "state.json").unlink()
+    assert write_fast(tmp_path / "c").n_sequences == 60
+    (cache.path / "dataset_info.json").write_text("no json")
+    write_fast(tmp_path / "c")
+    assert files(cache.path) == before
+    assert not passes
 
 
 def test_after_an_interrupt_finished_shards_are_not_computed_again(
@@ -545,6 +587,28 @@ def test_two_processes_do_not_write_the_same_cache(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"c"}
 
 
+def test_what_another_process_finished_meanwhile_is_not_computed_again(
+    tmp_path: Path, passes: list[int]
+) -> None:
+    meanwhile: list[int] = []
+
+    def write(_module: Any, _args: Any, x: Tensor) -> None:
+        if not meanwhile:  # In the pass that finds the width, before anything is written.
+            meanwhile.append(len(x))
+            in_another_process(lambda: write_fast(tmp_path / "c")).join()
+
+    handle = model().hook_dict["hook_embed"].register_forward_hook(write)
+    try:
+        with pytest.raises(lch.OutputError, match="another process since"):
+            write_fast(tmp_path / "c")
+    finally:
+        handle.remove()
+    assert meanwhile == [1]
+    assert {p.name for p in tmp_path.iterdir()} == {"c"}
+    write_fast(tmp_path / "c")
+    assert not passes
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, passes: list[int]) -> None:
     """Of the values, no more than two batches are alive at any time."""
     alive: list[int] = []
@@ -574,8 +638,35 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
     hook = "blocks.0.hook_mlp_out"
     with pytest.raises(lch.NonFiniteError, match="float16"):
         lch.saes.cache(lens, DATA, tmp_path / "c", hook_names=hook, dtype="float16")
-    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.iterdir())
     lch.saes.cache(lens, DATA, tmp_path / "d", hook_names=hook)
+
+
+def test_numbers_too_small_for_float16_are_refused(tmp_path: Path) -> None:
+    lens = models.bridge("gpt2")
+    with torch.no_grad():
+        lens.blocks[1].mlp.out.weight.mul_(1e-6)
+    with pytest.raises(lch.InputError, match=r"changes it by .*Take dtype='float32'"):
+        lch.saes.cache(lens, DATA, tmp_path / "c", hook_names=HOOK, dtype="float16")
+    cache = lch.saes.cache(lens, DATA, tmp_path / "d", hook_names=HOOK)
+    assert 0 < float(cache.values(HOOK).abs().max()) < 1e-4
+
+
+def test_a_batch_that_arrow_cannot_count_is_refused() -> None:
+    columns = features(2**16, {"a": 2**15}, "float32")
+    values = torch.zeros(1).expand(2, 2**16, 2**15)  # Takes no memory.
+    with pytest.raises(lch.InputError, match="Lower batch_size"):
+        record_batch(columns, torch.zeros(2, 2**16, dtype=torch.long), {"a": values})
+
+
+def test_the_fingerprint_reads_no_more_values_than_it_says() -> None:
+    layer = torch.nn.Linear(1, 2047, bias=False)
+    before = weights_fingerprint(layer)
+    with torch.no_grad():
+        layer.weight[1::2] += 1
+        assert weights_fingerprint(layer) == before
+        layer.weight[2] += 1
+    assert weights_fingerprint(layer) != before
 
 
 def test_the_manifest_says_what_the_values_are_of(tmp_path: Path) -> None:
@@ -628,7 +719,9 @@ def test_bad_input_is_refused_before_work_starts(tmp_path: Path, passes: list[in
         (lch.InputError, "9 tokens", short.to_iterable_dataset(), {}),
         (lch.InputError, "columns", Dataset.from_dict({"words": ["a"]}), {}),
         (lch.InputError, "column", Dataset.from_dict({"words": ["a"]}).to_iterable_dataset(), {}),
-        (lch.InputError, "there is none", DATA.to_iterable_dataset().take(0), {}),
+        (lch.InputError, "has 0 rows", DATA.to_iterable_dataset().take(0), {}),
+        (lch.InputError, "9 tokens", short.select([1]).to_iterable_dataset(), {}),
+        (lch.InputError, "need use_chat_formatting", Dataset.from_dict({"messages": [[]]}), {}),
         (lch.InputError, "does not exist", "nowhere.txt", {}),
         (lch.OutputError, "other content", DATA, {"path": tmp_path / "taken"}),
         (lch.OutputError, "other content", DATA, {"path": tmp_path / "file"}),
@@ -648,6 +741,9 @@ def test_bad_input_is_refused_before_work_starts(tmp_path: Path, passes: list[in
         lambda: cache.values("blocks.1.hook_resid_pre"),
         lambda: cache.values(HOOK, [60]),
         lambda: cache.values(HOOK, [-1]),
+        lambda: cache.values(HOOK, [True] * 60),
+        lambda: cache.values(HOOK, [0.5]),
+        lambda: cache.values(HOOK, 3),
         lambda: cache.stream("blocks.1.hook_resid_pre", batch_size=8),
         lambda: cache.stream(HOOK, batch_size=0),
         lambda: cache.stream(HOOK, batch_size=8, buffer_size=15),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lch_plugin.files import resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes import ComparisonSettings, Labelled, Rows, compare, evaluate, load_labelled
 from lch_plugin.saes.compare import work
+from lch_plugin.saes.compare.components import make_component
 from lch_plugin.saes.compare.data import Split, prepare
 from lch_plugin.saes.compare.scores import label_agreement, probe_scores
 from lch_plugin.saes.compare.settings import SITES
@@ -227,8 +229,7 @@ def done(vit: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def test_every_sae_is_there_and_scored(done: tuple[Path, Any]) -> None:
     out, results = done
-    written = json.loads((out / "results.json").read_text())
-    assert {name: written[name] for name in results} == results
+    assert json.loads((out / "results.json").read_text()) == results
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert not list(out.rglob("*.npy"))
     scores = results["comparisons"][0]["scores"]
@@ -305,7 +306,7 @@ def test_the_report_shows_the_scores(done: tuple[Path, Any]) -> None:
         assert f"{of} 64" in page
     assert "the power is low" in page
     assert 'src="http' not in page
-    assert page.count("<img") == len(list(out.glob("*.png"))) == 7
+    assert page.count("<img") == len(list(out.glob("*.png"))) == 3
     with (out / "scores.csv").open() as file:
         lines = list(csv.DictReader(file))
     expected = [s["explained_variance"] for s in results["comparisons"][0]["scores"]]
@@ -352,6 +353,23 @@ def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
         compare(vit, VISION_MLP, *data, tmp_path / "out", SMALL)
 
 
+def test_unfinished_work_is_known_by_its_content(gpt2: LoadedModel, tmp_path: Path) -> None:
+    """A model under another path is the same; other texts, labels or rows are not."""
+    data = labelled_stories(60, seed=3)
+
+    def identity(loaded: LoadedModel = gpt2, test: Labelled = data, **changes: Any) -> Any:
+        settings = ComparisonSettings(**(vars(SMALL) | changes))
+        return make_component(loaded, MLP, data, test, settings).identity()
+
+    shutil.copytree(DEMO_MODEL_DIR, tmp_path / "copy")
+    assert identity(lch.load(tmp_path / "copy")) == identity()
+    texts = [text.replace("Mary", "Anna") for text in data.inputs]
+    labels = {name: entries[::-1] for name, entries in data.labels.items()}
+    for other in (Labelled(texts, data.labels, ""), Labelled(data.inputs[::-1], labels, "")):
+        assert identity(test=other) != identity()
+    assert identity(n_items=30) != identity()
+
+
 # --- from the command line -----------------------------------------------------------------------
 
 TINY = "--k 2 --seeds 2 --d-sae 8 --rows 512 --test-rows 256 --batch-size 64 --neighbours 2"
@@ -363,7 +381,7 @@ def lch_sae_compare(*arguments: str) -> Any:
 
 
 def test_a_file_of_texts_and_two_components(tmp_path: Path) -> None:
-    """One label a text; a fifth is held out. The layers read the same texts, and are alike."""
+    """One label a text; a fifth is held out. A component's features are its own, in each SAE."""
     texts = labelled_stories(120).inputs
     lines = [
         json.dumps({"story": f"{text} {['Owl', 'Fox'][i % 2]}", "about": ["owl", "fox"][i % 2]})
@@ -371,22 +389,25 @@ def test_a_file_of_texts_and_two_components(tmp_path: Path) -> None:
     ]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     paths = f"--model {DEMO_MODEL_DIR} --dataset {tmp_path}/texts.jsonl --out {tmp_path}/out"
-    options = f"--module {MLP} --label about --column story --against :transformer.h.1.attn"
-    result = lch_sae_compare(*paths.split(), *options.split())
+    options = f"--module {MLP} --label about --column story"
+    others = f"--against :{MLP} --against :transformer.h.1.attn"
+    result = lch_sae_compare(*paths.split(), *options.split(), *others.split())
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     modules = [component["module"] for component in results["components"]]
-    assert modules == [MLP, "transformer.h.1.attn"]
+    assert modules == [MLP, MLP, "transformer.h.1.attn"]
     for part in results["components"]:
         assert set(part["test"]["items"]["about"]) == {"owl", "fox"}
         assert part["test"]["n_inputs"] <= 24
     assert results["settings"]["d_sae"] == 8
-    assert [len(found["scores"]) for found in results["comparisons"]] == [6, 6]
-    assert len(results["similarity"]) == 3 * 2
+    assert [len(found["scores"]) for found in results["comparisons"]] == [6, 6, 6]
+    assert len(results["similarity"]) == 2 * 3 * 2
     for line in results["similarity"]:
         assert line["n_items"] == sum(results["components"][0]["test"]["items"]["about"].values())
-        assert line["chance"] < line["correlation"] < 1
-    assert len(results["similarities"]) == 3
+        assert 0 < line["chance"] < 1
+        same = line["against"] == "against-1"
+        assert line["correlation"] == pytest.approx(1) if same else line["correlation"] < 0.99
+    assert len(results["similarities"]) == 2 * 3
     assert "Dictionaries of two components" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -496,7 +517,7 @@ def test_data_that_cannot_be_compared(
         (gpt2, MLP, overlapping, "overlap"),
         (gpt2, MLP, too_short, "1 labels for 2 tokens"),
         (vit, VISION_MLP, stories, "fast tokenizer"),
-        (gpt2, MLP, digits, "image processor|pixel_values"),
+        (gpt2, MLP, digits, "no texts"),
         (vit, "embeddings.patch_embeddings.projection", digits, "shape"),
     ):
         with pytest.raises(lch.LCHError, match=message):

@@ -15,6 +15,8 @@ from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
+    TopKSAE,
+    TopKSAEConfig,
     TopKTrainingSAEConfig,
     TrainingSAE,
 )
@@ -115,7 +117,7 @@ def test_decoder_cosines() -> None:
 def test_decoder_cosines_of_more_rows_than_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     W_dec = rows(30)
     whole = decoder_cosines(W_dec)
-    monkeypatch.setattr(sys.modules[decoder_cosines.__module__], "MAX_ROWS", 7)
+    monkeypatch.setattr(sys.modules[decoder_cosines.__module__], "_MAX_COSINES", 7 * 30)
     torch.testing.assert_close(decoder_cosines(W_dec), whole)
 
 
@@ -130,6 +132,17 @@ def test_rows_of_half_precision_and_sparse_features() -> None:
     a, b = evaluate(sparse, [x]), evaluate(dense, [x])
     assert a.explained_variance == pytest.approx(b.explained_variance, rel=1e-5)
     assert torch.equal(a.density, b.density)
+
+
+def test_an_sae_that_joins_heads_reads_them_joined() -> None:
+    """Rows have heads joined; afterwards it takes them apart again."""
+    joined = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K))
+    apart = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, reshape_activations="hook_z"))
+    apart.load_state_dict(joined.state_dict())
+    heads = rows().view(100, 2, D_IN // 2)
+    before = apart(heads)
+    assert evaluate(apart, [rows()]).to_dict() == evaluate(joined, [rows()]).to_dict()
+    assert torch.equal(apart(heads), before)
 
 
 def transcoder() -> Any:

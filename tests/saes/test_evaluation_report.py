@@ -106,6 +106,7 @@ def test_the_results_are_those_of_the_functions(tmp_path: Path) -> None:
     [
         ("blocks.1.attn.hook_centroid", True),
         ("blocks.1.mlp.hook_in", True),
+        ("blocks.1.attn.hook_z", False),
         ("blocks.1.hook_resid_post", False),
     ],
 )
@@ -118,6 +119,83 @@ def test_saes_on_other_hook_points(hook: str, has_responses: bool, tmp_path: Pat
     assert (results["responses"] is not None) == has_responses
     assert (tmp_path / "out" / "responses.png").exists() == has_responses
     assert min(results["steering"]["features"][0]["kl"]) > 0
+
+
+def test_tokens_that_the_sae_was_trained_without_do_not_count(tmp_path: Path) -> None:
+    sae, model = load_sae(saved(tmp_path / "sae", CENTROID)), lch.load_demo_model()
+    bos = model.tokenizer.bos_token_id
+    ids = model.tokenizer("".join(f"<|endoftext|>{t}" for t in TEXTS))["input_ids"][: 4 * 64]
+    tokens = torch.tensor(ids).view(4, 64)
+    assert int((tokens[:, 3:40] == bos).sum())
+    sae.cfg.metadata.exclude_special_tokens = True
+    sae.cfg.metadata.seqpos_slice = (1, 40)
+    out = tmp_path / "out"
+    results = evaluation_report(model, sae, tokens, out, skip=3, n_features=2, n_random=2)
+    with lch.attach(model, layers=2) as handle, torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=handle.hook_names)
+    chosen = cache[CENTROID][:, 3:40][tokens[:, 3:40] != bos]
+    evaluation = lch.saes.evaluate(sae, [chosen])
+    assert results["evaluation"]["n_rows"] == len(chosen)
+    assert results["evaluation"]["l0"] == pytest.approx(evaluation.l0)
+    explained = results["evaluation"]["explained_variance"]
+    assert explained == pytest.approx(evaluation.explained_variance, rel=1e-4)
+    assert results["responses"][0]["n"] == 8 * 4 * 37
+    energy = sae.encode(chosen).square().sum(0) * (evaluation.density <= 0.1)
+    found = [feature["index"] for feature in results["steering"]["features"]]
+    assert sorted(found) == sorted(energy.topk(2).indices.tolist())
+    assert "what the SAE was trained without" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("site", "name"),
+    [
+        (lch.Site("mlp", 2, radius=0.1, n_samples=2), CENTROID),
+        (lch.Site("attn", 2, output_positions=[-1]), "blocks.2.attn.hook_centroid"),
+        (lch.Site("block", 2, linearization="detached"), "blocks.2.hook_centroid"),
+        (lch.Site("mlp", 2, cotangent=lch.cotangents.Logit(3)), None),
+    ],
+)
+def test_centroids_other_than_the_modules_own_have_no_responses(
+    site: lch.Site, name: str | None, tmp_path: Path
+) -> None:
+    """The SAE was not trained on what `reconstructed_centroids` would give it."""
+    model = lch.load_demo_model()
+    with lch.attach(model, site=site) as handle:
+        (hook, *_) = handle.hook_names
+        assert name is None or hook == name
+        sae = load_sae(saved(tmp_path / "sae", hook))
+        results = evaluation_report(
+            model, sae, TEXTS, tmp_path / "out", n_tokens=128, n_features=1, n_random=2
+        )
+    assert results["responses"] is None
+    assert results["steering"]["features"][0]["kl"][-1] > 0
+
+
+def test_strength_zero_has_no_ratio(tmp_path: Path) -> None:
+    sae, model = load_sae(saved(tmp_path / "sae", CENTROID)), lch.load_demo_model()
+    results = evaluation_report(
+        model,
+        sae,
+        TEXTS,
+        tmp_path / "out",
+        n_tokens=128,
+        n_features=2,
+        n_random=2,
+        strengths=(1.0, 0.0),
+    )
+    assert results["steering"]["features"][0]["ratio"][1] is None
+    assert results["steering"]["median_ratio"][1] is None
+    assert results["steering"]["median_ratio"][0] > 0
+    assert "<td>–</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_in_half_precision_the_page_says_so(tmp_path: Path) -> None:
+    sae = load_sae(saved(tmp_path / "sae", CENTROID))
+    model = lch.load_demo_model().to(torch.bfloat16)
+    out = tmp_path / "out"
+    results = evaluation_report(model, sae, TEXTS, out, n_tokens=128, n_features=2, n_random=2)
+    assert results["run"]["dtype"] == "bfloat16"
+    assert "responses to small perturbations are" in (out / "report.html").read_text()
 
 
 def test_models_that_transformerlens_does_not_know(tmp_path: Path) -> None:
@@ -137,9 +215,26 @@ def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
     model = lch.load_demo_model()
     with pytest.raises(lch.InputError, match="no row of 64 tokens"):
         evaluation_report(model, sae, ["Too short."], tmp_path / "out")
-    for setting in ({"skip": -1}, {"n_features": 0}, {"n_sequences": 0}):
-        with pytest.raises(lch.InputError, match="at least 1"):
+    runs: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: runs.append(1))
+    for setting, message in (
+        ({"skip": -1}, "at least 1"),
+        ({"skip": 64}, "skip=64 leaves none"),
+        ({"n_features": 0}, "at least 1"),
+        ({"n_sequences": 0}, "at least 1"),
+        ({"n_tokens": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"n_random": 0}, "at least 1"),
+        ({"strengths": []}, "strengths"),
+    ):
+        with pytest.raises(lch.InputError, match=message):
             evaluation_report(model, sae, TEXTS, tmp_path / "out", **setting)
+    hook.remove()
+    assert not runs  # Before any work is done.
+    lost = lch.load_demo_model()
+    lost.tokenizer = None
+    with pytest.raises(lch.InputError, match="no tokenizer"):
+        evaluation_report(lost, sae, TEXTS, tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(lch.OutputError):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sae_lens import SAE, ActivationsStore, TopKSAE, TopKSAEConfig, Transcoder, TranscoderConfig
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
 from torch import Tensor
 from torch.nn.functional import normalize
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from lch_plugin.cotangents import Random
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.run import pack, to_text
 from lch_plugin.saes import FeatureReport, HookedModel, features
+from lch_plugin.saes.sources.hooks import provenance
 from tests import models
 
 HOOK = "blocks.2.mlp.hook_centroid"
@@ -199,6 +201,33 @@ def test_every_source_of_the_same_tokens_gives_the_same(tmp_path: Path) -> None:
     assert found[2].record["text"] == str(tmp_path / "cache")
 
 
+def test_activations_with_signs_are_ranked_by_magnitude(tmp_path: Path) -> None:
+    """As SAELens' AbsTopK has them. A feature that is only ever negative fires as well."""
+    plain = dictionary()
+    sae = AbsTopKSAE(AbsTopKSAEConfig(d_in=128, d_sae=D_SAE, k=6))
+    sae.load_state_dict(plain.state_dict())
+    sae.cfg.metadata = plain.cfg.metadata
+    with torch.no_grad():
+        sae.b_enc[5] = -1e3
+    found = features(model(), sae, tokens(), indices=[5, 3])
+    codes = sae.encode(values())
+    torch.testing.assert_close(found.density, (codes != 0).float().mean((0, 1)))
+    assert found.density[5] == 1
+    for f in found.features:
+        own = codes[..., f.index]
+        assert f.maximum == pytest.approx(own.abs().max().item(), rel=1e-5)
+        assert sum(f.histogram) == int((own != 0).sum())
+        peaks = own.abs().amax(1).topk(10).values
+        assert [abs(c.values[c.peak]) for c in f.contexts] == pytest.approx(
+            peaks.tolist(), rel=1e-4
+        )
+    assert all(c.values[c.peak] < 0 for c in found.features[0].contexts)
+    found.save(tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "never fires" not in page
+    assert "--a:1.00" in page
+
+
 def test_text_is_put_together_as_for_training(tmp_path: Path) -> None:
     told, sae = list(stories(60, split="test", seed=0)), dictionary()
     sae.cfg.metadata.prepend_bos = True
@@ -343,6 +372,34 @@ def test_saes_that_do_not_fit_are_refused() -> None:
         features(model(), sae, ids)
     with lch.attach(model(), 2, cotangent=Random(0)):
         assert features(model(), sae, ids, indices=[0]).features
+    sae = dictionary()
+    with lch.attach(model(), site=lch.Site("mlp", 2, radius=0.1, n_samples=2)):
+        local = provenance(model(), HOOK)
+    sae.cfg.metadata.lch_centroid = local
+    with pytest.raises(lch.InputError, match=r"radius was 0.1 and is None"):
+        features(model(), sae, ids)
+    with pytest.raises(lch.InputError, match="has activations"):
+        features(model(), sae, ids, hook_name="blocks.2.mlp.hook_in")
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_saes_on_rows_of_a_huggingface_model_fit_the_same_model_elsewhere() -> None:
+    """Which calls its places by other names; what rows are of counts."""
+    hf, name = models.huggingface("gpt2"), "transformer.h.1.mlp"
+    hook, ids = "blocks.1.mlp.hook_centroid", models.tokens(12, 16)
+    bridge = models.bridge("gpt2")
+    with lch.attach(bridge, 1), torch.no_grad():
+        sae = dictionary(hook, bridge.run_with_cache(ids)[1][hook])
+    for of, other in (("centroid", "blocks.1.mlp.hook_in"), ("input", hook)):
+        sae.cfg.metadata.lch_centroid = lch.saes.Rows(hf, [ids], name, of=of).record()  # type: ignore[arg-type]
+        right = hook if of == "centroid" else "blocks.1.mlp.hook_in"
+        settings: dict[str, Any] = {"indices": [0], "hook_name": right}
+        assert features(bridge, sae, ids, **settings).features
+        with pytest.raises(lch.InputError, match=f"trained on the {of}"):
+            features(bridge, sae, ids, **settings | {"hook_name": other})
+    wrapped = HookedModel(models.huggingface("gpt2"), models.tokenizer(), name)
+    with pytest.raises(lch.InputError, match="trained on the input"):
+        features(wrapped, sae, ids, hook_name=f"{name}.hook_centroid")
 
 
 def test_an_sae_that_stands_at_the_hook_is_named() -> None:
@@ -484,6 +541,19 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     assert results["n_tokens"] == 960
     with pytest.raises(lch.OutputError, match="exists"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", ["features", "evaluate"])
+def test_the_commands_take_a_hook_that_the_metadata_lack(command: str, tmp_path: Path) -> None:
+    sae = dictionary()
+    sae.cfg.metadata.hook_name = None
+    sae.save_model(tmp_path / "sae")
+    arguments = ["sae", command, str(tmp_path / "sae"), "--n-tokens", "480"]
+    arguments += ["--n-features", "1", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    with pytest.raises(lch.InputError, match="Pass hook_name"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    found = CliRunner().invoke(app, [*arguments, "--hook", HOOK], catch_exceptions=False)
+    assert found.exit_code == 0, found.output
 
 
 def test_the_command_refuses_what_it_cannot_read(tmp_path: Path) -> None:

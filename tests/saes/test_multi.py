@@ -19,6 +19,7 @@ from sae_lens import (
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_readers
 from tests import models
+from tests.saes.test_resuming import following, watch_text
 from tests.saes.test_train import DATA
 
 HOOKS = {
@@ -116,7 +117,10 @@ def test_logging_splices_in_activations_alone(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [(128, models.D_MODEL)] * len(HOOKS)
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_an_interrupted_run_goes_on(
+    prefetch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models.bridge("gpt2")
     forward, calls = model.forward, []
 
@@ -133,11 +137,14 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (checkpoint,) = tmp_path.glob("*/*")
     done = int(checkpoint.name)
     assert 0 < done < 4096
-    saes = lch.saes.train(
-        model,
-        DATA,
-        config(resume_from_checkpoint=str(checkpoint), training_tokens=done + 128),
+    read = watch_text(monkeypatch)
+    resumed = config(
+        resume_from_checkpoint=str(checkpoint),
+        training_tokens=done + 128,
+        prefetch_llm_batches=prefetch,
     )
+    saes = lch.saes.train(model, DATA, resumed)
+    assert torch.equal(read[0], following(checkpoint))
     before = SAE.load_from_disk(checkpoint / "first")
     scale = saes["first"].cfg.metadata.lch_centroid["scale"]
     # One step further, with the scale folded in.
@@ -185,6 +192,8 @@ def test_what_does_not_fit_is_refused_before_work_starts(tmp_path: Path) -> None
     (tmp_path / "taken").write_text("keep me")
     cases: list[tuple[type[lch.LCHError], str, dict[str, Any]]] = [
         (lch.InputError, "Set d_in=32", {"saes": {"a": wide}, "hook_names": HOOKS["first"]}),
+        (lch.InputError, "leaves no position", {"seqpos_slice": (16, None)}),
+        (lch.InputError, "first/trainer_state.pt", {"resume_from_checkpoint": str(tmp_path)}),
         (lch.InputError, "context of 16", {"context_size": 17}),
         (lch.InputError, "n_batches_in_buffer to 8", {"n_batches_in_buffer": 7}),
         (lch.InputError, "no heads", {"hook_head_indices": {"first": 0, "jump": 0}}),

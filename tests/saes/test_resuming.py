@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE, ActivationsStore, TrainingSAE
 from sae_lens.saes.sae import TrainingSAE as AnyTrainingSAE
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import lch_plugin as lch
+from lch_plugin.cli import app
 from lch_plugin.saes.caching.cache import Cache
 from tests import models
 from tests.saes.test_train import ARCHITECTURES, DATA, HOOK, config
@@ -58,11 +61,20 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
         assert resumed.cfg.to_dict() == whole.cfg.to_dict()
 
 
-@pytest.mark.parametrize("prefetch", [False, 3])
-@pytest.mark.parametrize("normalize", ["none", "covariance_whitening"])
+@pytest.mark.parametrize(
+    ("prefetch", "normalize", "step"),
+    [
+        (False, "none", 7),
+        (3, "none", 7),
+        (False, "covariance_whitening", 7),
+        (3, "covariance_whitening", 7),
+        (3, "expected_average_only_in", 32),  # The last one.
+    ],
+)
 def test_an_interrupt_waits_for_the_step_and_loses_nothing(
     normalize: str,
     prefetch: bool | int,
+    step: int,
     cached: Cache,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,7 +86,7 @@ def test_an_interrupt_waits_for_the_step_and_loses_nothing(
 
     def interrupted(self: Any, step_input: Any) -> Any:
         steps.append(1)
-        if len(steps) == 7:
+        if len(steps) == step:
             signal.raise_signal(signal.SIGINT)  # In the midst of a step.
         return forward(self, step_input)
 
@@ -83,7 +95,7 @@ def test_an_interrupt_waits_for_the_step_and_loses_nothing(
         with pytest.raises(KeyboardInterrupt):
             lch.saes.train(None, None, config(**kw, checkpoint_path=str(tmp_path)))
     (checkpoint,) = tmp_path.glob("*/*")
-    assert int(checkpoint.name) == 7 * 96
+    assert int(checkpoint.name) == step * 96
     resumed = lch.saes.train(None, None, config(**kw, resume_from_checkpoint=str(checkpoint)))
     assert_same(resumed, whole)
 
@@ -115,6 +127,50 @@ def test_logging_evaluates_rows_of_the_cache(
     assert_same(logging, lch.saes.train(None, None, config(**settings(cached))))
 
 
+def test_the_sae_says_how_the_cache_made_sequences(cached: Cache, tmp_path: Path) -> None:
+    assert lch.saes.train(None, None, config(**settings(cached))).cfg.metadata.prepend_bos
+    other = lch.saes.cache(
+        models.bridge("gpt2"),
+        DATA,
+        tmp_path / "other",
+        hook_names=HOOK,
+        prepend_bos=False,
+        sequence_separator_token=None,
+        disable_concat_sequences=True,
+    )
+    metadata = lch.saes.train(None, None, config(**settings(other))).cfg.metadata
+    assert metadata.prepend_bos is False
+    assert metadata.sequence_separator_token is None
+    assert metadata.disable_concat_sequences is True
+
+
+def test_nobody_is_told_that_a_cache_has_too_few_samples(
+    cached: Cache, recwarn: pytest.WarningsRecorder
+) -> None:
+    lch.saes.train(None, None, config(**settings(cached)))
+    assert not [w for w in recwarn if "fewer samples" in str(w.message)]
+
+
+def test_the_command_trains_on_a_cache(cached: Cache, tmp_path: Path) -> None:
+    def run(hook: str, *more: str) -> Any:
+        arguments = ["sae", "train", hook, "--cache", str(cached.path), *more]
+        return CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "sae")])
+
+    result = run(HOOK, "--tokens", "3072", "--setting", "k=4", "--setting", "d_sae=48")
+    assert result.exit_code == 0, result.output
+    sae = SAE.load_from_disk(tmp_path / "sae")
+    assert (sae.cfg.d_sae, sae.cfg.k, sae.cfg.metadata.context_size) == (48, 4, 16)
+    (tmp_path / "sae").rename(tmp_path / "first")
+    for hook, more, message in [
+        ("blocks.0.mlp.hook_centroid", (), "which has"),
+        (HOOK, ("--model", "gpt2"), "Leave them out"),
+        (HOOK, ("--text", "texts.txt"), "Leave them out"),
+    ]:
+        error = run(hook, *more).exception
+        assert isinstance(error, lch.InputError)
+        assert message in str(error)
+
+
 def test_the_seed_decides_the_order(cached: Cache) -> None:
     saes = [
         lch.saes.train(None, None, config(**settings(cached, seed=seed))).W_dec
@@ -141,6 +197,7 @@ def test_what_does_not_fit_the_cache_is_refused(cached: Cache, tmp_path: Path) -
         ("Set context_size=16", None, {"context_size": 8}),
         ("leave seqpos_slice out", None, {"seqpos_slice": (1, None)}),
         ("give their ids", None, {"exclude_special_tokens": True}),
+        ("heads side by side", None, {"hook_head_index": 0}),
         ("no checkpoint", None, {"resume_from_checkpoint": str(final)}),
         ("not of this model", models.bridge("gpt2", seed=1), {}),
         ("no finished cache", None, {"cached_activations_path": str(tmp_path)}),
@@ -153,19 +210,80 @@ def test_what_does_not_fit_the_cache_is_refused(cached: Cache, tmp_path: Path) -
         lch.saes.train(None, DATA, config())
 
 
-def test_a_live_run_resumes_in_the_text_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_a_live_run_resumes_in_the_text_where_it_was(
+    prefetch: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = models.bridge("gpt2")
-    kw: dict[str, Any] = {"training_tokens": 3072, "n_checkpoints": 2}
+    kw: dict[str, Any] = {
+        "training_tokens": 3072,
+        "n_checkpoints": 2,
+        "prefetch_llm_batches": prefetch,
+    }
     lch.saes.train(model, DATA, config(**kw, checkpoint_path=str(tmp_path)))
     first, second = sorted(tmp_path.glob("*/*"), key=lambda path: int(path.name))
+    read = watch_text(monkeypatch)
     sae = lch.saes.train(
         model,
         DATA,
         config(**kw, checkpoint_path=str(tmp_path / "again"), resume_from_checkpoint=str(first)),
     )
+    assert torch.equal(read[0], following(first))
     # No checkpoint is written twice.
     assert [p.name for p in tmp_path.glob("again/*/*")] == [second.name]
     state = torch.load(next(tmp_path.glob("again/*/*")) / "trainer_state.pt")
     assert state["n_training_samples"] == int(second.name)
     scale = json.loads((first / "activation_scaler.json").read_text())["scaling_factor"]
     assert sae.cfg.metadata.lch_centroid["scale"] == scale
+
+
+def watch_text(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The batches of tokens that SAELens reads from now on."""
+    read: list[torch.Tensor] = []
+    get_batch_tokens = ActivationsStore.get_batch_tokens
+
+    def watched(self: Any, *args: Any, **kw: Any) -> torch.Tensor:
+        read.append(get_batch_tokens(self, *args, **kw))
+        return read[-1]
+
+    monkeypatch.setattr(ActivationsStore, "get_batch_tokens", watched)
+    return read
+
+
+def following(checkpoint: Path) -> torch.Tensor:
+    """The batch of tokens after the last that a checkpoint's run has read."""
+    state = load_file(checkpoint / "activations_store_state.safetensors")
+    # SAELens counts a row when it asks for the next.
+    row = int(state["n_dataset_processed"]) + 1
+    assert 0 < row < len(DATA) - 8
+    return torch.tensor(DATA["tokens"][row : row + 8])
+
+
+def test_what_is_no_checkpoint_on_the_way_is_refused(cached: Cache, tmp_path: Path) -> None:
+    model = models.bridge("gpt2")
+    kw: dict[str, Any] = {"n_checkpoints": 1, "checkpoint_path": str(tmp_path)}
+    lch.saes.train(model, DATA, config(**kw, save_final_checkpoint=True))
+    lch.saes.train(
+        None,
+        None,
+        config(**settings(cached, n_checkpoints=1), checkpoint_path=str(tmp_path / "cached")),
+    )
+    (final,) = tmp_path.glob("*/final_*")
+    (of_cache,) = tmp_path.glob("cached/*/*")
+    for match, path in [
+        ("folded", final),
+        ("trainer_state.pt", final.parent),
+        ("activations_store_state", of_cache),
+    ]:
+        with pytest.raises(lch.InputError, match=match):
+            lch.saes.train(
+                model, DATA, config(resume_from_checkpoint=str(path), training_tokens=4096)
+            )
+    # Nothing is folded in where nothing is scaled.
+    lch.saes.train(model, DATA, config(**kw, normalize="none", save_final_checkpoint=True))
+    (plain,) = set(tmp_path.glob("*/final_*")) - {final}
+    lch.saes.train(
+        model,
+        DATA,
+        config(normalize="none", resume_from_checkpoint=str(plain), training_tokens=4096),
+    )

@@ -180,6 +180,19 @@ def test_training_is_reproducible_and_leaves_the_global_generator_alone(vit: Any
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_a_loaders_own_shuffling_follows_the_seed() -> None:
+    x = torch.randn(200, D_MODEL, generator=torch.Generator().manual_seed(0))
+    weights = []
+    for n, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(n)
+        before = torch.get_rng_state()
+        rows = DataLoader(x, batch_size=32, shuffle=True)  # By the global generator.
+        weights.append(train_on(rows, topk(), trainer(640), buffer_size=256, seed=seed).W_enc)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
 def pictures(n: int = 10) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     modes = ("RGB", "L", "RGBA")
@@ -242,6 +255,7 @@ def test_images_come_in_the_order_of_the_seed() -> None:
         (lambda vit: train_on(iter([torch.ones(70, 32)]), topk(), trainer()), "came to an end"),
         (lambda vit: train_on(Rows(vit, [pixels()], MLP), topk(d_in=31), trainer()), "d_in=32"),
         (lambda vit: train_on([torch.ones(4, 32)], topk(), trainer(), buffer_size=8), "Raise it"),
+        (lambda vit: train_on([torch.ones(4, 5, 32)], topk(), trainer()), r"flatten\(0, -2\)"),
         (lambda vit: Images(pictures()), "image processor"),
         (lambda vit: Images(torch.zeros(0, 3, 8, 8)), r"\(n, channel, height, width\)"),
         (lambda vit: Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "floating point"),

@@ -153,6 +153,82 @@ def test_names_of_hook_points_stand_for_what_the_component_reads(bridge: Any) ->
     torch.testing.assert_close(by_hook, steered(bridge, MLP))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "HookedTransformer"])
+def test_heads_are_joined_for_a_vector_as_wide_as_all_of_them(name: str) -> None:
+    """As SAELens trains on ``hook_z``."""
+    model, d, hook = MODELS[name](), direction(), "blocks.1.attn.hook_z"
+    seen: list[Tensor] = []
+
+    def add(z: Tensor, **_: Any) -> Tensor:
+        seen.append(z)
+        z = z.clone()
+        z[:, 2:] += d.view(z.shape[2:])
+        return z
+
+    edited = model.run_with_hooks(models.tokens(), fwd_hooks=[(hook, add)])
+    with steering(model, hook, d, slice(2, None)):
+        torch.testing.assert_close(logits(model), edited)
+    effects = steering_effects(model, [models.tokens()], hook, d[None], n_random=2)
+    assert effects.input_norm == pytest.approx(float(seen[0].flatten(2).norm(dim=-1).mean()))
+    with steering(model, "blocks.1.attn.hook_q", d[:8]):  # One vector for every head.
+        assert not torch.equal(logits(model), edited)
+
+
+def test_a_centroids_hook_point_is_known_by_what_it_is_of(bridge: Any) -> None:
+    """Not by its name, which with a late cotangent is the model's, or ends in a label."""
+    sites = [
+        lch.Site("mlp", 1, cotangent=lch.cotangents.Logit(3)),
+        lch.Site("mlp", 1, label="again"),
+        lch.Site("attn", 1, label="attention"),
+        lch.Site("span", (1, 2), label="span"),
+        lch.Site("model"),
+    ]
+    stands_for = [MLP, MLP, "blocks.1.attn", "blocks.1", "hook_embed"]
+    for site, component in zip(sites, stands_for, strict=True):
+        with steering(bridge, component, direction()):
+            expected = logits(bridge)
+        with lch.attach(bridge, site=site) as handle:
+            with steering(bridge, handle.hook_names[0], direction()):
+                assert torch.equal(logits(bridge), expected)
+            with steering(bridge, handle.hook_names[0], direction()), torch.no_grad():
+                assert torch.isfinite(logits(bridge)).all()
+
+
+def test_a_components_input_is_not_its_output_of_the_same_name() -> None:
+    """Of SAELens' wrapper a module's name is the hook point of what it writes."""
+    model, name = models.huggingface("gpt2", torch.float64), "transformer.h.1.mlp"
+    with steering(model, name, direction()):
+        expected = logits(model)
+    hooked = HookedModel(model, models.tokenizer(), name, activations=[name])
+    with steering(hooked, f"{name}.hook_centroid", direction()):
+        assert torch.equal(logits(model), expected)
+
+
+def test_inputs_with_nan_in_them_are_steered_too() -> None:
+    """A padded position of nothing but NaN says nothing of the others."""
+    linear = nn.Linear(4, 4).double()
+    x = torch.ones(1, 3, 4, dtype=torch.float64)
+    x[0, 0] = torch.nan
+    with steering(nn.Sequential(linear), "0", torch.ones(4)):
+        found = linear(x)
+    torch.testing.assert_close(found[:, 1:], linear(x[:, 1:] + 1))
+
+
+def test_small_effects_are_no_rounding() -> None:
+    """Of second order in the strength, and never negative, in single precision too."""
+    model = models.bridge("gpt2")
+    strengths = (1e-3, 2e-3)
+    ids = models.tokens()
+    d = direction()[None].float()
+    effects = steering_effects(model, [ids], MLP, d, strengths=strengths, n_random=8)
+    for kl in (effects.kl, effects.random_kl):
+        assert bool((kl > 0).all())
+        torch.testing.assert_close(
+            kl[:, 1] / kl[:, 0], torch.full_like(kl[:, 0], 4), rtol=0.1, atol=0
+        )
+    assert bool(effects.ratios.isfinite().all())
+
+
 def test_generation_is_steered() -> None:
     loaded = lch.load_demo_model()
     w = 20 * torch.nn.functional.normalize(direction().float(), dim=0).repeat(4)

@@ -74,6 +74,7 @@ def test_bad_sources_are_refused_by_name(tmp_path: Path) -> None:
         ("does not exist", tmp_path / "nowhere"),
         ("does not exist", "nowhere.jsonl"),
         ("does not exist", "./nowhere"),
+        ("given as a list", "Once upon a time there was a pear tree. " * 20),
         ("empty", tmp_path / "empty.txt"),
         ("kind", tmp_path / "texts.pdf"),
         ("cannot be read", tmp_path / "bad.jsonl"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from datasets import Dataset
@@ -24,6 +26,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
 
 import lch_plugin as lch
@@ -151,12 +154,59 @@ def test_an_ordinary_hook_trains_by_the_same_call(tmp_path: Path) -> None:
     assert "lch_centroid" not in SAE.load_from_disk(out).cfg.metadata
 
 
-def test_the_same_seed_gives_the_same_sae() -> None:
+def test_the_seed_decides_and_the_global_random_state_is_left_alone() -> None:
     weights = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        weights.append(lch.saes.train(models.bridge("gpt2"), DATA, config()).W_dec)
-    assert torch.equal(*weights)
+    for n, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(10 + n)
+        before = torch.get_rng_state()
+        weights.append(lch.saes.train(models.bridge("gpt2"), DATA, config(seed=seed)).W_dec)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_model_is_in_evaluation_mode_and_left_as_it_was() -> None:
+    model, modes = models.bridge("gpt2").train(), set()
+    point = model.hook_dict["hook_embed"]
+    with point.register_forward_hook(lambda *_: modes.add(model.training)):
+        lch.saes.train(model, DATA, config())
+    assert modes == {False}
+    assert model.training
+
+
+def test_training_in_another_thread_is_the_same() -> None:
+    found: list[Any] = []
+
+    def train() -> None:
+        found.append(lch.saes.train(models.bridge("gpt2"), DATA, config()).W_dec)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    train()
+    assert torch.equal(*found)
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = TrainingSAE.training_forward_pass
+
+    def signalled(self: Any, step_input: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return forward(self, step_input)
+
+    monkeypatch.setattr(TrainingSAE, "training_forward_pass", signalled)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        lch.saes.train(models.bridge("gpt2"), DATA, config())
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_rows_of_a_fixed_number_of_tokens_are_read() -> None:
+    fixed = DATA.cast_column("tokens", datasets.Sequence(datasets.Value("int32"), length=16))
+    sae = lch.saes.train(models.bridge("gpt2"), fixed, config())
+    assert torch.equal(sae.W_dec, lch.saes.train(models.bridge("gpt2"), DATA, config()).W_dec)
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
@@ -242,10 +292,21 @@ def test_bad_configurations_are_refused_before_work_starts(tmp_path: Path) -> No
         (lch.SiteError, "no hook point", DATA, {"hook_name": "blocks.1.mlp.hook_centriod"}),
         (lch.InputError, "context of 16", DATA, {"context_size": 17}),
         (lch.InputError, "n_batches_in_buffer to 8", DATA, {"n_batches_in_buffer": 7}),
+        (
+            lch.InputError,
+            "n_batches_in_buffer to 16",
+            DATA,
+            {"seqpos_slice": (8, None), "n_batches_in_buffer": 15},
+        ),
         (lch.InputError, "vocabulary", outside, {}),
         (lch.InputError, "9 tokens", short, {}),
         (lch.InputError, "0 rows", Dataset.from_dict({"tokens": []}), {}),
         (lch.InputError, "columns", Dataset.from_dict({"words": ["a"]}), {}),
+        (lch.InputError, "columns", Dataset.from_dict({"words": ["a"]}).to_iterable_dataset(), {}),
+        (lch.InputError, "0 rows", DATA.to_iterable_dataset().take(0), {}),
+        (lch.InputError, "9 tokens", short.select([1]).to_iterable_dataset(), {}),
+        (lch.InputError, "vocabulary", outside.to_iterable_dataset(), {}),
+        (lch.InputError, "need use_chat_formatting", Dataset.from_dict({"messages": [[]]}), {}),
         (lch.OutputError, "other content", DATA, {"output_path": str(tmp_path / "taken")}),
         (lch.OutputError, "written", DATA, {"output_path": str(tmp_path / "file" / "out")}),
     ]
@@ -323,6 +384,10 @@ def test_the_configuration_for_a_model_that_is_passed_in_writes_and_logs_nothing
         sae, HOOK, training_tokens=8192, n_batches_in_buffer=7, lr=1.0, output_path="here"
     )
     assert (own.n_batches_in_buffer, own.lr, own.output_path) == (7, 1.0, "here")
+    sliced = lch.saes.runner_config(
+        sae, HOOK, training_tokens=8192, context_size=16, seqpos_slice=(8, None)
+    )
+    assert sliced.n_batches_in_buffer == 4 * 4096 // 8
 
 
 def test_training_under_autocast_learns_as_well() -> None:

@@ -103,3 +103,5 @@ def test_what_makes_no_transcoder_is_refused(pairs: list[tuple[Tensor, Tensor]])
     for match, given, config in cases:
         with pytest.raises(lch.InputError, match=match):
             lch.saes.train_transcoder(given, config, trainer())
+    with pytest.raises(lch.InputError, match="holds no training batch"):
+        lch.saes.train_transcoder(pairs, sae, trainer(), buffer_size=255)

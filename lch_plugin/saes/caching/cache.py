@@ -100,11 +100,23 @@ class Cache:
 
     def provenance(self, hook_name: str) -> dict[str, Any] | None:
         """What a centroid hook's values are of; None for other hooks and if nobody recorded it."""
-        self._check_hook(hook_name)
+        self.check_hook(hook_name)
         if self.manifest is None:
             return None
         centroid = self.manifest["hooks"][hook_name]["centroid"]
         return None if centroid is None else dict(centroid)
+
+    def check_hook(self, hook_name: str) -> None:
+        """See that values of a hook point are here.
+
+        Raises:
+            InputError: they are not; the message says which are.
+        """
+        if hook_name not in self.d_in:
+            raise InputError(
+                f"hook_name={hook_name!r} is not in the cache {self.path}, which has "
+                f"{self.hook_names}."
+            )
 
     def check(self, model: LensModel | HookedModel) -> None:
         """See that a model is the one the values are of, by its weights, tokenizer and centroids.
@@ -137,7 +149,7 @@ class Cache:
             InputError: no such hook point or sequence, or a shard with other content than was
                 written.
         """
-        self._check_hook(hook_name)
+        self.check_hook(hook_name)
         return torch.from_numpy(self._gather(hook_name, rows, (self.d_in[hook_name],), np.float32))
 
     def token_ids(self, rows: Sequence[int] | slice = slice(None)) -> Int[Tensor, "n context_size"]:
@@ -173,10 +185,6 @@ class Cache:
                 ``exclude_tokens``, or no token ids to exclude any by.
         """
         return Stream(self, hook_name, batch_size, buffer_size, seed, exclude_tokens)
-
-    def _check_hook(self, hook_name: str) -> None:
-        if hook_name not in self.d_in:
-            raise InputError(f"hook_name={hook_name!r} is not in this cache of {self.hook_names}.")
 
     def _check(self, shard: Shard, *, read: bool) -> None:
         fault = shard.fault(self.path, read=read)
@@ -218,7 +226,13 @@ class Cache:
     ) -> np.ndarray[Any, np.dtype[Any]]:
         if isinstance(rows, slice):
             rows = range(self.n_sequences)[rows]
-        wanted = np.asarray(rows, dtype=np.int64)
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+            raise InputError(
+                f"rows of shape {wanted.shape} and type {wanted.dtype}: give the numbers of "
+                "sequences, as a slice or a list of integers."
+            )
+        wanted = wanted.astype(np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.n_sequences:
             raise InputError(
                 f"rows {wanted.min()} to {wanted.max()} leave the {self.n_sequences} sequences of "
@@ -263,7 +277,7 @@ class Stream(Iterator[Tensor]):
         exclude_tokens: Iterable[int] | None,
     ) -> None:
         """Start at the first batch. `Cache.stream` says what is what."""
-        cache._check_hook(hook_name)
+        cache.check_hook(hook_name)
         if batch_size < 1 or buffer_size < cache.context_size or seed < 0:
             raise InputError(
                 f"batch_size={batch_size}, buffer_size={buffer_size}, seed={seed}: a batch takes "

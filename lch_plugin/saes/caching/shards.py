@@ -23,12 +23,15 @@ from datasets import Array2D, Features, Value
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lch_plugin.errors import InputError
+
 #: What a cache is of, and its shards; beside the files that `datasets` knows.
 MANIFEST = "manifest.json"
 #: The column of token ids, under SAELens' name for it.
 TOKEN_IDS = "token_ids"
 _INFO, _STATE = "dataset_info.json", "state.json"
 _BLOCK = 2**24
+_MOST_VALUES = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,18 @@ def record_batch(
     tokens: Int[Tensor, "n pos"],
     values: Mapping[str, Float[Tensor, "n pos _"]],
 ) -> pa.RecordBatch:
-    """Rows of a shard; values on the CPU are not copied."""
+    """Rows of a shard; values on the CPU are not copied.
+
+    Raises:
+        InputError: more values at one hook point than Arrow counts in 32 bits.
+    """
     schema = columns.arrow_schema
+    for name, x in values.items():
+        if x.numel() > _MOST_VALUES:
+            raise InputError(
+                f"{name} has {tuple(x.shape)} values in a batch, more than the {_MOST_VALUES:,} "
+                "that Arrow counts. Lower batch_size."
+            )
     arrays = [_array_2d(values[name].numpy(), schema.field(name).type) for name in values]
     ids = pa.array(tokens.numpy().astype(np.int32).reshape(-1))
     arrays.append(pa.FixedSizeListArray.from_arrays(ids, tokens.shape[1]))
@@ -86,7 +99,6 @@ def record_batch(
 
 def _array_2d(x: np.ndarray[Any, np.dtype[Any]], kind: pa.ExtensionType) -> pa.ExtensionArray:
     n, pos, width = x.shape
-    # Arrow refuses offsets of more than 32 bits here, where a cast by numpy would wrap around.
     by_position = pa.array(np.arange(n * pos + 1) * width, pa.int32())
     by_row = pa.array(np.arange(n + 1) * pos, pa.int32())
     rows = pa.ListArray.from_arrays(by_position, pa.array(x.reshape(-1)))

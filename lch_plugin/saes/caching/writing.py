@@ -46,6 +46,7 @@ from lch_plugin.saes.caching.shards import (
     Shard,
     features,
     hash_tokens,
+    read_index,
     read_manifest,
     record_batch,
     sync_directory,
@@ -54,13 +55,16 @@ from lch_plugin.saes.caching.shards import (
     write_text,
 )
 from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model, d_vocab, width
+from lch_plugin.saes.sources.hooks import attached, check_model, d_vocab, widths
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 
 T = TypeVar("T")
 
 _DTYPES = ("float32", "float16")
 _LOCK = ".lock"
+# What storing may change of values, relative to their norm. Of numbers in its range float16 keeps
+# three digits.
+_ROUNDING = 0.01
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 _LIBRARIES = ("lch-plugin", "torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 # Texts of a stream that are shuffled among each other.
@@ -94,7 +98,8 @@ def cache(
 
     Interrupted in any way, killed included, a call with the same arguments goes on after the last
     complete shard. On a finished cache it runs no forward pass, but reads all of it, and computes
-    alone those shards that are missing, truncated or altered.
+    alone those shards that are missing, truncated or altered. The files beside the shards that
+    `datasets` reads are written again if they are damaged.
 
     Args:
         model: TransformerBridge or HookedTransformer, SAELens' subclass of either, or a
@@ -114,7 +119,7 @@ def cache(
     Raises:
         InputError: the directory or its unfinished form is of another model, text or setting; a
             text without a column that can be read, too short, or with tokens unknown to the model;
-            or a setting out of range.
+            a setting out of range; or values too small for float16.
         SiteError: the model has no such hook point.
         VanishingCentroidError: as `lch_plugin.attach`.
         NonFiniteError: a value is NaN or infinite, as large ones are in float16.
@@ -126,8 +131,8 @@ def cache(
     context_size = _context_size(model, context_size)
     _check_settings(hook_names, n_tokens, dtype, batch_size)
     texts = load_text(dataset)
-    check_dataset(model, texts, context_size)
-    path, directory, before = _find(path)
+    check_dataset(model, texts, context_size, use_chat_formatting)
+    found = path, directory, before = _find(path)
     tokenization = {
         "prepend_bos": prepend_bos,
         "sequence_separator_token": sequence_separator_token,
@@ -137,7 +142,10 @@ def cache(
     with attached(model, hook_names), evaluating(model):
         known = {hook: entry["d_in"] for hook, entry in before.get("hooks", {}).items()}
         hook_names = sorted(hook_names, key=[*known, *hook_names].index)
-        d_in = {h: known.get(h) or width(model, h, context_size) for h in hook_names}
+        unknown = dict.fromkeys(h for h in hook_names if h not in known)
+        if unknown:
+            known |= widths(model, unknown, context_size)
+        d_in = {hook: known[hook] for hook in hook_names}
         columns = features(context_size, d_in, dtype)
         settings = {
             "context_size": context_size,
@@ -160,9 +168,7 @@ def cache(
         }
         store = _store(model, texts, seed, d_in, context_size, tokenization)
         source = _Source(model, store, columns, batch_size, getattr(torch, dtype))
-        shards = _fill(directory, manifest, source)
-    if not is_finished:
-        _finish(directory, path, manifest, shards, columns)
+        _fill(found, manifest, source)
     return Cache(path)
 
 
@@ -206,31 +212,51 @@ class _Source:
         device = next(self.model.parameters()).device
         for batch in tokens.split(self.batch_size):
             found = self.store.get_multi_hook_activations(batch.to(device))
-            values = {hook: x.to(self.dtype).cpu().contiguous() for hook, x in found.items()}
-            for hook, x in values.items():
-                _check_finite(hook, x)
+            values = {hook: self._stored(hook, x) for hook, x in found.items()}
             yield record_batch(self.columns, batch, values)
 
+    def _stored(
+        self, hook: str, values: Float[Tensor, "n pos d_in"]
+    ) -> Float[Tensor, "n pos d_in"]:
+        """As they are written; refused where that is not what they are."""
+        stored = values.to(self.dtype)
+        extremes = torch.stack(stored.aminmax())  # NaN if there is one.
+        if not extremes.isfinite().all():
+            raise NonFiniteError(
+                f"{hook} has NaN or infinite values as {stored.dtype}. In float16 numbers end at "
+                "65,504: take dtype='float32' if the model itself computes finite ones."
+            )
+        if stored.dtype == torch.float16:
+            lost = float((stored - values).norm() / values.norm().clamp(min=1e-30))
+            if lost > _ROUNDING:
+                raise InputError(
+                    f"{hook} is too small for float16, which changes it by {lost:.1%}: below 6e-5 "
+                    "digits are lost, and below 6e-8 all of it. Take dtype='float32'."
+                )
+        return stored.cpu().contiguous()
 
-def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[Shard]:
+
+def _fill(
+    found: tuple[Path, Path, dict[str, Any]], manifest: dict[str, Any], source: _Source
+) -> None:
     """Compute the shards that are not there, and enter each into the manifest when it is whole.
 
-    Returns:
-        The shards of the text, of a finished cache up to the last that had to be computed.
+    Then make them a dataset under the final name. ``found`` is what `_find` said.
     """
+    path, directory, _ = found
     known = {shard["file"]: Shard(**shard) for shard in manifest["shards"]}
     damaged = [i for i, s in enumerate(known.values()) if s.fault(directory, read=True)]
     whole = set(known) - {list(known)[i] for i in damaged}
     size = manifest["settings"]["batch_size"] * manifest["settings"]["batches_per_shard"]
     context_size, n_tokens = source.store.context_size, manifest["n_tokens"]
     n_sequences = None if n_tokens is None else -(-n_tokens // context_size)
-    is_finished = manifest["n_sequences"] is not None
+    is_finished = directory == path
     if is_finished:
         # The first shard in any case, to see that the text is the same.
         n_sequences = min(manifest["n_sequences"], size * (1 + max(damaged, default=0)))
     shards: list[Shard] = []
-    n_found, is_read_only = 0, is_finished and not damaged
-    with nullcontext() if is_read_only else _alone(directory), _progress(n_sequences) as advance:
+    n_found, is_read_only = 0, is_finished and not damaged and _has_index(directory)
+    with nullcontext() if is_read_only else _alone(found), _progress(n_sequences) as advance:
         for index, tokens in enumerate(_ahead(source.tokens(size, n_sequences))):
             n_found += len(tokens)
             if n_sequences is not None and n_found < min(n_sequences, size * (index + 1)):
@@ -250,21 +276,31 @@ def _fill(directory: Path, manifest: dict[str, Any], source: _Source) -> list[Sh
                     entries = [asdict(known[name]) for name in sorted(known)]
                     write_text(directory / MANIFEST, _json({**manifest, "shards": entries}))
             shards.append(shard)
-    if n_found < (n_sequences or 1):
-        n_texts = source.store.n_dataset_processed
-        if is_finished:
-            raise _other_text(directory, f"it has more tokens than these {n_texts} texts make")
-        if n_sequences is None:
+        if n_found < (n_sequences or 1):
+            n_texts = source.store.n_dataset_processed
+            if is_finished:
+                raise _other_text(directory, f"it has more tokens than these {n_texts} texts make")
+            if n_sequences is None:
+                raise InputError(
+                    f"the {n_texts} texts do not fill a sequence of context_size={context_size}. "
+                    "Pass more text, or lower context_size."
+                )
             raise InputError(
-                f"the {n_texts} texts do not fill a sequence of context_size={context_size}. Pass "
-                "more text, or lower context_size."
+                f"n_tokens={n_tokens}: the {n_texts} texts make {n_found * context_size} tokens, "
+                f"in sequences of context_size={context_size}. Lower n_tokens or leave it out, and "
+                "what is computed already is used; or pass more text."
             )
-        raise InputError(
-            f"n_tokens={n_tokens}: the {n_texts} texts make {n_found * context_size} tokens, in "
-            f"sequences of context_size={context_size}. Lower n_tokens or leave it out, and what "
-            "is computed already is used; or pass more text."
-        )
-    return shards
+        if not is_read_only:
+            whole_text = list(known.values()) if is_finished else shards
+            _finish(directory, path, manifest, whole_text, source.columns)
+
+
+def _has_index(directory: Path) -> bool:
+    try:
+        read_index(directory)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _other_text(directory: Path, reason: str) -> InputError:
@@ -277,16 +313,21 @@ def _other_text(directory: Path, reason: str) -> InputError:
 def _finish(
     directory: Path, path: Path, manifest: dict[str, Any], shards: list[Shard], columns: Features
 ) -> None:
-    """Make shards a dataset, and give the directory its name."""
+    """Make shards a dataset, and give the directory its name.
+
+    Until it has it the manifest stays, by which the next call knows the shards.
+    """
     manifest |= {
         "n_sequences": sum(shard.n_sequences for shard in shards),
         "shards": [asdict(shard) for shard in shards],
     }
     with _writing(directory):
-        for file in {p.name for p in directory.iterdir()} - {shard.file for shard in shards}:
+        kept = {MANIFEST, _LOCK, *(shard.file for shard in shards)}
+        for file in {p.name for p in directory.iterdir()} - kept:
             (directory / file).unlink()
         write_index(directory, columns, shards)
         write_text(directory / MANIFEST, _json(manifest))
+        (directory / _LOCK).unlink()  # Still held: nobody else looks for a whole cache here.
         directory.replace(path)
         sync_directory(path.parent)
 
@@ -395,18 +436,8 @@ def _store(
                 total_training_tokens=0,  # Only for a warning that texts are few.
                 **tokenization,
             )
-    except (ValueError, StopIteration) as error:
-        reason = str(error) or "there is none"
-        raise InputError(f"the text cannot be read: {reason} Pass another dataset.") from error
-
-
-def _check_finite(hook: str, values: Float[Tensor, "n pos d_in"]) -> None:
-    extremes = torch.stack(values.aminmax())  # NaN if there is one.
-    if not extremes.isfinite().all():
-        raise NonFiniteError(
-            f"{hook} has NaN or infinite values as {values.dtype}. In float16 numbers end at "
-            "65,504: take dtype='float32' if the model itself computes finite ones."
-        )
+    except ValueError as error:  # Of a shuffled stream another row is the first.
+        raise InputError(f"the text cannot be read: {error} Pass another dataset.") from error
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
@@ -429,8 +460,9 @@ def _json(manifest: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keep other processes from writing a cache at the same time."""
+def _alone(found: tuple[Path, Path, dict[str, Any]]) -> Iterator[None]:
+    """Keep other processes from writing a cache at the same time, or just before."""
+    path, directory, _ = found
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / _LOCK)
@@ -442,10 +474,17 @@ def _alone(directory: Path) -> Iterator[None]:
                 "path."
             ) from error
     try:
+        if _find(path) != found:
+            raise OutputError(
+                f"{directory} was written by another process since this call began. Call "
+                "lch.saes.cache again: what is there is used."
+            )
         yield
     finally:
         (directory / _LOCK).unlink(missing_ok=True)
         lock.release()
+        with suppress(OSError):  # If there is anything of use in it, it stays.
+            directory.rmdir()
 
 
 @contextmanager

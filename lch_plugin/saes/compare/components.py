@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from lch_plugin.errors import InputError
 from lch_plugin.files import portable
@@ -46,20 +48,24 @@ class Component:
         """Values of one site."""
         return _rows(self.loaded, split.batches, self.module, of, self.skip)
 
-    def record(self) -> dict[str, Any]:
-        """In terms of JSON."""
+    def identity(self) -> dict[str, Any]:
+        """What decides the values, in terms of JSON; not where model and data are kept."""
         return {
-            "model": portable(self.loaded.name),
-            "revision": self.loaded.revision,
             "weights": weights_fingerprint(self.loaded.model),
             "dtype": str(self.loaded.model.dtype),
             "module": self.module,
-            "sites": {
-                of: {"d_in": d_in, **self.rows(self.train, of).record()}
-                for of, d_in in self.d_in.items()
-            },
+            "d_in": dict(self.d_in),
             "train": _describe(self.train),
             "test": _describe(self.test),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The same, with the names of things."""
+        return {
+            "model": portable(self.loaded.name),
+            "revision": self.loaded.revision,
+            "sites": {of: self.rows(self.train, of).record() for of in self.d_in},
+            **self.identity(),
         }
 
 
@@ -131,6 +137,12 @@ def _check_items(name: str, items: Items, use: str, n_neighbours: int) -> None:
 
 
 def _describe(split: Split) -> dict[str, Any]:
+    xxh3 = xxhash.xxh3_128()
+    for items in split.items.values():
+        xxh3.update(json.dumps(items.labels.tolist()).encode())
+        xxh3.update(items.of_row.tobytes())
+    for batch in split.batches if isinstance(split.batches, list) else ():  # Of texts.
+        xxh3.update(batch["input_ids"].numpy().tobytes())
     return {
         "n_inputs": split.n_inputs,
         "n_rows": split.n_rows,
@@ -141,4 +153,5 @@ def _describe(split: Split) -> dict[str, Any]:
             }
             for name, items in split.items.items()
         },
+        "fingerprint": xxh3.hexdigest(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,16 @@ def write(
         console: to print to.
 
     Returns:
-        ``results`` with the summaries.
+        What ``results.json`` holds.
     """
     comparisons = [
-        {**found, "summary": list(summarise(found)), "tests": list(test(found))}
+        {**found, "summary": list(summarise(found)), "tests": list(contrasts(found))}
         for found in results["comparisons"]
     ]
     results = {**results, "comparisons": comparisons, "similarities": similarities(results)}
     names = {"sae": OF_SAE, "labels": OF_LABELS}
     figures = {
-        f"{name}{i or ''}": figure
+        name + (f"-against-{i}" if i else ""): figure
         for i, (found, density) in enumerate(zip(comparisons, densities, strict=True))
         for name, figure in _figures(found, density).items()
     }
@@ -70,14 +71,14 @@ def write(
     _write_csv(directory / "scores.csv", results)
     for component, found in zip(results["components"], comparisons, strict=True):
         console.print(_table(component["module"], found))
-    return results
+    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
 
 
 def flatten(score: Score) -> dict[str, float]:
     """Every number by which SAEs are compared, those of labels as ``LABEL: NAME``."""
     found = {name: float(score[name]) for name in OF_SAE}
     for label, scores in score["labels"].items():
-        found |= {f"{label}{_SEPARATOR}{name}": float(value) for name, value in scores.items()}
+        found |= {label + _SEPARATOR + name: float(value) for name, value in scores.items()}
     return found
 
 
@@ -108,7 +109,7 @@ def summarise(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def test(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def contrasts(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Centroids against input and output, paired by seed."""
     for k in _ks(found):
         numbers = {of: by_seed(found["scores"], of, k) for of in SITES}
@@ -127,9 +128,7 @@ def similarities(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         chosen = [x for x in lines if (x["against"], x["k"], x["of"]) == (against, k, of)]
         found.append(
             {
-                "against": against,
-                "k": k,
-                "of": of,
+                **{name: chosen[0][name] for name in ("against", "model", "module", "k", "of")},
                 "n_items": chosen[0]["n_items"],
                 "correlation": mean_and_sd([x["correlation"] for x in chosen]),
                 "chance": mean_and_sd([x["chance"] for x in chosen]),
@@ -145,46 +144,30 @@ def _ks(found: Mapping[str, Any]) -> list[int]:
 def _figures(found: Mapping[str, Any], densities: Densities) -> dict[str, Figure]:
     ks, seeds = _ks(found), list(dict.fromkeys(score["seed"] for score in found["scores"]))
     numbers = {of: {k: by_seed(found["scores"], of, k) for k in ks} for of in SITES}
+    pairs = {(line["of"], line["k"]): line for line in found["stability"]}
 
     def curves(name: str) -> dict[str, dict[int, list[float]]]:
         return {of: {k: numbers[of][k][name] for k in ks} for of in SITES}
 
-    def pairs(name: str) -> dict[str, dict[int, list[float]]]:
-        lines = {(line["of"], line["k"]): line[name] for line in found["stability"]}
-        return {of: {k: lines[of, k] for k in ks} for of in SITES}
-
-    baselines = {line["of"]: line["labels"] for line in found["baselines"]}
-
-    def levels(label: str, probe: str, name: str, chance: float) -> dict[str, float]:
-        return {**{str(of): baselines[of][label][probe] for of in SITES}, name: chance}
-
-    probes, sparse = {}, {}
-    probe_levels, sparse_levels = {}, {}
-    for label, by_chance in found["chance"].items():
-        probes[label] = curves(f"{label}{_SEPARATOR}probe")
-        probe_levels[label] = levels(label, "probe", "majority", by_chance["probe"])
-        for n in SPARSE:
-            title = f"{label}, {n} feature{'s' * (n > 1)}"
-            sparse[title] = curves(f"{label}{_SEPARATOR}sparse_probe_{n}")
-            sparse_levels[title] = levels(label, f"sparse_probe_{n}", "chance", 0.5)
-    neighbours = {label: curves(f"{label}{_SEPARATOR}neighbours") for label in found["chance"]}
-    chance = {label: {"chance": by["neighbours"]} for label, by in found["chance"].items()}
-    return {
+    dictionaries = {OF_SAE[name]: curves(name) for name in OF_SAE if name != "l0"}
+    for name, title in (("cosine", "stability: decoder cosine"), ("correlation", "correlation")):
+        dictionaries[title] = {of: {k: pairs[of, k][name] for k in ks} for of in SITES}
+    figures = {
+        "dictionaries": plots.scores_by_k(dictionaries),
         "firing": plots.firing_by_k(
             {k: {of: [densities[of, k, s] for s in seeds] for of in SITES} for k in ks}
         ),
-        "reconstruction": plots.scores_by_k({"explained variance": curves("explained_variance")}),
-        "active": plots.scores_by_k(
-            {OF_SAE[name]: curves(name) for name in ("n_fired", "n_dense")}
-        ),
-        "probes": plots.scores_by_k(probes, probe_levels, ylabel="accuracy"),
-        "sparse_probes": plots.scores_by_k(sparse, sparse_levels, ylabel="balanced accuracy"),
-        "neighbours": plots.scores_by_k(neighbours, chance, ylabel="share with the same label"),
-        "stability": plots.scores_by_k(
-            {"decoder cosine": pairs("cosine"), "feature correlation": pairs("correlation")},
-            ylabel="mean largest, between seeds",
-        ),
     }
+    baselines = {line["of"]: line["labels"] for line in found["baselines"]}
+    for i, label in enumerate(found["chance"]):
+        panels = {title: curves(label + _SEPARATOR + name) for name, title in OF_LABELS.items()}
+        levels = {
+            title: {str(of): baselines[of][label][name] for of in SITES}
+            for name, title in OF_LABELS.items()
+            if name in baselines["centroid"][label]
+        }
+        figures[f"label{i}"] = plots.scores_by_k(panels, levels)
+    return figures
 
 
 def _table(module: str, found: Mapping[str, Any]) -> Table:
@@ -193,7 +176,7 @@ def _table(module: str, found: Mapping[str, Any]) -> Table:
         "l0": "L0",
         "n_fired": "fire",
         "n_dense": "dense",
-        **{f"{label}{_SEPARATOR}probe": f"{label}, probe" for label in found["chance"]},
+        **{label + _SEPARATOR + "probe": f"{label}, probe" for label in found["chance"]},
     }
     table = Table("k", title=f"{module}, held out: means over seeds")
     table.add_column("SAE on", no_wrap=True)

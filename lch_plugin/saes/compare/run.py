@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from lch_plugin.files import resumable_directory
+from lch_plugin.files import portable, resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes.compare.components import make_component
 from lch_plugin.saes.compare.data import Labelled
@@ -80,18 +80,17 @@ def compare(
     # Other tokenizers and patches make other rows of the same inputs.
     inputs = train.first(main.train.n_inputs), test.first(main.test.n_inputs)
     others = [make_component(*pair, *inputs, settings, whole=True) for pair in against]
-    record = {
+    components = [main, *others]
+    identity = {
         "settings": asdict(settings),
-        "train": train.name,
-        "test": test.name,
-        "components": [component.record() for component in (main, *others)],
+        "components": [component.identity() for component in components],
         "versions": {name: version(name) for name in _PACKAGES},
     }
     console = Console()
-    with resumable_directory(out, record) as directory:
+    with resumable_directory(out, identity) as directory:
         works = [
             Work(component, directory / (f"against-{i}" if i else "saes"), settings)
-            for i, component in enumerate((main, *others))
+            for i, component in enumerate(components)
         ]
         _announce(console, works)
         with Progress(console=console, transient=True) as progress:
@@ -104,7 +103,10 @@ def compare(
                     progress.advance(task)
                     progress.console.print(_line(score), highlight=False)
             results = {
-                **record,
+                **identity,
+                "train": train.name,
+                "test": test.name,
+                "components": [component.record() for component in components],
                 "comparisons": [work.results() for work in works],
                 "similarity": [line for work in works[1:] for line in similarity(works[0], work)],
             }
@@ -132,6 +134,8 @@ def similarity(work: Work, other: Work) -> Iterator[dict[str, Any]]:
         other_codes = other.test_codes(of, k, seed)[theirs]
         yield {
             "against": other.directory.name,
+            "model": portable(other.component.loaded.name),
+            "module": other.component.module,
             "of": of,
             "k": k,
             "seed": seed,

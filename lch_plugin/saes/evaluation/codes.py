@@ -10,24 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sae_lens import SAE, Transcoder
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
-from torch import Tensor
+from torch import Tensor, nn
 
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
 from lch_plugin.saes.caching.cache import Cache
+from lch_plugin.saes.evaluation.evaluate import heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import d_vocab, provenance, width
 from lch_plugin.saes.sources.texts import load_text
 from lch_plugin.saes.training.checks import check_width
 
 _COLUMNS = ("tokens", "input_ids", "text")
-# Of a centroid's record, what an SAE does not carry over to another value of.
-_SAME = ("site", "layer", "cotangent", "linearization", "weight_processing")
+# Of a centroid's record, what an SAE does not carry over to another value of: where both records
+# say, and where to say nothing is to say that there is none.
+_PLACE = ("site", "layer", "first_layer", "index", "stack")
+_SAME = ("cotangent", "linearization", "weight_processing")
+_OPTIONS = ("cotangent_position", "output_positions", "radius", "n_samples", "neighbourhood")
 
 
 class Codes:
@@ -42,11 +46,13 @@ class Codes:
         hook_name: what it reads.
         text: tokens ``(row, pos)``, a `lch_plugin.saes.Cache`, or a dataset.
         context_size: tokens in a row.
+        positions: of each row, those that the SAE was trained on.
+        excluded: ids of tokens that it was trained without.
         batch_size: rows in a batch; the last may have fewer.
 
     Raises:
-        InputError: nothing that can be read, no SAE on all of one hook point, or a cache of another
-            model.
+        InputError: nothing that can be read, no SAE on all of one hook point, a cache of another
+            model, a model without a tokenizer, or ``n_tokens`` or ``batch_size`` below 1.
     """
 
     def __init__(
@@ -62,6 +68,15 @@ class Codes:
         """Choose what to read; nothing runs yet. `lch_plugin.saes.features` says what is what."""
         self.model, self.sae, self.hook_name = model, sae, _hook_name(sae, hook_name)
         self.batch_size = batch_size
+        if min(batch_size, 1 if n_tokens is None else n_tokens) < 1:
+            raise InputError(
+                f"n_tokens={n_tokens} and batch_size={batch_size} have to be at least 1."
+            )
+        if model.tokenizer is None:
+            raise InputError(
+                "the model has no tokenizer, without which there is no text to show. Load it with "
+                "one, or set model.set_tokenizer(...)."
+            )
         if self.hook_name in getattr(model, "acts_to_saes", {}):
             raise InputError(
                 f"an SAE stands at {self.hook_name}, so its value is not to be had. Call "
@@ -84,10 +99,17 @@ class Codes:
             self.context_size = int(metadata.context_size or n_ctx or 128)
             self.text = load_text(text, streaming=True)
         self.n_rows = None if n_tokens is None else max(1, n_tokens // self.context_size)
+        self.positions = slice(*(metadata.seqpos_slice or (None,)))
         excluded = metadata.exclude_special_tokens or []
         if excluded is True:
             excluded = get_special_token_ids(model.tokenizer)
-        self._excluded = torch.tensor(excluded, dtype=torch.long)
+        self.excluded = torch.tensor(excluded, dtype=torch.long)
+
+    @property
+    def root(self) -> nn.Module:
+        """The model, out of SAELens' wrapper."""
+        root: nn.Module = self.model.model if isinstance(self.model, HookedModel) else self.model
+        return root
 
     def check(self) -> None:
         """Refuse an SAE that was trained on other values than the hook point has now.
@@ -99,24 +121,38 @@ class Codes:
         found = width(self.model, hook_name, self.context_size)
         check_width(hook_name, sae.cfg.d_in, found)
         then, now = sae.cfg.metadata.lch_centroid, provenance(self.model, hook_name)
-        if not then or now is None:
+        if not then:
             return
-        differing = [k for k in _SAME if k in then and k in now and then[k] != now[k]]
+        kind = then.get("of", "centroid")  # `Rows` are of inputs and outputs too.
+        if (kind == "centroid") != (now is not None):
+            raise InputError(
+                f"the SAE was trained on the {kind} of {then['site']}, and {hook_name} has "
+                f"{'activations' if now is None else 'centroids'}. Pass the hook_name of the same."
+            )
+        if now is None:
+            return
+        # HuggingFace has other names for a place, and none for its layer.
+        keys = _SAME if ("layer" in then) != ("layer" in now) else (*_PLACE, *_SAME)
+        said = [key for key in keys if key in then and key in now]
+        differing = [key for key in (*said, *_OPTIONS) if then.get(key) != now.get(key)]
         if differing:
             raise InputError(
                 f"the SAE was trained on other centroids than {hook_name} gives now: "
-                + "; ".join(f"{key} was {then[key]} and is {now[key]}" for key in differing)
+                + "; ".join(f"{k} was {then.get(k)} and is {now.get(k)}" for k in differing)
                 + ". Attach the same with lch.attach(model, ...) first, to the same model."
             )
+
+    def counts(self, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+        """Which tokens count: not those that the SAE was trained without."""
+        counts = torch.zeros_like(tokens, dtype=torch.bool)
+        counts[:, self.positions] = ~torch.isin(tokens[:, self.positions], self.excluded)
+        return counts
 
     def __iter__(
         self,
     ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos d_sae"], int]]:
-        positions = slice(*(self.sae.cfg.metadata.seqpos_slice or (None,)))
         for tokens, values in self.batches():
-            counts = torch.zeros_like(tokens, dtype=torch.bool)
-            counts[:, positions] = ~torch.isin(tokens[:, positions], self._excluded)
-            codes = self._encode(values)
+            counts, codes = self.counts(tokens), self.encode(values)
             codes[~counts.to(codes.device)] = 0
             yield tokens, codes, int(counts.sum())
 
@@ -142,11 +178,10 @@ class Codes:
             )
             yield tokens, cache[self.hook_name]
 
-    def _encode(self, values: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos d_sae"]:
-        # Heads are joined, by the SAE if it wants to do it itself.
-        if self.sae.cfg.reshape_activations != "hook_z":
-            values = values.flatten(2)
-        codes: Tensor = self.sae.encode(values.to(self.sae.device, self.sae.dtype))
+    def encode(self, values: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos d_sae"]:
+        """The SAE's codes, not sparse, of values of the hook point, with heads joined."""
+        with heads_joined(self.sae):
+            codes: Tensor = self.sae.encode(values.flatten(2).to(self.sae.device, self.sae.dtype))
         return codes.to_dense()  # SAELens' TopK can give them sparse in training.
 
     def _rows(self) -> Iterator[Int[Tensor, " pos"]]:
@@ -201,7 +236,7 @@ def _hook_name(sae: Any, hook_name: str | None) -> str:
     hook_name = hook_name or sae.cfg.metadata.hook_name
     if not hook_name:
         raise InputError(
-            "the SAE's metadata say nothing of the hook it reads. Pass hook_name, such as "
+            "the SAE's metadata say nothing of the hook it reads. Pass hook_name (--hook), such as "
             "'blocks.2.mlp.hook_centroid'."
         )
     return str(hook_name)

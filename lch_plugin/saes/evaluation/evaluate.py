@@ -8,7 +8,8 @@ Reconstruction and sparsity alone do not say whether a dictionary has found anyt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,13 @@ from jaxtyping import Float, Int
 from sae_lens import SAE, Transcoder
 from torch import Tensor
 
-from lch_plugin.centroids import MAX_ROWS, Spread
+from lch_plugin.centroids import Spread
 from lch_plugin.errors import InputError, NonFiniteError
 
 #: A feature that fires on more than this share of rows is dense: it says little about any one.
 DENSE = 0.1
 _BINS_PER_DECADE = 4
+_MAX_COSINES = 2**26  # Computed at once: 256 MB.
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 
 
@@ -129,8 +131,9 @@ def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluati
             check_rows(sae, batch)
             if len(batch) == 0:
                 continue
-            features = sae.encode(batch.to(sae.device, sae.dtype))
-            x, x_hat = batch.to(sae.device).double(), sae.decode(features).double()
+            with heads_joined(sae):
+                features = sae.encode(batch.to(sae.device, sae.dtype))
+                x, x_hat = batch.to(sae.device).double(), sae.decode(features).double()
             error = float((x - x_hat).square().sum())
             if not math.isfinite(error):
                 raise NonFiniteError(
@@ -169,12 +172,29 @@ def decoder_cosines(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae
     directions = torch.nn.functional.normalize(W_dec.detach().float(), dim=-1)
     largest = []
     # In chunks: all pairs of a wide dictionary at once would not fit.
-    for start in range(0, len(directions), MAX_ROWS):
-        chunk = directions[start : start + MAX_ROWS]
+    size = max(1, _MAX_COSINES // max(1, len(directions)))
+    for start in range(0, len(directions), size):
+        chunk = directions[start : start + size]
         cosines = chunk @ directions.T
         cosines.diagonal(start).fill_(-1)
         largest.append(cosines.amax(-1))
     return torch.cat(largest).clamp(-1, 1).cpu()
+
+
+@contextmanager
+def heads_joined(sae: SAE[Any]) -> Iterator[None]:
+    """While open, an SAE reads and writes rows in which heads are joined.
+
+    Those that SAELens has for ``hook_z`` expect them apart and join them themselves.
+    """
+    joins = sae.cfg.reshape_activations == "hook_z"
+    if joins:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if joins:
+            sae.turn_on_forward_pass_hook_z_reshaping()
 
 
 def check_rows(sae: SAE[Any], batch: Tensor) -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +39,11 @@ from lch_plugin.saes.evaluation.functional import (
     predicted_responses,
     reconstructed_centroids,
 )
-from lch_plugin.saes.evaluation.steering import SteeringEffects, steering_effects
+from lch_plugin.saes.evaluation.steering import (
+    SteeringEffects,
+    check_steering,
+    steering_effects,
+)
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import attached, check_model, readers
 
@@ -78,8 +83,9 @@ def evaluation_report(
         n_features: features to steer along.
         strengths, n_random: as `steering_effects`.
         n_sequences: rows of text on which responses and steering are measured.
-        skip: first tokens of each row that do not count. BOS is unlike any other token, and many
-            models keep something of huge norm there.
+        skip: first tokens of each row that do not count, beside those that the SAE was trained
+            without. BOS is unlike any other token, and many models keep something of huge norm
+            there.
         batch_size: rows of text that run together.
         seed: of everything random.
 
@@ -98,8 +104,9 @@ def evaluation_report(
             f"skip={skip} must be zero or more, and n_features={n_features} and "
             f"n_sequences={n_sequences} at least 1."
         )
+    check_steering(strengths, n_random)
     codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
-    positions = slice(skip, None)
+    positions = _positions(codes, skip)
     console = Console()
     with torch.no_grad(), evaluating(model), attached(model, [codes.hook_name]):
         codes.check()
@@ -113,7 +120,7 @@ def evaluation_report(
         console.print("responses to perturbations")
         fits = _responses(codes, tokens.split(batch_size), positions, seed)
         console.print("steering")
-        features = _strongest(sae, seen.rows, evaluation, n_features)
+        features = _strongest(codes, seen.rows, evaluation, n_features)
         effects = steering_effects(
             model,
             tokens.split(batch_size),
@@ -132,7 +139,10 @@ def evaluation_report(
                 "trained_on": sae.cfg.metadata.lch_centroid,
                 "text": describe_text(text),
                 "context_size": codes.context_size,
+                "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "skip": skip,
+                "positions": [positions.start, positions.stop, positions.step],
+                "excluded_tokens": codes.excluded.tolist(),
                 "n_sequences": len(tokens),
                 "seed": seed,
                 "versions": {name: version(name) for name in _PACKAGES},
@@ -149,6 +159,22 @@ def evaluation_report(
     return results
 
 
+def _positions(codes: Codes, skip: int) -> slice:
+    """Those that count, of each row: without the first, as the SAE was trained.
+
+    Raises:
+        InputError: there are none.
+    """
+    trained = range(codes.context_size)[codes.positions]
+    counting = [position for position in trained if position >= skip]
+    if not counting:
+        raise InputError(
+            f"skip={skip} leaves none of the {len(trained)} positions that count, in rows of "
+            f"{codes.context_size} tokens. Lower it."
+        )
+    return slice(counting[0], counting[-1] + 1, trained.step)
+
+
 class _Seen:
     """Rows of a hook point along a text; the first of them are kept, with their tokens."""
 
@@ -161,11 +187,13 @@ class _Seen:
         n = 0
         for tokens, values in self._codes.batches():
             values = values[:, self._positions].flatten(2)
+            counts = self._codes.counts(tokens)[:, self._positions].to(values.device)
             if n < self._n:
-                self.tokens.append(tokens[: self._n - n])
-                self.rows.append(values[: self._n - n].flatten(0, 1))
+                first = slice(self._n - n)
+                self.tokens.append(tokens[first])
+                self.rows.append(values[first][counts[first]])
             n += len(tokens)
-            yield values.flatten(0, 1)
+            yield values[counts]
         if not n:
             raise InputError(
                 f"the text makes no row of {self._codes.context_size} tokens. Pass more of it."
@@ -180,8 +208,7 @@ def _responses(
     if found is None:
         return None
     module, of, cotangent = found
-    root = codes.model.model if isinstance(codes.model, HookedModel) else codes.model
-    component = CapturedComponent(root, batches, module, positions=positions)
+    component = CapturedComponent(codes.root, batches, module, positions=positions)
     mu_hat = reconstructed_centroids(codes.sae, component, of, cotangent=cotangent)
     return predicted_responses(
         component,
@@ -198,30 +225,34 @@ def _responses(
 def _component(codes: Codes) -> tuple[str, Literal["centroid", "input"], Cotangent] | None:
     """The component that an SAE's hook belongs to, what of it, and the cotangent."""
     name, model = codes.hook_name, codes.model
-    root = model.model if isinstance(model, HookedModel) else model
     of: Literal["centroid", "input"] = "input" if name.endswith(_INPUT) else "centroid"
     module = name.removesuffix(_INPUT if of == "input" else _CENTROID)
     reader: Any = readers(model).get(name)
     try:
-        root.get_submodule(module)
+        codes.root.get_submodule(module)
     except AttributeError:
         return None
     if of == "input":
         return module, of, Ones()
     if reader is None or module == name:
         return None  # No centroid, or one of heads, neurons, or several modules.
-    cotangent = reader.cotangent if isinstance(model, HookedModel) else reader.site.v
+    if isinstance(model, HookedModel):
+        return module, of, reader.cotangent
+    site = reader.site
+    if site.linearization != "jacobian" or site.radius or site.output_positions is not None:
+        return None  # Another centroid than that of the module as it is.
+    cotangent = site.v
     return (module, of, cotangent) if isinstance(cotangent, Cotangent) else None
 
 
 def _strongest(
-    sae: SAE[Any], rows: Sequence[Float[Tensor, "_ d_in"]], evaluation: Evaluation, n: int
+    codes: Codes, rows: Sequence[Float[Tensor, "_ d_in"]], evaluation: Evaluation, n: int
 ) -> list[int]:
     """Features that carry most of the code's energy, among the sparse ones that fire."""
-    energy = torch.zeros(sae.cfg.d_sae, device=sae.device)
+    energy = torch.zeros(codes.sae.cfg.d_sae)
     for x in rows:
-        energy += sae.encode(x.to(sae.device, sae.dtype)).to_dense().square().sum(0)
-    energy = energy.cpu() * (evaluation.density <= DENSE)
+        energy += codes.encode(x[None])[0].square().sum(0).float().cpu()
+    energy = energy * (evaluation.density <= DENSE)
     strongest = energy.topk(min(n, len(energy)))
     chosen = strongest.indices[strongest.values > 0].tolist()
     if not chosen:
@@ -250,7 +281,7 @@ def _describe(
             "index": index,
             "density": float(evaluation.density[index]),
             "kl": kl[i].tolist(),
-            "ratio": effects.ratios[i].tolist(),
+            "ratio": _finite(effects.ratios[i]),
             "p_value": effects.p_values[i].tolist(),
             "logit_change": effects.logit_change[i].tolist(),
             "promoted": named(effects.promoted(i, k=_N_NAMED)),
@@ -262,7 +293,7 @@ def _describe(
         "strengths": list(effects.strengths),
         "input_norm": effects.input_norm,
         "n_random": len(random_kl),
-        "median_ratio": effects.ratios.quantile(0.5, dim=0).tolist(),
+        "median_ratio": _finite(effects.ratios.quantile(0.5, dim=0)),
         "random_kl": {
             "median": random_kl.quantile(0.5, dim=0).tolist(),
             "largest": random_kl.amax(0).tolist(),
@@ -270,3 +301,8 @@ def _describe(
         "random_logit_change": effects.random_logit_change.mean(0).tolist(),
         "features": sorted(described, key=lambda f: -f["kl"][-1]),
     }
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    """In terms of JSON; None where there is no number, as of a ratio at strength 0."""
+    return [x if math.isfinite(x) else None for x in values.tolist()]

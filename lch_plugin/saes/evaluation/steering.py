@@ -26,13 +26,16 @@ from torch.nn.functional import normalize
 
 from lch_plugin.adapters.arguments import Call, input_of
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens.anatomy import is_module
+from lch_plugin.adapters.transformer_lens.anatomy import attention, is_module
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooks import readers
 
 Batch = Tensor | Mapping[str, Any]
 Positions = slice | Sequence[int]
 _EVERYWHERE = slice(None)
+# What a centroid of the whole model is in the space of.
+_EMBEDDINGS = "hook_embed"
 
 
 @contextmanager
@@ -52,7 +55,8 @@ def steering(
         model: any module, TransformerLens' models and `lch_plugin.saes.HookedModel` included.
         component: name of a module, which stands for what it reads, as ``blocks.2.mlp``; or of a
             hook point, as in the metadata of an SAE: of a centroid it stands for what the component
-            reads, of anything else for the value there.
+            reads, of anything else for the value there, with heads joined if the vector is as wide
+            as all of them.
         vector: for an SAE ``strength * sae.W_dec[feature]``.
         positions: of the sequence, where to add it.
 
@@ -111,8 +115,9 @@ def replaced_input(call: Call, name: str, edit: Callable[[Tensor], Tensor]) -> C
 
     def instead(value: Any) -> Any:
         # HookedTransformer's attention gets the same three times over, as three tensors.
+        # NaN equals nothing, itself neither.
         same = isinstance(value, Tensor) and (value.shape, value.dtype) == (x.shape, x.dtype)
-        return edited if same and torch.equal(value, x) else value
+        return edited if value is x or (same and torch.equal(value, x)) else value
 
     args, kwargs = call
     return tuple(map(instead, args)), {key: instead(value) for key, value in kwargs.items()}
@@ -217,20 +222,24 @@ def steering_effects(
     directions = _unit(directions)
     if not batches:
         raise InputError("there are no batches: pass some of the model's inputs.")
-    if not strengths or not all(map(math.isfinite, strengths)):
-        raise InputError(f"strengths={list(strengths)}: at least one, and all finite, are needed.")
-    if n_random < 1:
-        raise InputError(f"n_random={n_random} must be at least 1.")
+    check_steering(strengths, n_random)
     noise = torch.randn(n_random, directions.shape[-1], generator=generator, dtype=torch.float64)
     n, moved = len(directions), torch.cat([directions, normalize(noise, dim=-1)])
+    kls, changes, shift = [], [], torch.zeros(())
     with torch.no_grad(), evaluating(_root(model)):
-        input_norm = _mean_norm(model, batches, component, positions)
+        input_norm = _mean_norm(model, batches, component, positions, directions.shape[-1])
         lengths = torch.tensor(strengths, dtype=torch.float64) * input_norm
         vectors = (moved[:, None] * lengths[:, None]).flatten(0, 1)
-        found = [_effects_on(model, batch, component, vectors, positions) for batch in batches]
-    kl, change, shift = (
-        torch.cat(parts, dim=1).unflatten(0, (len(moved), len(strengths))).cpu()
-        for parts in zip(*found, strict=True)
+        for batch in batches:
+            kl, change, of_batch = _effects_on(
+                model, batch, component, vectors, positions, n_shifts=n * len(strengths)
+            )
+            kls.append(kl.cpu())
+            changes.append(change.cpu())
+            shift = shift + of_batch.cpu()
+    kl, change = (
+        torch.cat(parts, dim=1).unflatten(0, (len(moved), len(strengths)))
+        for parts in (kls, changes)
     )
     return SteeringEffects(
         strengths=tuple(map(float, strengths)),
@@ -239,22 +248,38 @@ def steering_effects(
         random_kl=kl[n:],
         logit_change=change[:n].mean(2),
         random_logit_change=change[n:].mean(2),
-        logit_shift=shift[:n].sum(2) / kl.shape[2],
+        logit_shift=shift.unflatten(0, (n, len(strengths))) / kl.shape[2],
     )
+
+
+def check_steering(strengths: Sequence[float], n_random: int) -> None:
+    """Refuse settings of `steering_effects` that mean nothing.
+
+    Raises:
+        InputError: strengths that are missing or not finite, or ``n_random`` below 1.
+    """
+    if not strengths or not all(map(math.isfinite, strengths)):
+        raise InputError(f"strengths={list(strengths)}: at least one, and all finite, are needed.")
+    if n_random < 1:
+        raise InputError(f"n_random={n_random} must be at least 1.")
 
 
 def _effects_on(
     model: nn.Module | HookedModel,
     batch: Batch,
     component: str,
-    vectors: Iterable[Float[Tensor, " d_in"]],
+    vectors: Sequence[Float[Tensor, " d_in"]] | Float[Tensor, "n_vectors d_in"],
     positions: Positions,
+    n_shifts: int,
 ) -> tuple[
     Float[Tensor, "n_vectors batch"],
     Float[Tensor, "n_vectors batch"],
-    Float[Tensor, "n_vectors 1 d_vocab"],
+    Float[Tensor, "n_shifts d_vocab"],
 ]:
-    """Of each vector KL and absolute change of a logit, sequence by sequence, and their shifts."""
+    """Of each vector KL and absolute change of a logit, sequence by sequence.
+
+    And of the first ``n_shifts`` vectors the shift of each logit, summed over sequences.
+    """
     clean = _logits(model, batch)
     # Of a classifier there is one prediction, wherever it is steered.
     counts = _counts(batch, clean, positions if clean.shape[1] > 1 else _EVERYWHERE)
@@ -263,13 +288,27 @@ def _effects_on(
     for vector in vectors:
         with steering(model, component, vector, positions):
             steered = _logits(model, batch)
-        p, q = clean.log_softmax(-1), steered.log_softmax(-1)
         shift = steered - clean
         shift = shift - shift.mean(-1, keepdim=True)
-        kls.append(((p.exp() * (p - q)).sum(-1) * weights).sum(1))
+        # A sequence at a time, since it is in float64.
+        kl = torch.stack([_kl(p, q) for p, q in zip(clean, steered, strict=True)])
+        kls.append((kl.to(weights) * weights).sum(1))
         changes.append((shift.abs().mean(-1) * weights).sum(1))
-        shifts.append(torch.einsum("bpv,bp->v", shift, weights)[None])
+        if len(shifts) < n_shifts:
+            shifts.append(torch.einsum("bpv,bp->v", shift, weights))
     return torch.stack(kls), torch.stack(changes), torch.stack(shifts)
+
+
+def _kl(
+    clean: Float[Tensor, "pos d_vocab"], steered: Float[Tensor, "pos d_vocab"]
+) -> Float[Tensor, " pos"]:
+    """``KL(clean || steered)`` of two predictions given by logits.
+
+    In float64: it is of second order in a small change, which in float32 is lost in the rounding of
+    the sum, and may come out negative.
+    """
+    p, q = (logits.double().log_softmax(-1) for logits in (clean, steered))
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def _mean_norm(
@@ -277,13 +316,14 @@ def _mean_norm(
     batches: Sequence[Batch],
     component: str,
     positions: Positions,
+    d_in: int,
 ) -> float:
     """Mean norm of what a component reads, at the tokens that count."""
     total, n = 0.0, 0.0
     seen: list[Tensor] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(x)
+        seen.append(_joined(x, d_in))
         return x
 
     for batch in batches:
@@ -350,15 +390,19 @@ def _root(model: nn.Module | HookedModel) -> nn.Module:
 
 def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
     """The module whose input a component reads."""
-    points = getattr(model, "hook_dict", {})
-    name, centroid, rest = component.partition(".hook_centroid")
-    if component in points and not centroid:  # Under any of its names.
-        point: nn.Module = points[component]
-        return point
-    span = re.match(r"_from_(\d+)", rest)
-    if span:
-        name = f"{name.rpartition('.')[0]}.{span[1]}"
-    name = name.partition(":")[0]  # A stretch begins with its first module.
+    points: Mapping[str, nn.Module] = getattr(model, "hook_dict", {})
+    reader: Any = readers(model).get(component)  # type: ignore[arg-type]
+    if reader is not None:
+        name = _read_by(model, reader)
+        if name == _EMBEDDINGS:
+            return points[name]
+    elif component in points:  # Under any of its names.
+        return points[component]
+    else:  # A module, or a centroid's hook point that is not attached.
+        name, _, rest = component.partition(".hook_centroid")
+        if span := re.match(r"_from_(\d+)", rest):
+            name = f"{name.rpartition('.')[0]}.{span[1]}"
+        name = name.partition(":")[0]  # A stretch begins with its first module.
     try:
         if not name or name.startswith("hook_centroid"):
             raise AttributeError("it names no module.")
@@ -373,23 +417,47 @@ def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
     return entry
 
 
+def _read_by(model: Any, reader: Any) -> str:
+    """Name of the module, or hook point, whose input is the input space of a centroid.
+
+    The hook point's own name does not always tell: with a cotangent from the logits it is the
+    model's.
+    """
+    if isinstance(model, HookedModel):
+        return str(reader.target.first)
+    if reader.site.kind == "model":
+        return _EMBEDDINGS
+    if reader.site.kind in ("block", "span"):
+        return f"{reader.stack}.{reader.start}"
+    if reader.site.kind in ("attn", "head"):
+        block = getattr(model, reader.stack)[reader.layer]
+        return f"{reader.path}.{attention(block, reader.path)[1]}"
+    return str(reader.path)
+
+
+def _joined(x: Tensor, d_in: int) -> Tensor:
+    """With heads joined, as SAELens does, where ``d_in`` is the width of all of them together."""
+    return x.flatten(2) if x.ndim == 4 and x.shape[-1] != d_in == x[0, 0].numel() else x
+
+
 def _add(x: Tensor, vector: Tensor, positions: Positions, component: str) -> Tensor:
-    if x.shape[-1] != len(vector) or (x.ndim != 3 and positions != _EVERYWHERE):
+    joined = _joined(x, len(vector))
+    if joined.shape[-1] != len(vector) or (x.ndim < 3 and positions != _EVERYWHERE):
         raise InputError(
             f"{component} reads a tensor of shape {tuple(x.shape)}: a vector of {len(vector)} "
             f"values at positions {positions!r} cannot be added to it. Vectors have to have as "
             "many values as its last dimension, and positions are of (batch, pos, d_in)."
         )
     if positions == _EVERYWHERE:
-        return x + vector.to(x)
-    x = x.clone()
+        return (joined + vector.to(x)).view_as(x)
+    joined = joined.clone()
     try:
-        x[:, positions] += vector.to(x)
+        joined[:, positions] += vector.to(x)
     except IndexError as error:
         raise InputError(
             f"positions={positions!r} do not exist in sequences of {x.shape[1]} tokens."
         ) from error
-    return x
+    return joined.view_as(x)
 
 
 def _unit(directions: Tensor) -> Float[Tensor, "n_directions d_in"]:

@@ -19,9 +19,6 @@ through the model as it is: one forward pass, no graph.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.adapters.transformer_lens import LensModel, Reader, locate_mlps
-from lch_plugin.adapters.transformer_lens.anatomy import attention
 from lch_plugin.cotangents import AnyCotangent, Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import NotDifferentiableError
 from lch_plugin.mlp import MLP, at_least_float32, read_direction
@@ -81,7 +77,7 @@ def push(
     try:
         # Of torch's attention kernels only the plain one has a forward-mode derivative.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            with _edited(model, hook_name, edit):
+            with edited_input(model, hook_name, edit):
                 logits = model(tokens)
             moved = forward_ad.unpack_dual(logits).tangent
     except NotImplementedError as error:
@@ -153,38 +149,3 @@ def closed_form(
     W_out = mlp.W_out
     like = W_out.new_empty(1, W_out.shape[-1], dtype=at_least_float32(W_out))
     return mlp, evaluate(cotangent, like)
-
-
-def _edited(
-    model: LensModel | HookedModel, hook_name: str, edit: Callable[[Tensor], Tensor]
-) -> AbstractContextManager[None]:
-    """Edit the space of a hook: what the component of a centroid reads, else the hook's value."""
-    reader = readers(model).get(hook_name)
-    if reader is not None and not _is_of_the_model(reader):
-        return edited_input(model, _component(model, reader), edit)
-    # The model's own centroid is one in the token embeddings.
-    name = hook_name if reader is None else "hook_embed"
-    hooks: AbstractContextManager[None] = model.hooks(
-        fwd_hooks=[(name, lambda value, hook: edit(value))]
-    )
-    return hooks
-
-
-def _is_of_the_model(reader: Any) -> bool:
-    return isinstance(reader, Reader) and reader.site.kind == "model"
-
-
-def _component(model: LensModel | HookedModel, reader: Any) -> str:
-    """Name of the module whose input is the input space of a centroid.
-
-    The hook point's own name does not always tell: with a cotangent from the logits it is the
-    model's.
-    """
-    if isinstance(model, HookedModel):
-        return str(reader.target.first)
-    if reader.site.kind in ("block", "span"):
-        return f"{reader.stack}.{reader.start}"
-    if reader.site.kind in ("attn", "head"):
-        block = getattr(model, reader.stack)[reader.layer]
-        return f"{reader.path}.{attention(block, reader.path)[1]}"
-    return str(reader.path)

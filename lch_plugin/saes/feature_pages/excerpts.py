@@ -12,9 +12,9 @@ class Survey:
 
     Attributes:
         n_tokens: tokens seen.
-        n_fired: tokens on which each feature fires, ``(d_sae,)``.
+        n_fired: tokens on which each feature fires (is not zero), ``(d_sae,)``.
         squares: sum of each feature's squared activations, float64, ``(d_sae,)``.
-        maximum: each feature's highest activation, ``(d_sae,)``.
+        maximum: magnitude of each feature's highest activation, ``(d_sae,)``.
     """
 
     def __init__(self, d_sae: int, device: torch.device) -> None:
@@ -26,9 +26,10 @@ class Survey:
     def add(self, codes: Float[Tensor, "row pos d_sae"], n_tokens: int) -> None:
         """See a batch of which ``n_tokens`` count; the codes of all others are zero."""
         self.n_tokens += n_tokens
-        self.n_fired += (codes > 0).sum((0, 1))
+        self.n_fired += (codes != 0).sum((0, 1))
         self.squares += codes.square().sum((0, 1), dtype=torch.float64)
-        self.maximum = torch.maximum(self.maximum, codes.amax((0, 1)).float())
+        highest = torch.maximum(codes.amax((0, 1)), -codes.amin((0, 1)))
+        self.maximum = torch.maximum(self.maximum, highest.float())
 
     @property
     def density(self) -> Float[Tensor, " d_sae"]:
@@ -42,7 +43,7 @@ class Survey:
 
 
 class Histogram:
-    """Activations of some features, in equal bins from 0 to each one's maximum.
+    """Magnitudes of activations of some features, in equal bins from 0 to each one's maximum.
 
     Attributes:
         counts: tokens in each bin; zero is in none of them.
@@ -55,7 +56,7 @@ class Histogram:
     def bins(self, codes: Float[Tensor, "row pos feature"]) -> Int[Tensor, "row pos feature"]:
         """The bin of each activation; -1 of those that are zero."""
         n_bins = self.counts.shape[1]
-        return (codes / self._maximum * n_bins).ceil().long().clamp(0, n_bins) - 1
+        return (codes.abs() / self._maximum * n_bins).ceil().long().clamp(0, n_bins) - 1
 
     def add(self, bins: Int[Tensor, "row pos feature"]) -> None:
         """Count a batch."""

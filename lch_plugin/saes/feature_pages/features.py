@@ -90,7 +90,8 @@ class Feature:
         index: which of the ``d_sae``.
         density: share of tokens on which it fires.
         energy: its share of the sum of the squared activations of all features.
-        maximum: its highest activation.
+        maximum: its highest activation. Where activations have signs (AbsTopK), this, the histogram
+            and the order of contexts are by magnitude.
         histogram: tokens by activation, in equal bins from 0 to ``maximum``.
         contexts: where it is most active, one a row of the text.
         bands: the lower quarters of its range, highest first.
@@ -202,6 +203,9 @@ def features(
         batch_size: rows of text that run together.
         seed: of the excerpts drawn from lower activations.
 
+    Returns:
+        The features in the order of ``indices``, and how often each of the SAE's fires.
+
     Raises:
         InputError: model, SAE, text, hook and numbers do not fit each other.
         SiteError, VanishingCentroidError: as `lch_plugin.attach`.
@@ -213,7 +217,7 @@ def features(
     """
     check_model(model)
     codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
-    _check_numbers(sae, indices, n_features, max_density, n_contexts, n_tokens, batch_size)
+    _check_numbers(sae, indices, n_features, max_density, n_contexts)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
@@ -270,7 +274,7 @@ class _Found:
     def add(self, codes: Float[Tensor, "row pos feature"], tokens: Int[Tensor, "row pos"]) -> None:
         bins = self.histogram.bins(codes)
         self.histogram.add(bins)
-        self.top.add(codes, codes, tokens)
+        self.top.add(codes.abs(), codes, tokens)
         # Tokens drawn at random are those of the highest random number.
         draw = torch.rand(tokens.shape, generator=self._generator).to(codes)[..., None]
         for i, band in enumerate(self.bands):
@@ -401,18 +405,15 @@ def _check_numbers(
     n_features: int,
     max_density: float,
     n_contexts: int,
-    n_tokens: int | None,
-    batch_size: int,
 ) -> None:
     d_sae = sae.cfg.d_sae
     if indices is not None:
         wrong = [i for i in indices if not 0 <= i < d_sae]
         if wrong or not len(indices):
             raise InputError(f"indices={list(indices)}: the SAE has features 0 to {d_sae - 1}.")
-    if min(n_features, n_contexts, batch_size, 1 if n_tokens is None else n_tokens) < 1:
+    if min(n_features, n_contexts) < 1:
         raise InputError(
-            f"n_features={n_features}, n_contexts={n_contexts}, n_tokens={n_tokens}, "
-            f"batch_size={batch_size}: each has to be at least 1."
+            f"n_features={n_features} and n_contexts={n_contexts} have to be at least 1."
         )
     if not 0 < max_density <= 1:
         raise InputError(f"max_density={max_density} is a share of tokens, between 0 and 1.")

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -83,10 +85,15 @@ def _check_hook(model: LensModel | HookedModel, hook: str) -> None:
     )
 
 
-def width(
-    model: LensModel | HookedModel, hook: str, context_size: int, head: int | None = None
-) -> int:
-    """Dimensions of what SAELens reads at a hook point, which joins heads unless told of one.
+def widths(
+    model: LensModel | HookedModel, heads: Mapping[str, int | None], context_size: int
+) -> dict[str, int]:
+    """Dimensions of what SAELens reads at hook points, from one pass.
+
+    Args:
+        model: with the hook points attached.
+        heads: by hook point, the head that is read; None for all of them, which SAELens joins.
+        context_size: tokens in a sequence.
 
     Raises:
         InputError: the context is longer than the model's, there are no positions to train on, or
@@ -98,12 +105,29 @@ def width(
             f"context_size={context_size} is longer than the model's context of {n_ctx} "
             f"tokens. Set context_size to {n_ctx} or less."
         )
-    if hook in readers(model) and head is not None:
-        raise InputError(f"hook_head_index={head}: a centroid has no heads. Set it to None.")
+    for hook, head in heads.items():
+        if hook in readers(model) and head is not None:
+            raise InputError(f"hook_head_index={head}: a centroid has no heads. Set it to None.")
+    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in heads]
     with torch.no_grad():
         device = next(model.parameters()).device
         tokens = torch.zeros(1, context_size, dtype=torch.long, device=device)
-        value = model.run_with_cache(tokens, names_filter=[hook])[1][hook]
+        _, found = model.run_with_cache(
+            tokens,
+            names_filter=list(heads),
+            stop_at_layer=None if None in stops else max(stops),
+        )
+    return {hook: _width(hook, found[hook], head) for hook, head in heads.items()}
+
+
+def width(
+    model: LensModel | HookedModel, hook: str, context_size: int, head: int | None = None
+) -> int:
+    """As `widths`, of one hook point."""
+    return widths(model, {hook: head}, context_size)[hook]
+
+
+def _width(hook: str, value: Tensor, head: int | None) -> int:
     if value.ndim < 3:
         raise InputError(
             f"{hook} has shape {tuple(value.shape)}, not (batch, pos, d_in): there is nothing to "

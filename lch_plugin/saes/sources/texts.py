@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, TypeAlias
 
 import datasets
@@ -23,7 +24,8 @@ Source: TypeAlias = (
 _KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Columns that SAELens reads, in its order.
 _TOKEN_COLUMNS = ("tokens", "input_ids")
-_COLUMNS = (*_TOKEN_COLUMNS, "text", "problem", "messages", "conversation", "conversations")
+_COLUMNS = (*_TOKEN_COLUMNS, "text", "problem")
+_CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")
 _FORMS = (
     "What can be read is a dataset on the Hugging Face hub by its name (or name:configuration), a "
     f"directory written by save_to_disk, and a file of a kind among {', '.join(_KINDS)}"
@@ -77,9 +79,16 @@ def load_text(source: Source, *, split: str = "train", streaming: bool = False) 
 def _load(source: str | Path, split: str, streaming: bool) -> Any:
     name, path = str(source), Path(source).expanduser()
     is_path = isinstance(source, Path) or name.startswith(("/", ".", "~")) or path.suffix in _KINDS
-    if path.is_dir():
+    try:
+        is_directory, is_there = path.is_dir(), path.exists()
+    except OSError as error:
+        raise InputError(
+            f"{shortened(name)} cannot be a path: {error.strerror}. {_FORMS}. Texts are given as a "
+            "list."
+        ) from error
+    if is_directory:
         return _from_disk(path, split)
-    if path.exists():
+    if is_there:
         if path.suffix not in _KINDS:
             raise InputError(f"{name} is a file of a kind that cannot be read. {_FORMS}.")
         if not path.stat().st_size:
@@ -112,21 +121,33 @@ def _from_disk(path: Path, split: str) -> Dataset:
     return found
 
 
-def check_dataset(model: LensModel | HookedModel, dataset: Any, context_size: int) -> None:
-    """Refuse a dataset without text or tokens, or with tokens that the model cannot read."""
+def check_dataset(
+    model: LensModel | HookedModel,
+    dataset: Dataset | IterableDataset,
+    context_size: int,
+    use_chat_formatting: bool = False,
+) -> None:
+    """Refuse a dataset without text or tokens, or with tokens that the model cannot read.
+
+    Raises:
+        InputError: it is one; of a stream this is seen by its first row.
+    """
     if not isinstance(dataset, Dataset):
-        return  # A stream's columns need not be known before it is read.
-    columns = [c for c in _COLUMNS if c in dataset.column_names]
+        dataset = Dataset.from_list(list(dataset.take(1)))
+    readable = _CHAT_COLUMNS if use_chat_formatting else _COLUMNS
+    columns = [c for c in readable if c in dataset.column_names]
     if len(dataset) == 0 or not columns:
+        cure = "" if use_chat_formatting else " Conversations need use_chat_formatting=True."
         raise InputError(
             f"the dataset has {len(dataset)} rows and columns {dataset.column_names}: rows with "
-            f"one of the columns {_COLUMNS} are needed."
+            f"one of the columns {readable} are needed.{cure}"
         )
     if columns[0] not in _TOKEN_COLUMNS:
         return
     for batch in dataset.with_format("arrow").iter(10_000):
         rows = batch[columns[0]]
-        if not (types.is_list(rows.type) or types.is_large_list(rows.type)) or not (
+        is_list = types.is_list(rows.type) or types.is_large_list(rows.type)
+        if not (is_list or types.is_fixed_size_list(rows.type)) or not (
             types.is_integer(rows.type.value_type) and rows.null_count == 0
         ):
             raise InputError(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATIONS_STORE_STATE_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory
 from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import width
+from lch_plugin.saes.sources.hooks import widths
 
 
 def check_width(hook: str, d_in: int, found: int) -> None:
@@ -25,20 +31,53 @@ def check_run(
     config: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
 ) -> None:
     """Refuse a configuration that contradicts itself, or whose files are not there."""
-    buffer = config.n_batches_in_buffer * config.context_size
+    n_positions = len(range(config.context_size)[slice(*config.seqpos_slice)])
+    if not n_positions:
+        raise InputError(f"seqpos_slice={config.seqpos_slice} leaves no position. Widen it.")
+    buffer = config.n_batches_in_buffer * n_positions
     if buffer < config.train_batch_size_tokens:
         raise InputError(
-            f"n_batches_in_buffer * context_size = {buffer} tokens hold no training batch of "
-            f"train_batch_size_tokens={config.train_batch_size_tokens}. Raise n_batches_in_buffer "
-            f"to {-(-config.train_batch_size_tokens // config.context_size)} or more."
+            f"n_batches_in_buffer * {n_positions} positions = {buffer} tokens hold no training "
+            f"batch of train_batch_size_tokens={config.train_batch_size_tokens}. Raise "
+            f"n_batches_in_buffer to {-(-config.train_batch_size_tokens // n_positions)} or more."
         )
-    if config.resume_from_checkpoint and not Path(config.resume_from_checkpoint).is_dir():
-        raise InputError(
-            f"resume_from_checkpoint={config.resume_from_checkpoint!r} is no directory. Give one "
-            "below checkpoint_path that holds trainer_state.pt."
-        )
+    if config.resume_from_checkpoint:
+        _check_checkpoint(config, Path(config.resume_from_checkpoint))
     if config.output_path is not None:
         check_new_directory(config.output_path)
+
+
+def _check_checkpoint(
+    config: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig, checkpoint: Path
+) -> None:
+    if isinstance(config, MultiSAETrainingRunnerConfig):
+        saes, is_cached = config.saes, False
+    else:
+        saes, is_cached = {"": config.sae}, config.use_cached_activations
+    needed = [Path(name, TRAINER_STATE_FILENAME) for name in saes]
+    if not is_cached:
+        needed.append(Path(ACTIVATIONS_STORE_STATE_FILENAME))
+    for file in needed:
+        if not (checkpoint / file).is_file():
+            raise InputError(
+                f"resume_from_checkpoint={str(checkpoint)!r} is no directory with a file {file}, "
+                "so no checkpoint of such a run. Give one below checkpoint_path that is named "
+                "after its number of tokens."
+            )
+    for name, sae in saes.items():
+        text = (checkpoint / name / ACTIVATION_SCALER_CFG_FILENAME).read_text(encoding="utf-8")
+        scaler = json.loads(text)
+        is_there = {
+            "expected_average_only_in": scaler["scaling_factor"] is not None,
+            "covariance_whitening": scaler.get("has_whitening", True),
+        }
+        if not is_there.get(sae.normalize_activations, True):
+            raise InputError(
+                f"resume_from_checkpoint={str(checkpoint)!r} was written when training was done, "
+                "with the scale folded into the weights: scaled once more they would be wrong. "
+                "Resume from one that was written on the way, or start from the finished SAE with "
+                "from_pretrained_path."
+            )
 
 
 def check_hooks(
@@ -47,7 +86,9 @@ def check_hooks(
     context_size: int,
 ) -> None:
     """Refuse SAEs that do not fit their hook points, each ``(hook, d_in, head)`` by its name."""
-    for name, (hook, d_in, head) in hooks.items():
-        if name and (Path(name).name != name or name == ".."):
+    for name in filter(None, hooks):
+        if Path(name).name != name or name == "..":
             raise InputError(f"{name!r} names an SAE and its directory: give it a plain name.")
-        check_width(hook, d_in, width(model, hook, context_size, head))
+    found = widths(model, {hook: head for hook, _, head in hooks.values()}, context_size)
+    for hook, d_in, _ in hooks.values():
+        check_width(hook, d_in, found[hook])

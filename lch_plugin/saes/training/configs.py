@@ -37,14 +37,15 @@ def runner_config(
         ... )
         >>> lch.saes.train(model, dataset, config)
     """
-    context_size = settings.get("context_size", 128)
+    seqpos = slice(*settings.get("seqpos_slice", (None,)))
+    n_positions = len(range(settings.get("context_size", 128))[seqpos])
     batch_size = settings.get("train_batch_size_tokens", 4096)
     defaults: dict[str, Any] = {
         "dataset_path": "passed in",
         "model_name": "passed in",
         "model_from_pretrained_kwargs": {},
         "streaming": False,
-        "n_batches_in_buffer": max(20, -(-4 * batch_size // context_size)),
+        "n_batches_in_buffer": max(20, -(-4 * batch_size // max(1, n_positions))),
         "checkpoint_path": None,
         "output_path": None,
         "verbose": False,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lch_plugin.errors import InputError
 from lch_plugin.saes.sources.rows import Rows
+from lch_plugin.saes.training.checks import check_width
 from lch_plugin.saes.training.starting import n_estimate_batches, start_at_data, starts_at_data
 
 
@@ -55,28 +56,12 @@ def train_on(
     Raises:
         InputError: rows of another width than ``sae.d_in``, too small a buffer, or no rows.
     """
-    if buffer_size < config.train_batch_size_samples:
-        raise InputError(
-            f"buffer_size={buffer_size} holds no training batch of "
-            f"train_batch_size_samples={config.train_batch_size_samples}. Raise it."
-        )
-    stream = endless(rows)
-    first = next(stream)
-    if first.shape[-1] != sae.d_in:
-        raise InputError(
-            f"sae.d_in={sae.d_in}, but the rows have {first.shape[-1]} dimensions. Set "
-            f"d_in={first.shape[-1]}."
-        )
-    config = with_lr_end(config)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
+        d_in, batches = shuffled(rows, config.train_batch_size_samples, buffer_size)
+        check_width("each row", sae.d_in, d_in)
         dictionary: TrainingSAE[Any] = TrainingSAE.from_dict(sae.to_dict())
-        batches = mixing_buffer(
-            buffer_size,
-            config.train_batch_size_samples,
-            itertools.chain([first], stream),
-        )
-        trainer = SAETrainer(config, dictionary, batches)
+        trainer = SAETrainer(with_lr_end(config), dictionary, batches)
         scaler = trainer.activation_scaler
         if starts_at_data(dictionary):
             sample = list(itertools.islice(batches, n_estimate_batches(config)))
@@ -93,12 +78,34 @@ def with_lr_end(config: SAETrainerConfig) -> SAETrainerConfig:
     return dataclasses.replace(config, lr_end=lr_end)
 
 
-def endless(rows: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Rows again and again.
+def shuffled(
+    rows: Iterable[Float[Tensor, "_ d_in"]], batch_size: int, buffer_size: int
+) -> tuple[int, Iterator[Float[Tensor, "batch d_in"]]]:
+    """Rows again and again, as SAELens' mixing buffer shuffles them.
+
+    Returns:
+        Their width, and batches.
 
     Raises:
-        InputError: there are none, or no more than once.
+        InputError: a buffer that holds no batch, something else than rows, or none; while they are
+            read, that they came to an end.
     """
+    if buffer_size < batch_size:
+        raise InputError(
+            f"buffer_size={buffer_size} holds no training batch of "
+            f"train_batch_size_samples={batch_size}. Raise it."
+        )
+    stream = _endless(rows)
+    first = next(stream)
+    if first.ndim != 2:
+        raise InputError(
+            f"a batch of rows has shape {tuple(first.shape)}, and has to be (row, d_in): take "
+            "x.flatten(0, -2)."
+        )
+    return first.shape[1], mixing_buffer(buffer_size, batch_size, itertools.chain([first], stream))
+
+
+def _endless(rows: Iterable[Tensor]) -> Iterator[Tensor]:
     while True:
         n_rows = 0
         for x in rows:

@@ -6,8 +6,8 @@ under way, checkpoints that a run on a `Cache` can be resumed from bit for bit, 
 appears only when it is complete.
 
 Private names used, for want of a public way: of SAELens' ``MultiSAETrainingRunner`` the methods
-``_run_with_interruption_handling``, ``_save_runner_checkpoint_files`` and ``_save_final_outputs``
-(SAELens 6.54).
+``_run_with_interruption_handling``, ``_save_runner_checkpoint_files`` and ``_save_final_outputs``,
+and of ``LanguageModelSAETrainingRunner`` ``_set_sae_metadata`` (SAELens 6.54).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import copy
 import itertools
 import json
 import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sae_lens import (
+    ActivationsStore,
     LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     MultiSAETrainingRunner,
@@ -64,30 +67,21 @@ class Runner(LanguageModelSAETrainingRunner):
         self._n_estimate = 0
         if self._provenance() is not None:
             self.evaluator = self._evaluate
+        if config.resume_from_checkpoint and not config.use_cached_activations:
+            _skip_what_was_read(self.activations_store, config.resume_from_checkpoint)
 
     def _provenance(self) -> dict[str, Any] | None:
         return provenance(self.model, self.cfg.hook_name)
 
     def run_trainer_with_interruption_handling(self, trainer: Any) -> TrainingSAE[Any]:
-        resumed = self.cfg.resume_from_checkpoint
         self._n_estimate = _prepare(
             {"": trainer},
             lambda: {"": next(trainer.data_provider)},
-            resumed,
+            self.cfg.resume_from_checkpoint,
             fresh=self.cfg.from_pretrained_path is None,
         )
-        record = self._provenance()
-        if record is not None:
-            record |= {"scale": trainer.activation_scaler.scaling_factor, "seed": self.cfg.seed}
-            trainer.sae.cfg.metadata.lch_centroid = record
-        trainer.checkpoint_thresholds = _ahead(trainer)
-        with _stopping_between_steps(trainer) as stopped:
-            try:
-                return trainer.fit()
-            except KeyboardInterrupt:
-                if stopped() and self.cfg.checkpoint_path is not None:
-                    trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
-                raise
+        _sign(trainer, self._provenance(), self.cfg.seed)
+        return _fit(trainer, trainer)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
@@ -116,7 +110,9 @@ class CachedRunner(Runner):
         self.cache = cache
         # SAELens asks for a dataset and for a tokenizer, and reads neither.
         rows = Dataset.from_dict({"tokens": [[0] * config.context_size]})
-        super().__init__(config, rows, _NoModel() if model is None else model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
+            super().__init__(config, rows, _NoModel() if model is None else model)
         buffer_size = config.n_batches_in_buffer * config.context_size
         self._stream = lambda seed: cache.stream(
             config.hook_name,
@@ -134,6 +130,13 @@ class CachedRunner(Runner):
 
     def _provenance(self) -> dict[str, Any] | None:
         return self.cache.provenance(self.cfg.hook_name)
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        if self.cache.manifest is not None:
+            # How sequences were made of the text is the cache's to say, not the configuration's.
+            for name in ("prepend_bos", "sequence_separator_token", "disable_concat_sequences"):
+                setattr(self.sae.cfg.metadata, name, self.cache.manifest["settings"][name])
 
     def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
         # In another order than training, so that evaluation takes no batch from it.
@@ -153,6 +156,8 @@ class MultiRunner(MultiSAETrainingRunner):
         super().__init__(config, override_dataset=dataset, override_model=model)
         self._n_estimate = 0
         self.evaluator = self._evaluate
+        if config.resume_from_checkpoint:
+            _skip_what_was_read(self.activations_store, config.resume_from_checkpoint)
 
     def _run_with_interruption_handling(self, trainer: Any) -> dict[str, TrainingSAE[Any]]:
         hooks = self.cfg.hook_names_per_sae
@@ -164,20 +169,11 @@ class MultiRunner(MultiSAETrainingRunner):
         self._n_estimate = _prepare(
             trainer.trainers, draw, self.cfg.resume_from_checkpoint, fresh=True
         )
-        for name, sae in self.saes.items():
-            record = provenance(self.model, hooks[name])
-            if record is not None:
-                scale = trainer.trainers[name].activation_scaler.scaling_factor
-                sae.cfg.metadata.lch_centroid = {**record, "scale": scale, "seed": self.cfg.seed}
-        trainer.n_training_steps = next(iter(trainer.trainers.values())).n_training_steps
-        trainer.checkpoint_thresholds = _ahead(trainer)
-        with _stopping_between_steps(next(iter(trainer.trainers.values()))) as stopped:
-            try:
-                return trainer.fit()
-            except KeyboardInterrupt:
-                if stopped() and self.cfg.checkpoint_path is not None:
-                    trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
-                raise
+        for name, each in trainer.trainers.items():
+            _sign(each, provenance(self.model, hooks[name]), self.cfg.seed)
+        first = next(iter(trainer.trainers.values()))
+        trainer.n_training_steps = first.n_training_steps
+        return _fit(trainer, first)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         super()._save_runner_checkpoint_files(checkpoint_path)
@@ -281,9 +277,39 @@ def _prepare(
     return n_batches + (config.n_batches_for_norm_estimate if whitened else 0)
 
 
-def _ahead(trainer: Any) -> list[int]:
-    """Checkpoints that are still to come, which SAELens does not ask when it resumes."""
-    return [n for n in trainer.checkpoint_thresholds if n > trainer.n_training_samples]
+def _skip_what_was_read(store: ActivationsStore, checkpoint: str) -> None:
+    """Go to where a checkpoint's run was in the text.
+
+    SAELens does so only when it prefetches already, from the same generator in another thread, and
+    then finds nothing left to skip.
+    """
+    store.load_from_checkpoint(checkpoint)
+
+
+def _sign(trainer: SAETrainer[Any, Any], record: dict[str, Any] | None, seed: int) -> None:
+    """Say in an SAE's metadata what it is trained on, if that is a centroid."""
+    if record is not None:
+        scale = trainer.activation_scaler.scaling_factor
+        trainer.sae.cfg.metadata.lch_centroid = {**record, "scale": scale, "seed": seed}
+
+
+def _fit(trainer: Any, first: SAETrainer[Any, Any]) -> Any:
+    """Train. Interrupted, save a checkpoint where no step is under way.
+
+    Args:
+        trainer: SAELens' trainer, of one SAE or of several.
+        first: the trainer of one SAE that is asked first, the same or one of its parts.
+    """
+    # SAELens does not ask, when it resumes, which checkpoints are still to come.
+    thresholds = trainer.checkpoint_thresholds
+    trainer.checkpoint_thresholds = [n for n in thresholds if n > trainer.n_training_samples]
+    with _stopping_between_steps(first) as stopped:
+        try:
+            return trainer.fit()
+        except KeyboardInterrupt:
+            if stopped() and trainer.cfg.checkpoint_path is not None:
+                trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
+            raise
 
 
 @contextmanager
@@ -291,14 +317,17 @@ def _stopping_between_steps(trainer: SAETrainer[Any, Any]) -> Iterator[Callable[
     """Make the first SIGINT or SIGTERM wait until the step under way is complete.
 
     In the midst of a step the weights, the optimizer and the counts do not belong together, and a
-    checkpoint of them could not be resumed exactly. A second signal does not wait.
+    checkpoint of them could not be resumed exactly. A second signal does not wait. Signals that are
+    ignored stay so, and in another thread than the main one, where none arrive, nothing changes.
 
     Yields:
         Whether the loop was left between two steps.
     """
     asked, left = False, False
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    between_steps = trainer.maybe_reset_sparsity  # What SAELens calls before each step.
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    handlers = {n: h for n in numbers if (h := signal.getsignal(n)) not in (None, signal.SIG_IGN)}
+    between_steps = trainer.full_sparsity_window_log  # What SAELens calls around each step.
 
     def ask(*_: object) -> None:
         nonlocal asked
@@ -313,13 +342,13 @@ def _stopping_between_steps(trainer: SAETrainer[Any, Any]) -> Iterator[Callable[
             raise KeyboardInterrupt
         return between_steps()
 
-    trainer.maybe_reset_sparsity = check
+    trainer.full_sparsity_window_log = check
     for number in handlers:
         signal.signal(number, ask)
     try:
         yield lambda: left
     finally:
-        del trainer.maybe_reset_sparsity
+        del trainer.full_sparsity_window_log
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

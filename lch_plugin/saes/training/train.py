@@ -15,17 +15,14 @@ from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.util import get_special_token_ids
 
+from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import attached, check_model
 from lch_plugin.saes.sources.texts import check_dataset, load_text
-from lch_plugin.saes.training.checks import (
-    check_hooks,
-    check_run,
-    check_width,
-)
+from lch_plugin.saes.training.checks import check_hooks, check_run, check_width
 from lch_plugin.saes.training.runners import CachedRunner, MultiRunner, Runner
 
 _Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
@@ -52,8 +49,9 @@ def train(
 
     ``config.hook_name`` may be a centroid hook or any other hook of the model, so that one
     call trains both sides of a comparison. Centroids of mlp, attn and block that nobody has
-    attached are attached with the all-ones cotangent for as long as training takes. A
-    ``MultiSAETrainingRunnerConfig`` trains several SAEs, of several hooks, from one forward pass.
+    attached are attached with the all-ones cotangent for as long as training takes, and the model
+    is in evaluation mode meanwhile. A ``MultiSAETrainingRunnerConfig`` trains several SAEs, of
+    several hooks, from one forward pass.
 
     SAEs start at their data: with the normalisations ``"none"`` and
     ``"expected_average_only_in"`` the decoder's bias starts at the mean, which of centroids is
@@ -64,10 +62,10 @@ def train(
 
     With ``config.use_cached_activations`` the SAE is trained on a `Cache`, or on what SAELens'
     ``CacheActivationsRunner`` wrote, and ``model`` and ``dataset`` may be None; a model that is
-    given has to be the one the cache is of. Shuffling is seeded then, and a run resumed from a
-    checkpoint is bit for bit the run that was never interrupted (on a CPU). Resumed on a live
-    model, SAELens goes on in the text where it was; the tokens that were in its mixing buffer are
-    not seen again, and the order differs.
+    given has to be the one the cache is of. All rows are shuffled then, by the seed and whatever
+    ``activations_mixing_fraction`` says, and a run resumed from a checkpoint is bit for bit the run
+    that was never interrupted (on a CPU). Resumed on a live model, SAELens goes on in the text
+    where it was; tokens that were in its mixing buffer are not seen again, and the order differs.
 
     SAEs on centroid hooks carry ``cfg.metadata.lch_centroid``: site, cotangent, activation scale
     and plugin version; of TransformerLens models layer and weight processing too, of others the
@@ -76,8 +74,8 @@ def train(
 
     Ctrl-C (or SIGTERM) raises KeyboardInterrupt when the step under way is complete, and with
     ``config.checkpoint_path`` set first saves a checkpoint that ``resume_from_checkpoint`` takes.
-    ``config.output_path`` appears only when training is done. Like SAELens' runners, this has to
-    run in the main thread.
+    ``config.output_path`` appears only when training is done. Python hands signals to the main
+    thread alone: in another one nobody interrupts training.
 
     Args:
         model: TransformerBridge or HookedTransformer, SAELens' subclass of either, or a
@@ -103,10 +101,10 @@ def train(
         assert model is not None
         dataset = load_text(dataset)
         hooks = _hooks(config)
-        with attached(model, [hook for hook, *_ in hooks.values()]):
+        with attached(model, [hook for hook, *_ in hooks.values()]), evaluating(model):
             check_hooks(model, hooks, config.context_size)
             check_run(config)
-            check_dataset(model, dataset, config.context_size)
+            check_dataset(model, dataset, config.context_size, config.use_chat_formatting)
             # A shallow copy: SAELens sets the format of the dataset it is given.
             runner = MultiRunner if isinstance(config, MultiSAETrainingRunnerConfig) else Runner
             return runner(config, copy.copy(dataset), model).run()
@@ -128,10 +126,11 @@ def _train_on_cache(
 ) -> TrainingSAE[Any]:
     assert config.cached_activations_path is not None
     cache = Cache(config.cached_activations_path)
-    if config.hook_name not in cache.hook_names:
+    cache.check_hook(config.hook_name)
+    if config.hook_head_index is not None:
         raise InputError(
-            f"hook_name={config.hook_name!r} is not in the cache {cache.path}, which has "
-            f"{cache.hook_names}."
+            f"hook_head_index={config.hook_head_index}: a cache holds heads side by side. Set it "
+            f"to None, and d_in={cache.d_in[config.hook_name]}."
         )
     check_width(config.hook_name, config.sae.d_in, cache.d_in[config.hook_name])
     if config.context_size != cache.context_size or config.seqpos_slice != (None,):

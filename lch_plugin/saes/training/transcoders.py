@@ -27,13 +27,12 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE
 from sae_lens.saes.standard_sae import StandardTrainingSAE
-from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from lch_plugin.errors import InputError
 from lch_plugin.saes.training.checks import check_width
-from lch_plugin.saes.training.on_rows import endless, with_lr_end
+from lch_plugin.saes.training.on_rows import shuffled, with_lr_end
 from lch_plugin.saes.training.starting import n_estimate_batches
 
 
@@ -84,21 +83,17 @@ def train_transcoder(
             "Leave it at 'none'."
         )
     joined = _Joined(pairs)
-    stream = endless(joined)
-    first = next(stream)
-    check_width("what the transcoder reads", sae.d_in, joined.d_in)
-    config = with_lr_end(config)
     sae = dataclasses.replace(sae, apply_b_dec_to_input=False)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
+        _, batches = shuffled(joined, config.train_batch_size_samples, buffer_size)
+        check_width("what the transcoder reads", sae.d_in, joined.d_in)
         training = kinds[type(sae)](sae, joined.d_out)
-        batches = mixing_buffer(
-            buffer_size, config.train_batch_size_samples, itertools.chain([first], stream)
-        )
         scale = training.start_at(
             torch.cat(list(itertools.islice(batches, n_estimate_batches(config))))
         )
-        SAETrainer(config, training, (batch * scale.to(batch) for batch in batches)).fit()
+        scaled = (batch * scale.to(batch) for batch in batches)
+        SAETrainer(with_lr_end(config), training, scaled).fit()
         return training.finished(scale)
 
 
