@@ -303,6 +303,16 @@ def test_attention_and_blocks_are_attached_for_as_long_as_it_takes() -> None:
         assert hook not in model().hook_dict
 
 
+def test_inference_mode_and_indices_from_a_tensor(tmp_path: Path) -> None:
+    chosen = [f.index for f in report().features[:2]]
+    with torch.inference_mode():
+        found = features(model(), dictionary(), tokens(), indices=torch.tensor(chosen))
+    assert [f.index for f in found.features] == chosen
+    for f, g in zip(found.features, report().features, strict=False):
+        assert f.promoted == g.promoted
+    found.save(tmp_path / "out")
+
+
 def test_a_feature_that_never_fires_is_shown_as_such(tmp_path: Path) -> None:
     sae = dictionary()
     with torch.no_grad():

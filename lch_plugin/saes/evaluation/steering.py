@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin.adapters.arguments import Call, input_of
 from lch_plugin.adapters.states import evaluating
@@ -34,6 +36,7 @@ from lch_plugin.saes.sources.hooks import readers
 Batch = Tensor | Mapping[str, Any]
 Positions = slice | Sequence[int]
 _EVERYWHERE = slice(None)
+_HOOKED = (TransformerBridge, HookedTransformer, HookedModel)
 # What a centroid of the whole model is in the space of.
 _EMBEDDINGS = "hook_embed"
 
@@ -391,7 +394,7 @@ def _root(model: nn.Module | HookedModel) -> nn.Module:
 def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
     """The module whose input a component reads."""
     points: Mapping[str, nn.Module] = getattr(model, "hook_dict", {})
-    reader: Any = readers(model).get(component)  # type: ignore[arg-type]
+    reader: Any = readers(model).get(component) if isinstance(model, _HOOKED) else None
     if reader is not None:
         name = _read_by(model, reader)
         if name == _EMBEDDINGS:

@@ -75,11 +75,16 @@ def push(
         return forward_ad.make_dual(value, tangent.view_as(value))
 
     try:
-        # Of torch's attention kernels only the plain one has a forward-mode derivative.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-            with edited_input(model, hook_name, edit):
-                logits = model(tokens)
-            moved = forward_ad.unpack_dual(logits).tangent
+        # Of torch's attention kernels only the plain one has a forward-mode derivative, and nothing
+        # has one in inference mode.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            forward_ad.dual_level(),
+            edited_input(model, hook_name, edit),
+        ):
+            moved = forward_ad.unpack_dual(model(tokens)).tangent
     except NotImplementedError as error:
         raise NotDifferentiableError(
             f"the effect of {hook_name} on the logits is not known: {error} Load the model with "

@@ -173,7 +173,7 @@ def features(
     text: Any,
     *,
     hook_name: str | None = None,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | Int[Tensor, " n"] | None = None,
     n_features: int = 24,
     max_density: float = DENSE,
     n_contexts: int = 10,
@@ -217,6 +217,8 @@ def features(
     """
     check_model(model)
     codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
+    if indices is not None:
+        indices = [int(i) for i in indices]
     _check_numbers(sae, indices, n_features, max_density, n_contexts)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
