@@ -476,6 +476,21 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
         assert label == int(text.split()[1]) % 2
 
 
+def test_rows_that_are_trained_on_are_not_taken_for_held_out(tmp_path: Path) -> None:
+    """Of a file or a data set at hand there is one split, whatever it is called."""
+    data = Dataset.from_dict({"text": [f"text {i}" for i in range(50)], "label": [0, 1] * 25})
+    data.save_to_disk(str(tmp_path / "data"))
+    data.to_csv(str(tmp_path / "data.csv"))
+    for source in (data, tmp_path / "data", tmp_path / "data.csv"):
+        with pytest.raises(lch.InputError, match="nothing would be held out"):
+            load_labelled(source, "label", test_split="test")
+    splits = data.train_test_split(0.4, seed=0)
+    splits.save_to_disk(str(tmp_path / "splits"))
+    train, test = load_labelled(tmp_path / "splits", "label", test_split="test")
+    assert {*train.inputs} == {*splits["train"]["text"]}
+    assert {*test.inputs} == {*splits["test"]["text"]}
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

@@ -237,6 +237,30 @@ def test_a_live_run_resumes_in_the_text_where_it_was(
     assert sae.cfg.metadata.lch_centroid["scale"] == scale
 
 
+def test_training_goes_on_from_a_finished_sae_of_the_same_kind(
+    cached: Cache, tmp_path: Path
+) -> None:
+    for architecture in ("topk", "batchtopk"):
+        out = str(tmp_path / architecture)
+        kw = settings(
+            cached, architecture=architecture, compile_llm=True
+        )  # Of which there is none.
+        lch.saes.train(None, None, config(**kw, output_path=out))
+    kw = settings(cached, from_pretrained_path=str(tmp_path / "topk"))
+    before = SAE.load_from_disk(tmp_path / "topk")
+    after = lch.saes.train(None, None, config(**{**kw, "training_tokens": 96, "lr": 1e-6}))
+    torch.testing.assert_close(after.W_dec, before.W_dec, rtol=0, atol=1e-5)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("saves a finished BatchTopK", {"architecture": "batchtopk"}),
+        ("none that SAELens wrote", {"from_pretrained_path": str(tmp_path)}),
+        ("architecture='standard'", {"architecture": "standard"}),
+    ]
+    batchtopk = {"architecture": "batchtopk", "from_pretrained_path": str(tmp_path / "batchtopk")}
+    for match, changes in [*cases, ("has 'jumprelu'", batchtopk)]:
+        with pytest.raises(lch.InputError, match=match):
+            lch.saes.train(None, None, config(**{**kw, **changes}))
+
+
 def watch_text(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The batches of tokens that SAELens reads from now on."""
     read: list[torch.Tensor] = []
@@ -270,15 +294,24 @@ def test_what_is_no_checkpoint_on_the_way_is_refused(cached: Cache, tmp_path: Pa
     )
     (final,) = tmp_path.glob("*/final_*")
     (of_cache,) = tmp_path.glob("cached/*/*")
-    for match, path in [
-        ("folded", final),
-        ("trainer_state.pt", final.parent),
-        ("activations_store_state", of_cache),
-    ]:
+    on_the_way = next(p for p in final.parent.iterdir() if p != final)
+    cases: list[tuple[str, Path, dict[str, Any]]] = [
+        ("folded", final, {}),
+        ("trainer_state.pt", final.parent, {}),
+        ("activations_store_state", of_cache, {}),
+        ("architecture='standard', but .* has 'topk'", on_the_way, {"architecture": "standard"}),
+    ]
+    for match, path, changes in cases:
         with pytest.raises(lch.InputError, match=match):
             lch.saes.train(
-                model, DATA, config(resume_from_checkpoint=str(path), training_tokens=4096)
+                model,
+                DATA,
+                config(resume_from_checkpoint=str(path), training_tokens=4096, **changes),
             )
+    for changes in ({"train_batch_size_tokens": 128}, {"seed": 7}, {"n_batches_in_buffer": 20}):
+        kw_there = settings(cached, resume_from_checkpoint=str(of_cache), **changes)
+        with pytest.raises(lch.InputError, match=next(iter(changes))):
+            lch.saes.train(None, None, config(**kw_there))
     # Nothing is folded in where nothing is scaled.
     lch.saes.train(model, DATA, config(**kw, normalize="none", save_final_checkpoint=True))
     (plain,) = set(tmp_path.glob("*/final_*")) - {final}

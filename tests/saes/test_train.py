@@ -155,11 +155,11 @@ def test_an_ordinary_hook_trains_by_the_same_call(tmp_path: Path) -> None:
 
 
 def test_the_seed_decides_and_the_global_random_state_is_left_alone() -> None:
-    weights = []
+    model, weights = models.bridge("gpt2"), []
     for n, seed in enumerate((0, 0, 1)):
         torch.manual_seed(10 + n)
         before = torch.get_rng_state()
-        weights.append(lch.saes.train(models.bridge("gpt2"), DATA, config(seed=seed)).W_dec)
+        weights.append(lch.saes.train(model, DATA, config(seed=seed)).W_dec)
         assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -172,6 +172,19 @@ def test_the_model_is_in_evaluation_mode_and_left_as_it_was() -> None:
         lch.saes.train(model, DATA, config())
     assert modes == {False}
     assert model.training
+
+
+def test_a_compiled_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def compile_(f: Any, **_: Any) -> Any:  # As torch.compile, which takes a while.
+        return lambda *args, **kw: compiled.append(f.__name__) or f(*args, **kw)
+
+    monkeypatch.setattr("torch.compile", compile_)
+    model = models.bridge("gpt2")
+    lch.saes.train(model, DATA, config(compile_llm=True))
+    assert set(compiled) == {"run_with_cache"}
+    assert "run_with_cache" not in vars(model)
 
 
 def test_training_in_another_thread_is_the_same() -> None:

@@ -38,15 +38,26 @@ def load_labelled(
         label: column of labels.
         column: of texts or images; ``image`` if there is one, else ``text``.
         split: to train on.
-        test_split: held out; if None, a fifth of ``split``, chosen at random.
+        test_split: held out, of a source with several splits; if None, a fifth of ``split``, chosen
+            at random.
         seed: of the order and of that choice.
 
     Raises:
-        InputError: the data set cannot be read, or has no such split or column.
+        InputError: the data set cannot be read, has no such split or column, or has the same rows
+            for both splits.
     """
     data = _load(source, split)
     if test_split is not None:
-        train, test = data.shuffle(seed=seed), _load(source, test_split).shuffle(seed=seed)
+        held_out = _load(source, test_split)
+        # Of a file, or a data set that is there already, no split is chosen. (A private name of
+        # `datasets`, which has no public one.)
+        if held_out._fingerprint == data._fingerprint:
+            raise InputError(
+                f"split={split!r} and test_split={test_split!r} are the same rows, so that nothing "
+                "would be held out. Leave test_split out, and a fifth is held out; or name two "
+                "splits of a data set that has them."
+            )
+        train, test = data.shuffle(seed=seed), held_out.shuffle(seed=seed)
     elif len(data) < 2:
         raise InputError(f"{source} has {len(data)} rows, of which none can be held out.")
     else:

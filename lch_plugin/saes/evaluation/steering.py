@@ -287,7 +287,8 @@ def _effects_on(
     # Of a classifier there is one prediction, wherever it is steered.
     counts = _counts(batch, clean, positions if clean.shape[1] > 1 else _EVERYWHERE)
     weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
-    kls, changes, shifts = [], [], []
+    kls, changes = [], []
+    shifts: list[Tensor] = []
     for vector in vectors:
         with steering(model, component, vector, positions):
             steered = _logits(model, batch)

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, MultiSAETrainingRunnerConfig
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    MultiSAETrainingRunnerConfig,
+    TrainingSAEConfig,
+)
 from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATIONS_STORE_STATE_FILENAME,
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
     TRAINER_STATE_FILENAME,
 )
 
@@ -19,6 +24,16 @@ from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import widths
+
+# What decides which rows of a cache come when.
+_ORDER = (
+    "hook_name",
+    "context_size",
+    "train_batch_size_tokens",
+    "n_batches_in_buffer",
+    "exclude_special_tokens",
+    "seed",
+)
 
 
 def check_width(hook: str, d_in: int, found: int) -> None:
@@ -43,6 +58,8 @@ def check_run(
         )
     if config.resume_from_checkpoint:
         _check_checkpoint(config, Path(config.resume_from_checkpoint))
+    if isinstance(config, LanguageModelSAERunnerConfig) and config.from_pretrained_path:
+        _check_sae(Path(config.from_pretrained_path), config.sae)
     if config.output_path is not None:
         check_new_directory(config.output_path)
 
@@ -64,20 +81,38 @@ def _check_checkpoint(
                 "so no checkpoint of such a run. Give one below checkpoint_path that is named "
                 "after its number of tokens."
             )
+    if is_cached:
+        wanted = config.to_dict()
+        _check_same(checkpoint / RUNNER_CFG_FILENAME, {name: wanted[name] for name in _ORDER})
     for name, sae in saes.items():
-        text = (checkpoint / name / ACTIVATION_SCALER_CFG_FILENAME).read_text(encoding="utf-8")
-        scaler = json.loads(text)
-        is_there = {
-            "expected_average_only_in": scaler["scaling_factor"] is not None,
-            "covariance_whitening": scaler.get("has_whitening", True),
-        }
-        if not is_there.get(sae.normalize_activations, True):
+        saved = _check_sae(checkpoint / name, sae)
+        if saved["normalize_activations"] != sae.normalize_activations:
             raise InputError(
-                f"resume_from_checkpoint={str(checkpoint)!r} was written when training was done, "
-                "with the scale folded into the weights: scaled once more they would be wrong. "
-                "Resume from one that was written on the way, or start from the finished SAE with "
-                "from_pretrained_path."
+                f"resume_from_checkpoint={str(checkpoint)!r} has normalize_activations="
+                f"{saved['normalize_activations']!r} and not {sae.normalize_activations!r}. If it "
+                "was written when training was done, the scale is folded into its weights, and "
+                "scaled once more they would be wrong: resume from one written on the way, or "
+                "start from this one with from_pretrained_path."
             )
+
+
+def _check_sae(directory: Path, sae: TrainingSAEConfig) -> dict[str, Any]:
+    """Refuse a saved SAE of another kind than is to be trained; its configuration."""
+    wanted = {"architecture": sae.architecture(), "d_in": sae.d_in, "d_sae": sae.d_sae}
+    return _check_same(directory / SAE_CFG_FILENAME, wanted)
+
+
+def _check_same(file: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: {file.parent} is none that SAELens wrote.")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{name}={value!r}, but {file} has {found.get(name)!r}. Set it to that. (SAELens "
+                "saves a finished BatchTopK SAE as a JumpReLU one; its checkpoints are BatchTopK.)"
+            )
+    return found
 
 
 def check_hooks(

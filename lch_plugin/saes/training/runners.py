@@ -7,7 +7,8 @@ appears only when it is complete.
 
 Private names used, for want of a public way: of SAELens' ``MultiSAETrainingRunner`` the methods
 ``_run_with_interruption_handling``, ``_save_runner_checkpoint_files`` and ``_save_final_outputs``,
-and of ``LanguageModelSAETrainingRunner`` ``_set_sae_metadata`` (SAELens 6.54).
+and of ``LanguageModelSAETrainingRunner`` ``_set_sae_metadata`` and ``_compile_llm_if_needed``
+(SAELens 6.54).
 """
 
 from __future__ import annotations
@@ -127,6 +128,9 @@ class CachedRunner(Runner):
             stream.seek(_n_batches_taken(config))
         self.activations_store = _CachedStore(stream)
         self.evaluator = self._evaluate
+
+    def _compile_llm_if_needed(self) -> None:
+        """No model runs."""
 
     def _provenance(self) -> dict[str, Any] | None:
         return self.cache.provenance(self.cfg.hook_name)

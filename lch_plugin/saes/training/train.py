@@ -8,6 +8,8 @@ read-out, a start and an interrupt need (`runners`).
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -101,13 +103,26 @@ def train(
         assert model is not None
         dataset = load_text(dataset)
         hooks = _hooks(config)
-        with attached(model, [hook for hook, *_ in hooks.values()]), evaluating(model):
+        names = [hook for hook, *_ in hooks.values()]
+        with attached(model, names), evaluating(model), _uncompiled(model):
             check_hooks(model, hooks, config.context_size)
             check_run(config)
             check_dataset(model, dataset, config.context_size, config.use_chat_formatting)
             # A shallow copy: SAELens sets the format of the dataset it is given.
             runner = MultiRunner if isinstance(config, MultiSAETrainingRunnerConfig) else Runner
             return runner(config, copy.copy(dataset), model).run()
+
+
+@contextmanager
+def _uncompiled(model: LensModel | HookedModel) -> Iterator[None]:
+    """With ``compile_llm`` SAELens puts a compiled method on the model; take it off again."""
+    own = vars(model).get("run_with_cache")
+    try:
+        yield
+    finally:
+        vars(model).pop("run_with_cache", None)
+        if own is not None:
+            vars(model)["run_with_cache"] = own
 
 
 def _hooks(config: _Config) -> dict[str, tuple[str, int, int | None]]:
