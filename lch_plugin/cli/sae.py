@@ -51,17 +51,12 @@ def train(
 ) -> None:
     """Train an SAE on a hook point with SAELens' runner."""
     from lch_plugin import saes
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.demo.corpus import stories
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
-    from lch_plugin.loading import load
     from lch_plugin.saes.sources.hooks import attached, width
     from lch_plugin.saes.training.configs import sae_config
 
     check_new_directory(out)
-    if model and not text and not cache:
-        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
     if cache and (model or text or dtype):
         raise InputError(f"--cache {cache} needs no --model, --text or --dtype. Leave them out.")
     if cache:
@@ -71,8 +66,9 @@ def train(
         context_size = context_size or values.context_size
     else:
         context_size = context_size or 128
-        bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
-        data = saes.load_text(text or list(stories(6000, seed=seed)))
+        bridge, data = _model_and_text(
+            model, text, dtype, device, n_stories=6000, split="train", seed=seed
+        )
         with attached(bridge, [hook]):
             d_in = width(bridge, hook, context_size)
     config = saes.runner_config(
@@ -122,16 +118,13 @@ def cache(
 ) -> None:
     """Store what hook points have on a text, to train on. Interrupted, it goes on when repeated."""
     from lch_plugin import saes
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.demo.corpus import stories
-    from lch_plugin.errors import InputError
-    from lch_plugin.loading import load
 
-    if model and not text:
-        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
+    bridge, data = _model_and_text(
+        model, text, dtype, device, n_stories=6000, split="train", seed=seed, streaming=streaming
+    )
     made = saes.cache(
-        load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge(),
-        saes.load_text(text, streaming=streaming) if text else list(stories(6000, seed=seed)),
+        bridge,
+        data,
         out,
         hook_names=hooks,
         n_tokens=n_tokens,
@@ -160,28 +153,29 @@ def _parse(settings: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
-def _model_sae_text(
+def _model_and_text(
     model: str,
+    text: str,
     dtype: str | None,
     device: str,
-    sae_dir: Path,
-    text: str,
     *,
     n_stories: int,
+    split: str,
     seed: int,
-) -> tuple[Any, Any, Any]:
-    """What the commands that look at an SAE read; the embedded model and stories by default."""
+    streaming: bool = False,
+) -> tuple[Any, Any]:
+    """A model in TransformerLens and a text for it; the embedded model and its stories if none."""
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.demo.corpus import stories
     from lch_plugin.errors import InputError
     from lch_plugin.loading import load
-    from lch_plugin.saes.evaluation.codes import load_sae
+    from lch_plugin.saes import load_text
 
     if model and not text:
         raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
-    sae = load_sae(sae_dir, device)
     bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
-    return bridge, sae, text or list(stories(n_stories, split="test", seed=seed))
+    own = () if text else list(stories(n_stories, split=split, seed=seed))
+    return bridge, load_text(text or own, streaming=streaming)
 
 
 @app.command()
@@ -206,10 +200,17 @@ def features(
     """Features of an SAE as a page: excerpts, logits, neurons, neighbours."""
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes import features as describe
+    from lch_plugin.saes.evaluation.codes import load_sae
 
     check_new_directory(out)
+    sae = load_sae(sae_dir, device)
+    bridge, data = _model_and_text(
+        model, text, dtype, device, n_stories=1000, split="test", seed=seed
+    )
     report = describe(
-        *_model_sae_text(model, dtype, device, sae_dir, text, n_stories=1000, seed=seed),
+        bridge,
+        sae,
+        data,
         hook_name=hook,
         indices=feature,
         n_features=n_features,
@@ -240,11 +241,18 @@ def evaluate(
 ) -> None:
     """Reconstruction, predicted responses and steering of an SAE, as a page."""
     from lch_plugin.files import check_new_directory
+    from lch_plugin.saes.evaluation.codes import load_sae
     from lch_plugin.saes.evaluation.report import evaluation_report
 
     check_new_directory(out)
+    sae = load_sae(sae_dir, device)
+    bridge, data = _model_and_text(
+        model, text, dtype, device, n_stories=300, split="test", seed=seed
+    )
     evaluation_report(
-        *_model_sae_text(model, dtype, device, sae_dir, text, n_stories=300, seed=seed),
+        bridge,
+        sae,
+        data,
         out,
         hook_name=hook,
         n_tokens=n_tokens,
@@ -302,8 +310,8 @@ def compare(
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
-    from lch_plugin.saes.compare import ComparisonSettings, load_labelled
-    from lch_plugin.saes.compare import compare as run
+    from lch_plugin.saes.comparison import ComparisonSettings, load_labelled
+    from lch_plugin.saes.comparison import compare as run
 
     check_new_directory(out)
     settings = ComparisonSettings(

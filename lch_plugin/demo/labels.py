@@ -20,7 +20,7 @@ from lch_plugin.demo.tasks import check_split
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR, digits
 from lch_plugin.demo.vocabulary import plural
 from lch_plugin.errors import InputError
-from lch_plugin.saes.compare.data import Labelled
+from lch_plugin.saes.comparison.data import Labelled
 
 Span = tuple[int, int, str]
 

@@ -8,7 +8,7 @@ wrapper of HuggingFace models (`HookedModel`), and on models without text throug
 
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.caching.writing import cache
-from lch_plugin.saes.compare import ComparisonSettings, Labelled, compare, load_labelled
+from lch_plugin.saes.comparison import ComparisonSettings, Labelled, compare, load_labelled
 from lch_plugin.saes.evaluation.evaluate import Evaluation, evaluate
 from lch_plugin.saes.evaluation.functional import (
     CapturedComponent,

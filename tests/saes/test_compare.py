@@ -31,12 +31,12 @@ from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR
 from lch_plugin.files import resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes import ComparisonSettings, Labelled, Rows, compare, evaluate, load_labelled
-from lch_plugin.saes.compare import work
-from lch_plugin.saes.compare.components import make_component
-from lch_plugin.saes.compare.data import Split, prepare
-from lch_plugin.saes.compare.scores import label_agreement, probe_scores
-from lch_plugin.saes.compare.settings import SITES
-from lch_plugin.saes.compare.values import Values, item_means, write_values
+from lch_plugin.saes.comparison import work
+from lch_plugin.saes.comparison.components import make_component
+from lch_plugin.saes.comparison.data import Split, prepare
+from lch_plugin.saes.comparison.scores import label_agreement, probe_scores
+from lch_plugin.saes.comparison.settings import SITES
+from lch_plugin.saes.comparison.values import Values, item_means, write_values
 from tests import families
 
 MLP = "transformer.h.2.mlp"

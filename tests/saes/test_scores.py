@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 from sklearn.metrics import pairwise_distances
 
-from lch_plugin.saes.compare.scores import (
+from lch_plugin.saes.comparison.scores import (
     SPARSE,
     chance_agreement,
     label_agreement,
@@ -22,7 +22,7 @@ from lch_plugin.saes.compare.scores import (
     probe_scores,
     sparse_probe_accuracies,
 )
-from lch_plugin.saes.compare.statistics import mean_and_sd, paired_test
+from lch_plugin.saes.comparison.statistics import mean_and_sd, paired_test
 
 LABELS = np.repeat(["x", "y", "z"], 40)
 

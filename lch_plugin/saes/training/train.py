@@ -116,13 +116,14 @@ def train(
 @contextmanager
 def _uncompiled(model: LensModel | HookedModel) -> Iterator[None]:
     """With ``compile_llm`` SAELens puts a compiled method on the model; take it off again."""
-    own = vars(model).get("run_with_cache")
+    attributes: dict[str, Any] = model.__dict__
+    own = attributes.get("run_with_cache")
     try:
         yield
     finally:
-        vars(model).pop("run_with_cache", None)
+        attributes.pop("run_with_cache", None)
         if own is not None:
-            vars(model)["run_with_cache"] = own
+            attributes["run_with_cache"] = own
 
 
 def _hooks(config: _Config) -> dict[str, tuple[str, int, int | None]]:

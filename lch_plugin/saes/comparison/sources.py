@@ -10,7 +10,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from lch_plugin.errors import InputError
-from lch_plugin.saes.compare.data import Labelled
+from lch_plugin.saes.comparison.data import Labelled
 from lch_plugin.saes.sources.texts import load_text
 
 # Of a data set that is not split, what is held out.

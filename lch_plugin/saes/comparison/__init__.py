@@ -3,9 +3,9 @@
 The same SAEs on a component's centroids, on what it reads and on what it writes: `compare`.
 """
 
-from lch_plugin.saes.compare.data import Labelled
-from lch_plugin.saes.compare.run import compare
-from lch_plugin.saes.compare.settings import ComparisonSettings
-from lch_plugin.saes.compare.sources import load_labelled
+from lch_plugin.saes.comparison.data import Labelled
+from lch_plugin.saes.comparison.run import compare
+from lch_plugin.saes.comparison.settings import ComparisonSettings
+from lch_plugin.saes.comparison.sources import load_labelled
 
 __all__ = ["ComparisonSettings", "Labelled", "compare", "load_labelled"]

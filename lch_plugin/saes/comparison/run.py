@@ -26,12 +26,12 @@ from rich.progress import Progress
 
 from lch_plugin.files import portable, resumable_directory
 from lch_plugin.loading import LoadedModel
-from lch_plugin.saes.compare.components import make_component
-from lch_plugin.saes.compare.data import Labelled
-from lch_plugin.saes.compare.report import write
-from lch_plugin.saes.compare.scores import mean_max_correlation
-from lch_plugin.saes.compare.settings import SITES, ComparisonSettings
-from lch_plugin.saes.compare.work import Work
+from lch_plugin.saes.comparison.components import make_component
+from lch_plugin.saes.comparison.data import Labelled
+from lch_plugin.saes.comparison.report import write
+from lch_plugin.saes.comparison.scores import mean_max_correlation
+from lch_plugin.saes.comparison.settings import SITES, ComparisonSettings
+from lch_plugin.saes.comparison.work import Work
 
 _PACKAGES = ("lch-plugin", "torch", "sae-lens", "transformers", "scikit-learn", "scipy", "numpy")
 

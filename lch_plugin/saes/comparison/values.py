@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.errors import InputError
-from lch_plugin.saes.compare.data import Items
+from lch_plugin.saes.comparison.data import Items
 from lch_plugin.saes.sources.rows import Rows
 
 # Rows read at once: neighbours on disk, mixed with others by SAELens' buffer.

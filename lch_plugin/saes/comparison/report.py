@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lch_plugin import plots
 from lch_plugin.report import write_report
-from lch_plugin.saes.compare.scores import SPARSE
-from lch_plugin.saes.compare.settings import SITES
-from lch_plugin.saes.compare.statistics import mean_and_sd, paired_test
+from lch_plugin.saes.comparison.scores import SPARSE
+from lch_plugin.saes.comparison.settings import SITES
+from lch_plugin.saes.comparison.statistics import mean_and_sd, paired_test
 from lch_plugin.saes.sources.rows import Of
 
 Score = Mapping[str, Any]

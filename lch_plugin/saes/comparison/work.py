@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lch_plugin.files import new_directory
-from lch_plugin.saes.compare.components import Component
-from lch_plugin.saes.compare.scores import (
+from lch_plugin.saes.comparison.components import Component
+from lch_plugin.saes.comparison.scores import (
     chance_agreement,
     label_agreement,
     majority_accuracy,
@@ -28,8 +28,8 @@ from lch_plugin.saes.compare.scores import (
     mean_max_cosine,
     probe_scores,
 )
-from lch_plugin.saes.compare.settings import SITES, ComparisonSettings
-from lch_plugin.saes.compare.values import Values, item_means, write_values
+from lch_plugin.saes.comparison.settings import SITES, ComparisonSettings
+from lch_plugin.saes.comparison.values import Values, item_means, write_values
 from lch_plugin.saes.evaluation.evaluate import evaluate
 from lch_plugin.saes.sources.rows import Of
 from lch_plugin.saes.training.on_rows import train_on

@@ -15,8 +15,8 @@ from lch_plugin.errors import InputError
 from lch_plugin.files import portable
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes.caching.records import weights_fingerprint
-from lch_plugin.saes.compare.data import Items, Labelled, Split, prepare
-from lch_plugin.saes.compare.settings import SITES, ComparisonSettings
+from lch_plugin.saes.comparison.data import Items, Labelled, Split, prepare
+from lch_plugin.saes.comparison.settings import SITES, ComparisonSettings
 from lch_plugin.saes.sources.rows import Of, Rows
 
 
