@@ -84,8 +84,7 @@ _DIRECTORY = tempfile.TemporaryDirectory(prefix="lch-tokenizer-")
 
 
 @cache
-def tokenizer() -> Any:
-    """A word-level tokenizer, loaded from disk: TransformerLens asks where it came from."""
+def _tokenizer_directory() -> str:
     words = {f"w{i}": i for i in range(D_VOCAB)}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
@@ -93,7 +92,15 @@ def tokenizer() -> Any:
         eos_token="w0",
         pad_token="w0",
     ).save_pretrained(_DIRECTORY.name)
-    return AutoTokenizer.from_pretrained(_DIRECTORY.name)
+    return _DIRECTORY.name
+
+
+def tokenizer() -> Any:
+    """A word-level tokenizer, loaded from disk: TransformerLens asks where it came from.
+
+    One for each model, since TransformerLens leaves the side of the last padding on it.
+    """
+    return AutoTokenizer.from_pretrained(_tokenizer_directory())
 
 
 def huggingface(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -203,10 +203,10 @@ def features(
     from lch_plugin.saes.evaluation.codes import load_sae
 
     check_new_directory(out)
-    sae = load_sae(sae_dir, device)
     bridge, data = _model_and_text(
         model, text, dtype, device, n_stories=1000, split="test", seed=seed
     )
+    sae = load_sae(sae_dir, device)
     report = describe(
         bridge,
         sae,
@@ -245,10 +245,10 @@ def evaluate(
     from lch_plugin.saes.evaluation.report import evaluation_report
 
     check_new_directory(out)
-    sae = load_sae(sae_dir, device)
     bridge, data = _model_and_text(
         model, text, dtype, device, n_stories=300, split="test", seed=seed
     )
+    sae = load_sae(sae_dir, device)
     evaluation_report(
         bridge,
         sae,
