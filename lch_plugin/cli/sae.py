@@ -12,7 +12,13 @@ from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders on centroids.")
 
+TrainingText = Annotated[
+    str, typer.Option(help="File, directory or name on the hub; the demo's stories.")
+]
 # Options of the commands that look at an SAE.
+HeldOutText = Annotated[
+    str, typer.Option(help="File, directory or name on the hub; the demo's held-out stories.")
+]
 Hook = Annotated[
     str | None, typer.Option(help="What the SAE reads; what its metadata say by default.")
 ]
@@ -24,9 +30,7 @@ Rows = Annotated[int, typer.Option(help="Rows of text that run together.")]
 def train(
     hook: Annotated[str, typer.Argument(help="Such as blocks.2.mlp.hook_centroid.")],
     model: Model = "",
-    text: Annotated[
-        str, typer.Option(help="File, directory or name on the hub; the demo's stories.")
-    ] = "",
+    text: TrainingText = "",
     cache: Annotated[
         str, typer.Option(help="Directory of lch sae cache, in the place of model and text.")
     ] = "",
@@ -98,9 +102,7 @@ def train(
 def cache(
     hooks: Annotated[list[str], typer.Argument(help="Such as blocks.2.mlp.hook_centroid.")],
     model: Model = "",
-    text: Annotated[
-        str, typer.Option(help="File, directory or name on the hub; the demo's stories.")
-    ] = "",
+    text: TrainingText = "",
     streaming: Annotated[bool, typer.Option(help="Read the text as it is needed.")] = False,
     n_tokens: Annotated[int | None, typer.Option(help="All of the text by default.")] = None,
     context_size: Annotated[
@@ -182,9 +184,7 @@ def _model_and_text(
 def features(
     sae_dir: Annotated[Path, typer.Argument(help="Directory that SAELens wrote an SAE to.")],
     model: Model = "",
-    text: Annotated[
-        str, typer.Option(help="File, directory or name on the hub; the demo's held-out stories.")
-    ] = "",
+    text: HeldOutText = "",
     n_features: Annotated[int, typer.Option(help="How many; the strongest sparse ones.")] = 24,
     feature: Annotated[
         list[int] | None, typer.Option(help="One to look at in place of these. Repeatable.")
@@ -226,9 +226,7 @@ def features(
 def evaluate(
     sae_dir: Annotated[Path, typer.Argument(help="Directory that SAELens wrote an SAE to.")],
     model: Model = "",
-    text: Annotated[
-        str, typer.Option(help="File, directory or name on the hub; the demo's held-out stories.")
-    ] = "",
+    text: HeldOutText = "",
     n_features: Annotated[int, typer.Option(help="How many to steer along.")] = 12,
     hook: Hook = None,
     n_tokens: TextTokens = None,

@@ -55,7 +55,7 @@ from lch_plugin.saes.caching.shards import (
     write_text,
 )
 from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model, d_vocab, widths
+from lch_plugin.saes.sources.hooks import attached, check_model, d_vocab, n_ctx, widths
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 
 T = TypeVar("T")
@@ -362,12 +362,14 @@ def _check_same(
 
 
 def _context_size(model: LensModel | HookedModel, context_size: int | None) -> int:
-    n_ctx: int | None = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
-    size = n_ctx if context_size is None else context_size
+    longest = n_ctx(model)
+    size = longest if context_size is None else context_size
     if size is None:
         raise InputError("context_size=None: the model does not say how long its context is.")
-    if size < 1 or (n_ctx is not None and size > n_ctx):
-        raise InputError(f"context_size={size} has to be from 1 to the model's context of {n_ctx}.")
+    if size < 1 or (longest is not None and size > longest):
+        raise InputError(
+            f"context_size={size} has to be from 1 to the model's context of {longest}."
+        )
     return size
 
 

@@ -22,7 +22,7 @@ from lch_plugin.errors import InputError
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.evaluate import heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import d_vocab, provenance, width
+from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, width
 from lch_plugin.saes.sources.texts import load_text
 from lch_plugin.saes.training.checks import check_width
 
@@ -95,8 +95,7 @@ class Codes:
                 )
             self.text, self.context_size = text, text.shape[1]
         else:
-            n_ctx = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
-            self.context_size = int(metadata.context_size or n_ctx or 128)
+            self.context_size = int(metadata.context_size or n_ctx(model) or 128)
             self.text = load_text(text, streaming=True)
         self.n_rows = None if n_tokens is None else max(1, n_tokens // self.context_size)
         self.positions = slice(*(metadata.seqpos_slice or (None,)))

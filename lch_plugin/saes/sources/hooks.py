@@ -99,11 +99,11 @@ def widths(
         InputError: the context is longer than the model's, there are no positions to train on, or
             a centroid is asked for its heads.
     """
-    n_ctx = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
-    if n_ctx is not None and context_size > n_ctx:
+    longest = n_ctx(model)
+    if longest is not None and context_size > longest:
         raise InputError(
-            f"context_size={context_size} is longer than the model's context of {n_ctx} "
-            f"tokens. Set context_size to {n_ctx} or less."
+            f"context_size={context_size} is longer than the model's context of {longest} "
+            f"tokens. Set context_size to {longest} or less."
         )
     for hook, head in heads.items():
         if hook in readers(model) and head is not None:
@@ -120,11 +120,9 @@ def widths(
     return {hook: _width(hook, found[hook], head) for hook, head in heads.items()}
 
 
-def width(
-    model: LensModel | HookedModel, hook: str, context_size: int, head: int | None = None
-) -> int:
-    """As `widths`, of one hook point."""
-    return widths(model, {hook: head}, context_size)[hook]
+def width(model: LensModel | HookedModel, hook: str, context_size: int) -> int:
+    """As `widths`, of one hook point with all its heads."""
+    return widths(model, {hook: None}, context_size)[hook]
 
 
 def _width(hook: str, value: Tensor, head: int | None) -> int:
@@ -134,6 +132,12 @@ def _width(hook: str, value: Tensor, head: int | None) -> int:
             "train an SAE on."
         )
     return int(value[0, 0].numel() if head is None else value.shape[-1])
+
+
+def n_ctx(model: LensModel | HookedModel) -> int | None:
+    """The longest sequence a model reads; None if it does not say."""
+    longest: int | None = model.n_ctx if isinstance(model, HookedModel) else model.cfg.n_ctx
+    return longest
 
 
 def d_vocab(model: LensModel | HookedModel) -> int:
