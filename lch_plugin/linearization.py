@@ -63,10 +63,18 @@ class DetachedMode(TorchFunctionMode):
     Only what depends on a tensor given to `follow` is touched. `recorded` collects every factor
     held fixed, in the order of the calls. A mode made with ``replay=mode.recorded`` uses these in
     place of the factors at its own input: then the component *is* the affine map, at any input.
+
+    Args:
+        replay: factors recorded elsewhere.
+        through_patterns: let gradients pass through attention patterns as well, which makes
+            attention bilinear: to first order in the pattern and in the values, and affine no more.
     """
 
-    def __init__(self, replay: Iterable[Tensor] | None = None) -> None:
+    def __init__(
+        self, replay: Iterable[Tensor] | None = None, *, through_patterns: bool = False
+    ) -> None:
         super().__init__()
+        self._through_patterns = through_patterns
         self.recorded: list[Tensor] = []
         self._replay = None if replay is None else iter(list(replay))
         self._paused = False
@@ -83,6 +91,8 @@ class DetachedMode(TorchFunctionMode):
         if self._paused or not any(_varies(a) or _is_gate(a) for a in _tensors(args, kwargs)):
             return func(*args, **kwargs)
         rule = _RULES.get(func)
+        if self._through_patterns and (rule in _OF_PATTERNS or func in _SOFTMAX):
+            rule = None
         if rule is not None:  # The rules take what they look at by position.
             named = [kwargs.pop(name) for name in ("input", "other") if name in kwargs]
             args = (*named, *args) if len(named) < 2 or not args else (*args, *named)
@@ -301,6 +311,8 @@ def _glu(mode: DetachedMode, func: Any, x: Tensor, dim: int = -1) -> Tensor:
 _T = torch.Tensor
 _SQUARES = {torch.square, _T.square}
 _IN_PLACE = {_T.mul_, _T.__imul__}
+_SOFTMAX = (F.softmax, torch.softmax, _T.softmax)
+_OF_PATTERNS = (_contraction, _attention)
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (
@@ -311,7 +323,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     ),
     **dict.fromkeys(
         (
-            *(F.softmax, torch.softmax, _T.softmax, F.softplus),
+            *(*_SOFTMAX, F.softplus),
             *(F.sigmoid, torch.sigmoid, _T.sigmoid, F.tanh, torch.tanh, _T.tanh),
             *(torch.erf, _T.erf, torch.exp, _T.exp, torch.sqrt, _T.sqrt, torch.rsqrt, _T.rsqrt),
             *(torch.norm, _T.norm, torch.linalg.norm, torch.linalg.vector_norm),

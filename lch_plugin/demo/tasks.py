@@ -422,6 +422,12 @@ def combinations(behaviour: str, split: str) -> tuple[Combination, ...]:
     )
 
 
+def askable(behaviour: str, split: str) -> list[Combination]:
+    """The combinations of one split that make examples."""
+    every = combinations(behaviour, split)
+    return [chosen for chosen in every if _BEHAVIOURS[behaviour].is_asked(chosen)]
+
+
 def make_example(behaviour: str, combination: Combination, rng: random.Random) -> Example:
     """The example of ``combination``, its other words drawn from ``rng``."""
     return _BEHAVIOURS[behaviour].example(combination, rng)
@@ -434,8 +440,7 @@ def examples(behaviour: str, n: int, *, split: str = "test", seed: int = 0) -> l
         InputError: If the behaviour or the split is unknown, or if ``n`` is not between 1 and the
             number of combinations of the split.
     """
-    every = combinations(behaviour, split)
-    asked = [chosen for chosen in every if _BEHAVIOURS[behaviour].is_asked(chosen)]
+    asked = askable(behaviour, split)
     if not 1 <= n <= len(asked):
         raise InputError(f"n is {n}; {behaviour} has 1 to {len(asked)} examples in {split!r}")
     rng = random.Random(seed)

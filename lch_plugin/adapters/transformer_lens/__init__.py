@@ -9,8 +9,8 @@ something listens.
 Modules, each knowing those before it: `gates`, where a tensor goes by; `anatomy`, where a model
 keeps its parts; `points`, hook points of ours; `readers`, how the centroid of one component comes
 about, in `closed_forms` or by `vjps`; `states` and `trial`; `tracker`, the readers of one model
-together; `self_check`, the proof on three tokens; `attaching`; and `inputs`, token ids and what the
-MLPs read on them.
+together; `self_check`, the proof on three tokens; `attaching`; `inputs`, token ids and what the
+MLPs read on them; and `nodes`, the heads, neurons and MLPs that make up circuits.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
@@ -28,6 +28,12 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
 )
 from lch_plugin.adapters.transformer_lens.attaching import Handle, attach
 from lch_plugin.adapters.transformer_lens.inputs import as_tokens, check_token_ids, mlp_inputs
+from lch_plugin.adapters.transformer_lens.nodes import (
+    NodeKind,
+    NodePoint,
+    node_points,
+    run_edited,
+)
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import disagreements
 from lch_plugin.adapters.transformer_lens.tracker import attached_readers
@@ -36,6 +42,8 @@ __all__ = [
     "Handle",
     "LensModel",
     "MLPParts",
+    "NodeKind",
+    "NodePoint",
     "Reader",
     "as_tokens",
     "attach",
@@ -44,5 +52,7 @@ __all__ = [
     "disagreements",
     "locate_mlps",
     "mlp_inputs",
+    "node_points",
+    "run_edited",
     "weight_processing",
 ]

@@ -1,0 +1,124 @@
+"""Nodes of a circuit: attention heads, neurons and whole MLPs, where their activations pass.
+
+A head writes ``z W_O``, a neuron its activation times a row of ``W_out``; so a hook point at what
+``W_O`` or ``W_out`` reads holds the activations of all heads or neurons of a layer side by side,
+and a node is a slice of its last dimensions. Biases are of no node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from lch_plugin.adapters.transformer_lens.anatomy import (
+    LensModel,
+    attention,
+    check_heads,
+    check_model,
+    locate_mlp,
+    stacks,
+)
+from lch_plugin.errors import InputError, SiteError
+
+NodeKind = Literal["head", "neuron", "mlp"]
+KINDS: tuple[NodeKind, ...] = get_args(NodeKind)
+
+
+@dataclass(frozen=True)
+class NodePoint:
+    """A hook point that holds the activations of a layer's nodes.
+
+    Attributes:
+        kind: of the nodes.
+        layer: block.
+        name: of the hook point.
+        n_nodes: how many nodes share it.
+        width: numbers of each node: ``d_head``, 1 of a neuron, ``d_mlp`` of a whole MLP.
+    """
+
+    kind: NodeKind
+    layer: int
+    name: str
+    n_nodes: int
+    width: int
+
+    def split(self, value: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch pos node w"]:
+        """The value of the hook point, node by node."""
+        return value.reshape(*value.shape[:2], self.n_nodes, self.width)
+
+
+def node_points(
+    model: LensModel, kinds: Sequence[NodeKind] = ("head", "neuron")
+) -> tuple[NodePoint, ...]:
+    """Where the activations of all nodes of these kinds pass, in the order they are computed.
+
+    Raises:
+        InputError: an unknown kind, none, or both neurons and the MLPs they make up.
+        SiteError: a block without attention or MLP of a kind that shows its nodes, or a model with
+            an encoder.
+    """
+    check_model(model)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds or {"neuron", "mlp"} <= set(kinds):
+        raise InputError(
+            f"kinds={tuple(kinds)}: choose among {KINDS}, and either neurons or whole MLPs."
+        )
+    found: list[NodePoint] = []
+    (stack,) = stacks(model, "blocks")
+    for layer, block in enumerate(stacks(model, stack)[stack]):
+        if "head" in kinds:
+            path = f"{stack}.{layer}"
+            attn, attribute = attention(block, path)
+            check_heads(attn, f"{path}.{attribute}")
+            point = "hook_z" if isinstance(model, HookedTransformer) else "o.hook_in"
+            n_heads, d_head = attn.W_O.shape[:2]
+            name = f"{path}.{attribute}.{point}"
+            found.append(NodePoint("head", layer, name, n_heads, d_head))
+        if "neuron" in kinds or "mlp" in kinds:
+            parts = locate_mlp(model, stack, layer)
+            parts.check_readable()
+            d_mlp = parts.weights.W_out.shape[0]
+            name = parts.post_activation_name
+            if "neuron" in kinds:
+                found.append(NodePoint("neuron", layer, name, d_mlp, 1))
+            else:
+                found.append(NodePoint("mlp", layer, name, 1, d_mlp))
+    return tuple(found)
+
+
+def run_edited(
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    edits: Mapping[str, Callable[[Tensor], Tensor | None]],
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits, from a forward pass in which the values of some hook points are looked at or edited.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        tokens: what it reads.
+        edits: by hook name, a function of the value that returns another, or None to leave it.
+
+    Raises:
+        SiteError: a hook did not fire.
+    """
+    fired: set[str] = set()
+
+    def on_value(name: str, value: Tensor, hook: object) -> Tensor | None:  # noqa: ARG001
+        fired.add(name)
+        return edits[name](value)
+
+    hooks = [(name, partial(on_value, name)) for name in edits]
+    logits: Tensor = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+    missed = [name for name in edits if name not in fired]
+    if missed:
+        raise SiteError(
+            f"{missed} did not fire, so nothing was seen or changed there. If an SAE stands there, "
+            "call reset_saes() first."
+        )
+    return logits

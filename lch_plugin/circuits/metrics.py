@@ -1,0 +1,108 @@
+"""What a circuit is about: one number a prompt, computed from the logits, in logits or nats.
+
+Everything in this package scores nodes by such a metric, and a positive score means that removing
+the node lowers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lch_plugin.cotangents import Metric
+from lch_plugin.errors import InputError
+
+
+def logit_difference(
+    answers: Sequence[Sequence[int]], foils: Sequence[Sequence[int]], position: int = -1
+) -> Metric:
+    """How much more likely the answers are than the foils, in nats: ``log P(answers)/P(foils)``.
+
+    With one answer and one foil this is their logit difference; with several it weighs them as the
+    softmax does. Where they are tokens of the same text, the difference of two log-sum-exps.
+
+    Args:
+        answers: token ids that are right, for each prompt.
+        foils: token ids to compare them with, for each prompt.
+        position: whose logits count.
+
+    Raises:
+        InputError: a prompt without answer or foil, or a token that is both.
+    """
+    if len(answers) != len(foils):
+        raise InputError(f"{len(answers)} prompts have answers and {len(foils)} have foils.")
+    for right, wrong in zip(answers, foils, strict=True):
+        both = sorted(set(right) & set(wrong))
+        if both:
+            raise InputError(f"tokens {both} are both answer and foil: they do not differ.")
+    of_answers, of_foils = _Tokens(answers, "answer"), _Tokens(foils, "foil")
+
+    def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        at = logits[:, position]
+        return of_answers.logsumexp(at) - of_foils.logsumexp(at)
+
+    return Metric(value, "logit_difference")
+
+
+def log_probability(answers: Sequence[Sequence[int]], position: int = -1) -> Metric:
+    """Log-probability that the next token is one of the answers, in nats.
+
+    Args:
+        answers: token ids that are right, for each prompt.
+        position: whose logits count.
+
+    Raises:
+        InputError: a prompt without an answer.
+    """
+    right = _Tokens(answers, "answer")
+
+    def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        at = logits[:, position]
+        return right.logsumexp(at) - at.logsumexp(-1)
+
+    return Metric(value, "log_probability")
+
+
+def kl_divergence(reference: Float[Tensor, "batch pos d_vocab"], position: int = -1) -> Metric:
+    """``KL(reference || model)`` of the next-token distributions, in nats.
+
+    Its gradient vanishes where the model gives the reference itself: to attribute on a prompt, take
+    the logits of its corrupt twin as reference.
+
+    Args:
+        reference: logits to compare with, one row a prompt.
+        position: whose logits count.
+    """
+    log_p = reference[:, position].detach().log_softmax(-1)
+
+    def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        log_q = logits[:, position].log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+    return Metric(value, "kl_divergence")
+
+
+class _Tokens:
+    """One or several tokens for each prompt."""
+
+    def __init__(self, tokens: Sequence[Sequence[int]], role: str) -> None:
+        if not tokens or not all(len(one) for one in tokens):
+            raise InputError(f"every prompt needs at least one {role}; got {tokens}.")
+        longest = max(map(len, tokens))
+        self._ids: Int[Tensor, "batch n"] = torch.tensor(
+            [[*one, *[one[0]] * (longest - len(one))] for one in tokens]
+        )
+        self._real: Bool[Tensor, "batch n"] = torch.tensor(
+            [[i < len(one) for i in range(longest)] for one in tokens]
+        )
+
+    def logsumexp(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
+        if len(logits) != len(self._ids):
+            raise InputError(
+                f"the metric was made for {len(self._ids)} prompts and got {len(logits)}."
+            )
+        chosen = logits.gather(-1, self._ids.to(logits.device))
+        return chosen.masked_fill(~self._real.to(logits.device), -torch.inf).logsumexp(-1)

@@ -1,0 +1,211 @@
+"""Nodes of a model, what they score, and circuits: sets of them.
+
+A node is a head, a neuron or a whole MLP, at every position. Scores and circuits hold one value for
+each node of the model, in the order of `lch_plugin.adapters.transformer_lens.node_points`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lch_plugin.adapters.transformer_lens import NodeKind, NodePoint
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.sites import integers
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """A node: head or neuron ``index`` of a layer, or its MLP (index 0)."""
+
+    kind: NodeKind
+    layer: int
+    index: int = 0
+
+    def __str__(self) -> str:
+        names = {"head": "a{0.layer}.h{0.index}", "neuron": "m{0.layer}.n{0.index}"}
+        return names.get(self.kind, "m{0.layer}").format(self)
+
+
+@dataclass(frozen=True)
+class ScoredNode:
+    """A node, its score, and its place among those of its kind.
+
+    Attributes:
+        node: which.
+        score: signed, in units of the metric; positive if removing the node lowers it.
+        rank: 1 for the highest score among all nodes of its kind.
+        percentile: share of the nodes of its kind that score lower, in percent.
+    """
+
+    node: Node
+    score: float
+    rank: int
+    percentile: float
+
+
+@dataclass(frozen=True, eq=False)
+class NodeScores:
+    """A score for every node.
+
+    Attributes:
+        points: where the nodes are.
+        values: the scores, nodes in the order of ``points``; in units of the metric, positive if
+            removing the node lowers it.
+    """
+
+    points: tuple[NodePoint, ...]
+    values: Float[Tensor, " node"]
+
+    def of(self, kind: NodeKind, layer: int) -> Float[Tensor, " node"]:
+        """Scores of the nodes of one kind and layer.
+
+        Raises:
+            SiteError: no such nodes were scored.
+        """
+        for point, part in _parts(self.points, self.values):
+            if (point.kind, point.layer) == (kind, layer):
+                return part
+        raise SiteError(f"there are no scores of kind {kind!r} at layer {layer}.")
+
+    def node(self, node: Node) -> ScoredNode:
+        """One node, with rank and percentile among those of its kind.
+
+        Raises:
+            SiteError: it was not scored.
+        """
+        layer = self.of(node.kind, node.layer)
+        if not 0 <= node.index < len(layer):
+            raise SiteError(f"{node}: indices are 0 to {len(layer) - 1}.")
+        score = layer[node.index]
+        parts = _parts(self.points, self.values)
+        peers = torch.cat([part for point, part in parts if point.kind == node.kind])
+        below = 100 * float((peers < score).double().mean())
+        return ScoredNode(node, float(score), int((peers > score).sum()) + 1, below)
+
+    def top(
+        self, n: int, *, kind: NodeKind | None = None, by: Literal["score", "magnitude"] = "score"
+    ) -> list[ScoredNode]:
+        """The ``n`` nodes that score highest, or of largest magnitude, highest first."""
+        nodes = list(all_nodes(self.points))
+        key = self.values if by == "score" else self.values.abs()
+        order = key.argsort(descending=True, stable=True).tolist()
+        wanted = [nodes[i] for i in order if kind in (None, nodes[i].kind)]
+        return [self.node(node) for node in wanted[:n]]
+
+    def circuit(self, size: int, *, by: Literal["score", "magnitude"] = "score") -> Circuit:
+        """The circuit of the ``size`` nodes that score highest, or of largest magnitude.
+
+        Raises:
+            InputError: the size is below 1 or above the number of nodes.
+        """
+        if not 1 <= size <= len(self.values):
+            raise InputError(f"size={size}: a circuit has 1 to {len(self.values)} nodes.")
+        key = self.values if by == "score" else self.values.abs()
+        keep = torch.zeros(len(key), dtype=torch.bool)
+        keep[key.cpu().argsort(descending=True, stable=True)[:size]] = True
+        return Circuit(self.points, keep)
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit:
+    """Some of the nodes of a model.
+
+    Attributes:
+        points: where the model's nodes are.
+        keep: which of them are in the circuit, in the order of ``points``.
+    """
+
+    points: tuple[NodePoint, ...]
+    keep: Bool[Tensor, " node"]
+
+    @classmethod
+    def of(cls, points: tuple[NodePoint, ...], nodes: Iterable[Node]) -> Circuit:
+        """The circuit of these nodes.
+
+        Raises:
+            SiteError: the model has no such node.
+            InputError: none are given.
+        """
+        index = {node: i for i, node in enumerate(all_nodes(points))}
+        listed = list(nodes)
+        unknown = [str(node) for node in listed if node not in index]
+        if unknown:
+            raise SiteError(f"the model has no nodes {unknown}, or they are of another kind.")
+        if not listed:
+            raise InputError("an empty circuit: name at least one node.")
+        keep = torch.zeros(len(index), dtype=torch.bool)
+        keep[[index[node] for node in listed]] = True
+        return cls(points, keep)
+
+    def __len__(self) -> int:
+        return int(self.keep.sum())
+
+    def __invert__(self) -> Circuit:
+        """Everything else."""
+        return Circuit(self.points, ~self.keep)
+
+    @property
+    def share(self) -> float:
+        """Of the model's nodes, between 0 and 1."""
+        return len(self) / len(self.keep)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes it is made of."""
+        return [node for node, kept in zip(all_nodes(self.points), self.keep, strict=True) if kept]
+
+    def without(self, *nodes: Node) -> Circuit:
+        """The circuit with some nodes less."""
+        gone = set(nodes)
+        kept = [node in gone for node in all_nodes(self.points)]
+        return Circuit(self.points, self.keep & ~torch.tensor(kept))
+
+    def masks(self) -> dict[str, Bool[Tensor, " node"]]:
+        """By name of the hook point, which of its nodes are kept."""
+        return {point.name: part for point, part in _parts(self.points, self.keep)}
+
+    def random(self, generator: torch.Generator | None = None) -> Circuit:
+        """A random circuit with as many nodes of each kind in each layer."""
+        drawn = []
+        for _, part in _parts(self.points, self.keep):
+            drawn.append(part[torch.randperm(len(part), generator=generator)])
+        return Circuit(self.points, torch.cat(drawn))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: by kind and layer, the indices of its nodes."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for node in self.nodes:
+            found.setdefault(node.kind, {}).setdefault(str(node.layer), []).append(node.index)
+        return found
+
+    @classmethod
+    def from_dict(
+        cls, points: tuple[NodePoint, ...], found: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> Circuit:
+        """What `to_dict` gave, on a model with these nodes.
+
+        Raises:
+            SiteError, InputError: as `of`.
+        """
+        nodes = [
+            Node(kind, int(layer), index)  # type: ignore[arg-type]
+            for kind, layers in found.items()
+            for layer, indices in layers.items()
+            for index in integers(indices) or []
+        ]
+        return cls.of(points, nodes)
+
+
+def all_nodes(points: Iterable[NodePoint]) -> Iterator[Node]:
+    """Every node, in order."""
+    return (Node(p.kind, p.layer, i) for p in points for i in range(p.n_nodes))
+
+
+def _parts(points: Sequence[NodePoint], values: Tensor) -> Iterator[tuple[NodePoint, Tensor]]:
+    return zip(points, values.split([point.n_nodes for point in points]), strict=True)

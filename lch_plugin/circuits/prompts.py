@@ -1,0 +1,133 @@
+"""Prompts with a metric, and where there is one a corrupt twin to take what is removed from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
+from lch_plugin.circuits.metrics import logit_difference
+from lch_plugin.cotangents import Metric
+from lch_plugin.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """A batch of prompts of one length, and what is measured on them.
+
+    Attributes:
+        clean: token ids.
+        metric: of the logits, one number a prompt.
+        corrupt: as many token ids, changed in what decides the metric; position by position they
+            are the twin of ``clean``. None if there is none.
+
+    Raises:
+        InputError: clean and corrupt differ in shape.
+    """
+
+    clean: Int[Tensor, "batch pos"]
+    metric: Metric
+    corrupt: Int[Tensor, "batch pos"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.corrupt is not None and self.corrupt.shape != self.clean.shape:
+            raise InputError(
+                f"clean prompts have shape {tuple(self.clean.shape)} and corrupt ones "
+                f"{tuple(self.corrupt.shape)}: a pair needs equal lengths, token by token."
+            )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def measure(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        """The metric of each prompt.
+
+        Raises:
+            InputError: the metric gives anything but one number a prompt, or not a finite one.
+        """
+        value = self.metric.fn(logits)
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if shape != (len(self),):
+            raise InputError(
+                f"metric {self.metric.name!r} gave {shape} for {len(self)} prompts; it has to give "
+                f"one number a prompt, shape ({len(self)},)."
+            )
+        if not bool(value.isfinite().all()):
+            raise InputError(f"metric {self.metric.name!r} is not finite: {value.tolist()}.")
+        return value
+
+
+def prompts(
+    model: LensModel,
+    clean: str | Sequence[str],
+    answers: str | Sequence[str | Sequence[str]],
+    foils: str | Sequence[str | Sequence[str]],
+    corrupt: str | Sequence[str] | None = None,
+    *,
+    batch_size: int = 32,
+) -> list[Prompts]:
+    """Prompts with their logit difference as the metric, in batches of one length.
+
+    Args:
+        model: whose tokenizer is used.
+        clean: texts.
+        answers: what is right after each: one token or several; one for all if a string.
+        foils: what to compare with, likewise.
+        corrupt: the twin of each text, with as many tokens.
+        batch_size: prompts in a batch, at most.
+
+    Raises:
+        InputError: lists of unequal length, pairs of unequal length in tokens, and answers or foils
+            that are not single tokens of this tokenizer.
+    """
+    clean = [clean] if isinstance(clean, str) else list(clean)
+    twins = clean if corrupt is None else [corrupt] if isinstance(corrupt, str) else list(corrupt)
+    right, wrong = ([a] * len(clean) if isinstance(a, str) else list(a) for a in (answers, foils))
+    counts = {len(clean), len(twins), len(right), len(wrong)}
+    if counts == {0} or len(counts) > 1:
+        raise InputError(
+            f"{len(clean)} clean prompts, {len(twins)} corrupt ones, {len(right)} answers and "
+            f"{len(wrong)} foils: at least one, and as many of each, are needed."
+        )
+    ids = [[single_tokens(model, one) for one in side] for side in (right, wrong)]
+    rows: dict[int, list[tuple[Tensor, Tensor, list[int], list[int]]]] = defaultdict(list)
+    for text, twin, answer, foil in zip(clean, twins, *ids, strict=True):
+        tokens, other = as_tokens(model, text), as_tokens(model, twin)
+        if tokens.shape != other.shape:
+            raise InputError(
+                f"{text!r} has {tokens.shape[-1]} tokens and its corrupt twin {twin!r} has "
+                f"{other.shape[-1]}: a pair needs equal lengths, token by token."
+            )
+        rows[tokens.shape[-1]].append((tokens, other, answer, foil))
+    batches = []
+    for same in rows.values():
+        for start in range(0, len(same), batch_size):
+            chosen = same[start : start + batch_size]
+            metric = logit_difference([row[2] for row in chosen], [row[3] for row in chosen])
+            paired = None if corrupt is None else torch.cat([row[1] for row in chosen])
+            batches.append(Prompts(torch.cat([row[0] for row in chosen]), metric, paired))
+    return batches
+
+
+def single_tokens(model: LensModel, texts: str | Sequence[str]) -> list[int]:
+    """Ids of texts that are one token each.
+
+    Raises:
+        InputError: a text is several tokens, or none.
+    """
+    found = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
+        if len(ids) != 1:
+            pieces = [model.to_string([i]) for i in ids]
+            raise InputError(
+                f"{text!r} is {len(ids)} tokens of this tokenizer, {pieces}; an answer or foil has "
+                "to be one. Mind the leading space, as in ' an'."
+            )
+        found += ids
+    return found

@@ -1,0 +1,133 @@
+"""Five behaviours that circuits are known for, as pairs of a clean and a corrupt prompt.
+
+================  ==========================================  =======================  ============
+task              clean                                       corrupt                  answer, foil
+================  ==========================================  =======================  ============
+``an``            ... I climbed up the apple tree and picked  ... the pear tree ...    " an", " a"
+``ioi``           When Mary and John went to the store, John  ..., Mary gave ...       " Mary",
+                  gave a bottle to                                                     " John"
+``greater_than``  The war lasted from the year 1732 to the    ... from the year 1701   33 to 99,
+                  year 17                                     ...                      00 to 32
+``agreement``     The keys to the cabinet                     The key to ...           " are"...,
+                                                                                       " is"...
+``induction``     Everyone liked Zelkin Morvash. One day      Everyone liked Zelkin    " Morvash",
+                  Zelkin                                      Drutine. ...             the others
+================  ==========================================  =======================  ============
+
+The texts come from the generator of the embedded model (`lch_plugin.demo.tasks`); for another model
+those are taken that its tokenizer reads pairwise in equal length and with answers of one token. The
+tasks are those of Wang et al. (arXiv 2211.00593, IOI), Hanna et al. (arXiv 2305.00586,
+greater-than), and of the LCH paper (a/an), with texts of our own.
+"""
+
+from __future__ import annotations
+
+import random
+
+from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.circuits.prompts import Prompts, prompts, single_tokens
+from lch_plugin.demo import vocabulary
+from lch_plugin.demo.tasks import Example, askable, examples
+from lch_plugin.errors import InputError
+
+_BEHAVIOURS = {
+    "an": "a_an",
+    "ioi": "ioi",
+    "greater_than": "greater_than",
+    "agreement": "agreement",
+    "induction": "induction",
+}
+TASKS = tuple(_BEHAVIOURS)
+# How many examples are tried for each one wanted, where the tokenizer may refuse some.
+_TRIED = 5
+
+
+def task(
+    model: LensModel, name: str, n: int = 60, *, split: str = "test", seed: int = 0
+) -> list[Prompts]:
+    """Clean and corrupt prompts of one behaviour, with the logit difference as the metric.
+
+    Args:
+        model: whose tokenizer reads them.
+        name: one of `TASKS`.
+        n: pairs.
+        split: ``"train"`` to find a circuit on and ``"test"`` to judge it by share no example.
+        seed: of the choice.
+
+    Raises:
+        InputError: no such task or split, or the tokenizer reads too few of its texts as needed.
+    """
+    reads = _Reader(model)
+    usable = [e for e in _candidates(reads, name, n, split, seed) if reads.example(e)][:n]
+    if len(usable) < n:
+        raise InputError(
+            f"only {len(usable)} of {n} pairs of the task {name!r} can be used with this "
+            "tokenizer: clean and corrupt prompts need equal lengths, answers and foils one token "
+            "each. Ask for fewer, or pass texts of your own to lch_plugin.circuits.prompts."
+        )
+    return prompts(
+        model,
+        [e.prompt for e in usable],
+        [e.answers for e in usable],
+        [e.foils for e in usable],
+        [e.corrupt for e in usable],
+    )
+
+
+class _Reader:
+    """Whether a model's tokenizer reads texts as a task needs them."""
+
+    def __init__(self, model: LensModel) -> None:
+        self._model = model
+        self._known: dict[str, bool] = {}
+
+    def token(self, text: str) -> bool:
+        """As one token."""
+        if text not in self._known:
+            try:
+                single_tokens(self._model, text)
+                self._known[text] = True
+            except InputError:
+                self._known[text] = False
+        return self._known[text]
+
+    def example(self, example: Example) -> bool:
+        """As a pair of equal length, with answers and foils of one token each."""
+        clean, corrupt = (self._model.to_tokens(t).shape for t in (example.prompt, example.corrupt))
+        return clean == corrupt and all(map(self.token, (*example.answers, *example.foils)))
+
+
+def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> list[Example]:
+    if name not in _BEHAVIOURS:
+        raise InputError(f"no task is called {name!r}; there are {', '.join(TASKS)}.")
+    behaviour = _BEHAVIOURS[name]
+    if name == "induction" and not reads.token(f" {vocabulary.INVENTED[0]}"):
+        return _induction_of_names(reads, n, split, seed)
+    found = examples(behaviour, n, split=split, seed=seed)
+    if all(map(reads.example, found)):
+        return found
+    # As many more as there are: this tokenizer refuses some.
+    most = len(askable(behaviour, split))
+    return examples(behaviour, min(_TRIED * n, most), split=split, seed=seed)
+
+
+def _induction_of_names(reads: _Reader, n: int, split: str, seed: int) -> list[Example]:
+    """The same with names, for tokenizers to which invented words are several tokens."""
+    known = [name for name in vocabulary.NAMES if reads.token(f" {name}")]
+    rng = random.Random(f"{split} {seed}")
+    found = []
+    for _ in range(n if len(known) > 2 else 0):
+        first, second, other = rng.sample(known, 3)
+        text = f"Everyone liked {first} {{}}. One day {first}"
+        found.append(
+            Example(
+                behaviour="induction",
+                prompt=text.format(second),
+                corrupt=text.format(other),
+                answers=(f" {second}",),
+                foils=(f" {other}",),
+                ending=f" {second} came in.",
+                combination=(first, second, other),
+            )
+        )
+    return found
