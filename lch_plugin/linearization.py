@@ -11,9 +11,9 @@ gradients alone:
 
 - ``softmax`` and ``scaled_dot_product_attention``: the attention pattern is a constant
 - ``layer_norm``, ``rms_norm`` and anything over a ``sqrt``, ``rsqrt`` or ``norm``: the scale is
-- ``gelu``, ``silu``, ``relu`` and the like: ``act(z) = z * (act(z) / z)``, the second factor
-  constant
-- ``sigmoid``, ``tanh``, ``erf``, ``softplus``, ``exp``: factors of hand-written activations and
+- ``gelu``, ``silu``, ``relu``, ``tanh`` and the like: ``act(z) = z * (act(z) / z)``, the second
+  factor constant
+- ``sigmoid``, ``erf``, ``softplus``, ``exp``: factors of hand-written activations and
   gates, constant as a whole
 - a product of two tensors that both depend on ``x``: the gate (whatever came out of an activation)
   is a constant, or the first of the two where neither is one; of a matrix product the first
@@ -214,8 +214,8 @@ def _quotient(mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> A
 def _sum(_mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     # 1 + tanh(...) is as much of a gate as tanh(...).
     value = func(a, b, **kwargs)
-    fixed = isinstance(value, Tensor) and not value.requires_grad
-    return _mark(value) if fixed and (_is_gate(a) or _is_gate(b)) else value
+    shifted = (_is_gate(a) and not _varies(b)) or (_is_gate(b) and not _varies(a))
+    return _mark(value) if shifted else value
 
 
 def _power(mode: DetachedMode, func: Any, x: Any, exponent: Any = 2, **kwargs: Any) -> Any:
@@ -318,13 +318,14 @@ _RULES: dict[Any, Callable[..., Any]] = {
         (
             *(F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.hardswish, F.logsigmoid),
             *(F.softsign, F.relu, torch.relu, _T.relu, F.relu6, F.leaky_relu),
+            *(F.tanh, torch.tanh, _T.tanh),
         ),
         _activation,
     ),
     **dict.fromkeys(
         (
             *(*_SOFTMAX, F.softplus),
-            *(F.sigmoid, torch.sigmoid, _T.sigmoid, F.tanh, torch.tanh, _T.tanh),
+            *(F.sigmoid, torch.sigmoid, _T.sigmoid),
             *(torch.erf, _T.erf, torch.exp, _T.exp, torch.sqrt, _T.sqrt, torch.rsqrt, _T.rsqrt),
             *(torch.norm, _T.norm, torch.linalg.norm, torch.linalg.vector_norm),
             *(torch.reciprocal, _T.reciprocal),

@@ -152,9 +152,9 @@ def centroid_of_neurons(
 
 def neuron_scores(
     mlp: MLP,
-    x: Float[Tensor, "n_samples d_in"],
+    x: Float[Tensor, "n_samples *batch d_in"],
     cotangent: Float[Tensor, " d_out"] | None = None,
-) -> Float[Tensor, " d_mlp"]:
+) -> Float[Tensor, "*batch d_mlp"]:
     """How far removing each neuron moves the centroids at ``x``: every neuron at once.
 
     The paper's score of neuron ``j`` (arXiv 2604.11962, circuit discovery) is the mean squared
@@ -167,7 +167,7 @@ def neuron_scores(
 
     Args:
         mlp: the weights.
-        x: points of the neighbourhood, in the MLP's input space.
+        x: points of a neighbourhood, or of several side by side, in the MLP's input space.
         cotangent: ``v``; all ones if None.
 
     Returns:
@@ -182,7 +182,8 @@ def neuron_scores(
         )
         mu = _total(c @ W.T for c, W in terms)
         # Where every neuron is off the centroids are zero, and so is every change.
-        return squared_change / x.shape[-1] / mu.norm().clamp_min(torch.finfo(mu.dtype).tiny)
+        norm = torch.linalg.vector_norm(mu, dim=(0, -1))[..., None]
+        return squared_change / x.shape[-1] / norm.clamp_min(torch.finfo(mu.dtype).tiny)
 
 
 def read_direction(

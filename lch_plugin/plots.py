@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from lch_plugin.circuits import AblationCheck, NeuronAttribution
+from lch_plugin.circuits import AblationCheck, Circuit, NeuronAttribution, Node, NodeScores
+from lch_plugin.circuits.faithfulness import Faithfulness
 from lch_plugin.errors import InputError
 from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation
 from lch_plugin.saes.evaluation.functional import EXACT, MEAN, ResponseFit
@@ -218,35 +219,118 @@ def scores_by_k(
     return figure
 
 
-def neuron_scores(attribution: NeuronAttribution, n_named: int = 3) -> Figure:
-    """Every neuron's score by layer, the highest of each layer named."""
+def neuron_scores(
+    attribution: NeuronAttribution,
+    n_named: int = 3,
+    named: Mapping[tuple[int, int], str] | None = None,
+) -> Figure:
+    """Every neuron's score by layer, some of them named.
+
+    Args:
+        attribution: untargeted scores are magnitudes, shown on a logarithmic scale.
+        n_named: of each layer, those of largest magnitude are named by their indices.
+        named: what to call which neurons instead, by layer and index.
+    """
     figure, (axis,) = _figure(7.5, 3.4)
-    for x, (layer, scores) in enumerate(attribution.scores.items()):
-        # Neurons spread across the column in the order of their index.
-        positions = [x - 0.35 + 0.7 * j / len(scores) for j in range(len(scores))]
-        axis.scatter(positions, scores, s=4, color=GREY, linewidths=0)
-        top = attribution.top(n_named, layer=layer)
-        axis.scatter(
-            [positions[n.index] for n in top], [n.score for n in top], s=14, color=CENTROIDS
+    named = _highest(attribution, n_named) if named is None else named
+    columns = {layer: x for x, layer in enumerate(attribution.scores)}
+
+    def place(layer: int, index: int) -> tuple[float, float]:
+        # Neurons spread across the column of their layer in the order of their index.
+        scores = attribution.scores[layer]
+        return columns[layer] - 0.35 + 0.7 * index / len(scores), float(scores[index])
+
+    for layer, scores in attribution.scores.items():
+        points = [place(layer, i) for i in range(len(scores))]
+        axis.scatter(*zip(*points, strict=True), s=4, color=GREY, linewidths=0)
+    before = -math.inf
+    for neuron, name in sorted(named.items()):
+        x, y = place(*neuron)
+        axis.scatter(x, y, s=14, color=CENTROIDS)
+        # Below where the neighbour on the left is higher, so that neighbours do not write over each
+        # other. A name is text and no formula: a dollar sign is a token like any other.
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(3, 3) if y >= before else (3, -9),
+            textcoords="offset points",
+            fontsize=7,
+            parse_math=False,
         )
-        for neuron in top:
-            axis.annotate(
-                str(neuron.index),
-                (positions[neuron.index], neuron.score),
-                xytext=(3, 3),
-                textcoords="offset points",
-                fontsize=7,
-            )
-    highest = max(float(scores.max()) for scores in attribution.scores.values())
-    axis.set(
-        yscale="log",
+        before = y
+    axis.set_xlabel("layer (neurons by index within)")
+    if attribution.metric is None:
+        highest = max(float(scores.max()) for scores in attribution.scores.values())
         # Neurons that hardly take part reach down to rounding; they need no room.
-        ylim=(highest * 1e-7, highest * 4),
-        xlabel="layer (neurons by index within)",
-        ylabel="score",
-        title="How far removing each neuron moves the local centroid of its MLP",
-    )
-    axis.set_xticks(range(len(attribution.scores)), [str(i) for i in attribution.scores])
+        axis.set(yscale="log", ylim=(highest * 1e-7, highest * 4), ylabel="score")
+        axis.set_title("How far removing each neuron moves the local centroid of its MLP")
+    else:
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.margins(y=0.12)
+        axis.set(ylabel=attribution.metric.replace("_", " "))
+        axis.set_title("What removing each neuron takes from the metric")
+    axis.set_xticks(list(columns.values()), [str(layer) for layer in columns])
+    return figure
+
+
+def _highest(attribution: NeuronAttribution, n: int) -> dict[tuple[int, int], str]:
+    """Of each layer, names of the neurons whose scores are of largest magnitude."""
+    return {
+        (neuron.layer, neuron.index): str(neuron.index)
+        for layer in attribution.scores
+        for neuron in attribution.top(n, layer=layer, by="magnitude")
+    }
+
+
+def node_scores(scores: NodeScores, circuit: Circuit, n_named: int = 12) -> Figure:
+    """Every node's signed score by layer, heads before neurons; a circuit's in colour.
+
+    Args:
+        scores: of heads, neurons or MLPs.
+        circuit: of the same nodes.
+        n_named: those of largest magnitude that are named.
+    """
+    figure, (axis,) = _figure(7.5, 4.0)
+    # Heads are few: they take the first quarter of a layer's column.
+    styles = {"head": ("^", -0.42, -0.22), "neuron": ("o", -0.15, 0.42), "mlp": ("s", 0.0, 0.1)}
+    places: dict[Node, tuple[float, float]] = {}
+    for point in scores.points:
+        _, left, right = styles[point.kind]
+        for i, value in enumerate(scores.of(point.kind, point.layer).tolist()):
+            x = point.layer + left + (right - left) * (i + 0.5) / point.n_nodes
+            places[Node(point.kind, point.layer, i)] = (x, value)
+    members = set(circuit.nodes)
+    for kind in dict.fromkeys(point.kind for point in scores.points):
+        size = 28 if kind == "head" else 12
+        for inside, colour, label in (
+            (False, GREY, f"other {kind}s"),
+            (True, CENTROIDS, f"{kind}s in the circuit"),
+        ):
+            chosen = [
+                place
+                for node, place in places.items()
+                if node.kind == kind and (node in members) == inside
+            ]
+            axis.scatter(
+                [x for x, _ in chosen],
+                [y for _, y in chosen],
+                s=size if inside else size / 2,
+                color=colour,
+                marker=styles[kind][0],
+                linewidths=0,
+                label=label,
+            )
+    for one in scores.top(n_named, by="magnitude"):
+        axis.annotate(
+            str(one.node), places[one.node], xytext=(4, 3), textcoords="offset points", fontsize=7
+        )
+    axis.axhline(0, color="black", linewidth=0.8)
+    # Linear near zero, where most nodes are; logarithmic beyond, to either side.
+    largest = float(scores.values.abs().max()) or 1.0
+    axis.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(largest) - 2))
+    axis.set(xlabel="layer (heads, then neurons, by index)", ylabel="score, units of the metric")
+    axis.set_xticks(sorted({point.layer for point in scores.points}))
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
     return figure
 
 
@@ -264,6 +348,33 @@ def ablation_effects(checks: Mapping[str, AblationCheck]) -> Figure:
         xlabel="fall of the logit difference when removed (logits)",
         title="Top neurons (diamonds), random sets (dots)",
     )
+    return figure
+
+
+def faithfulness_curves(curves: Mapping[str, Faithfulness]) -> Figure:
+    """Share of the metric that circuits recover, by the share of nodes they keep.
+
+    Bands are the bootstrap intervals; grey, the range and median of the random circuits.
+
+    Args:
+        curves: by name, of one model and the same prompts.
+    """
+    figure, (axis,) = _figure(6.0, 3.4)
+    for i, (name, curve) in enumerate(curves.items()):
+        shares, colour = [100 * share for share in curve.shares], f"C{i}"
+        low, high = curve.interval.T
+        label = f"{name}: CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}"
+        axis.fill_between(shares, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.plot(shares, curve.recovered, color=colour, marker="o", markersize=3, label=label)
+        low, high = curve.random.amin(1), curve.random.amax(1)
+        axis.fill_between(shares, low, high, color=GREY, alpha=0.3, linewidth=0)
+        label = "" if i else "random circuits: range and median"
+        axis.plot(shares, curve.random.quantile(0.5, dim=1), color=GREY, lw=1.2, label=label)
+    for level in (0, 1):
+        axis.axhline(level, color="black", linewidth=0.8, linestyle="--", zorder=1)
+    axis.set(xscale="log", xlabel="nodes kept (%)", ylabel="share of the metric recovered")
+    axis.xaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

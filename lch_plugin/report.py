@@ -14,18 +14,23 @@ from matplotlib.figure import Figure
 
 
 def write_report(
-    directory: Path, template: str, results: Mapping[str, Any], figures: Mapping[str, Figure]
+    directory: Path,
+    template: str,
+    results: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``report.html``, ``results.json`` and one PNG a figure into a directory.
 
-    The page shows nothing that is not in ``results``: the template gets them and the pictures,
-    and no more.
+    The page shows nothing that is not in a file there: the template gets the results, the pictures
+    and what other files say, and no more.
 
     Args:
         directory: an existing directory.
         template: name of a template of this package.
         results: JSON-serialisable values.
         figures: by name; the template finds them as ``figures.NAME``.
+        beside: JSON-serialisable values that the caller writes to a file of their own.
     """
     pictures = {}
     for name, figure in figures.items():
@@ -37,6 +42,12 @@ def write_report(
         pictures[name] = f"data:image/png;base64,{encoded}"
     text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
     (directory / "results.json").write_text(text + "\n", encoding="utf-8")
+    values = {**json.loads(text), **(beside or {}), "figures": pictures}
+    (directory / "report.html").write_text(render(template, values), encoding="utf-8")
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A page, from a template of this package; a value that is missing raises."""
     environment = Environment(
         loader=PackageLoader("lch_plugin"),
         autoescape=select_autoescape(),
@@ -44,5 +55,4 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**json.loads(text), figures=pictures)
-    (directory / "report.html").write_text(page, encoding="utf-8")
+    return environment.get_template(template).render(**values)

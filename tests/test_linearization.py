@@ -84,6 +84,8 @@ COMPONENTS: dict[str, Component] = {
     "gated by sigmoid": lambda x: torch.sigmoid(x @ W) * (x @ V),
     "glu": lambda x: F.glu(torch.cat([x @ W, x @ V], -1)) @ U,
     "squared ReLU": lambda x: torch.square(F.relu(x @ W)) @ V,
+    "soft cap": lambda x: 3 * torch.tanh((x @ W) / 3) @ V,
+    "gated by tanh": lambda x: (1 + torch.tanh(x @ W)) * (x @ V),
     "soft cap of a pattern": lambda x: torch.softmax(5 * torch.tanh(x @ W), -1) * (x @ V),
     "clamp": lambda x: (x @ W).clamp(-100, 100) @ V,
     "experts": experts,
@@ -204,3 +206,32 @@ def test_the_callers_tensor_is_left_as_it_was() -> None:
     x = torch.randn(1, D, dtype=F64)
     lch.detached(F.gelu)(x)
     assert not vars(x)
+
+
+@pytest.mark.parametrize("name", ["attention", "scaled_dot_product_attention"])
+def test_through_patterns_attention_keeps_its_jacobian(name: str) -> None:
+    f = COMPONENTS[name]
+    x = torch.randn(2, 4, D, dtype=F64, generator=generator())
+    with DetachedMode(through_patterns=True) as mode:
+        leaf = mode.follow(x.clone().requires_grad_())
+        y = f(leaf)
+    (mu,) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.equal(y, f(x))
+    assert not mode.recorded
+    torch.testing.assert_close(mu, lch.centroid(f, x))
+
+
+def test_through_patterns_all_else_is_held_fixed() -> None:
+    """The product rule by hand, for a gate and a norm after attention."""
+
+    def after(y: Tensor) -> Tensor:
+        return F.silu(F.layer_norm(y, (D,))) @ W
+
+    x = torch.randn(2, 4, D, dtype=F64, generator=generator())
+    with DetachedMode(through_patterns=True) as mode:
+        leaf = mode.follow(x.clone().requires_grad_())
+        total = after(attention(leaf)).sum()
+    (mu,) = torch.autograd.grad(total, leaf)
+    cotangent = lch.centroid(lch.detached(after), attention(x))
+    torch.testing.assert_close(mu, lch.centroid(attention, x, cotangent))
+    assert len(mode.recorded) == 2

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +37,7 @@ from lch_plugin.adapters.transformer_lens import (
     NodeKind,
     NodePoint,
     node_points,
+    pattern_names,
     run_edited,
 )
 from lch_plugin.circuits.nodes import NodeScores
@@ -56,8 +58,8 @@ class Gradients:
     """
 
     metric: Float[Tensor, " batch"]
-    activations: dict[str, Float[Tensor, "batch pos *rest"]]
-    gradients: dict[str, Float[Tensor, "batch pos *rest"]]
+    activations: dict[str, Float[Tensor, "batch _ *rest"]]
+    gradients: dict[str, Float[Tensor, "batch _ *rest"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +103,13 @@ def node_attribution(
         Scores, averaged over prompts and summed over positions, in units of the metric.
 
     Raises:
-        InputError: no prompts, a metric that gives anything but one finite number a prompt, or one
-            that is constant.
+        InputError: no prompts, an unknown linearization, a metric that gives anything but one
+            finite number a prompt, or one that is constant.
         SiteError: as `node_points`.
     """
     points = node_points(model, kinds)
-    total, n_prompts = torch.zeros(sum(p.n_nodes for p in points), dtype=torch.float64), 0
-    for batch in [prompts] if isinstance(prompts, Prompts) else prompts:
+
+    def score(batch: Prompts) -> Tensor:
         found = contributions(
             model,
             batch,
@@ -115,11 +117,50 @@ def node_attribution(
             linearization=linearization,
             through_patterns=through_patterns,
         )
-        total += torch.cat([found.nodes[p.name].double().sum((0, 1)) for p in points]).cpu()
-        n_prompts += len(batch)
-    if not n_prompts:
-        raise InputError("there are no prompts to score nodes on.")
-    return NodeScores(points, (total / n_prompts).float())
+        return torch.cat([found.nodes[p.name].double().sum((0, 1)) for p in points])
+
+    return _mean_scores(points, prompts, score)
+
+
+def pattern_attribution(
+    model: LensModel,
+    prompts: Prompts | Iterable[Prompts],
+    *,
+    linearization: Linearization = "detached",
+) -> NodeScores:
+    """Score every head's attention pattern: where it looks, apart from what it reads there.
+
+    With ``A`` the pattern, ``A_ref`` that of the corrupt twin and ``g`` the gradient of the metric
+    in ``A`` with the values of the clean prompt, the score is ``g . (A - A_ref)``. It is the part
+    of the head's score in `node_attribution` that its QK path accounts for; the rest, its values
+    under the twin's pattern, is its OV path's. Without twins the reference is zero, and the score
+    is that of the head.
+
+    Args:
+        model, prompts: as `node_attribution`.
+        linearization: of everything between a pattern and the metric; ``"detached"`` holds the
+            patterns of later heads at their values.
+
+    Returns:
+        Scores of the heads, averaged over prompts, in units of the metric.
+
+    Raises:
+        InputError, SiteError: as `node_attribution`.
+    """
+    names = pattern_names(model)
+    # As leaves of the graph they are both constants to whatever lies before them and something to
+    # differentiate in. The Jacobian needs no leaves: it goes through them.
+    leaves = names if linearization == "detached" else []
+
+    def score(batch: Prompts) -> Tensor:
+        found = metric_gradients(
+            model, batch, names, linearization=linearization, through_patterns=True, leaves=leaves
+        )
+        reference = {} if batch.corrupt is None else activations(model, batch.corrupt, names)
+        worth = (_difference(found, reference, n) * found.gradients[n] for n in names)
+        return torch.cat([value.double().sum((0, 2, 3)) for value in worth])
+
+    return _mean_scores(node_points(model, ("head",)), prompts, score)
 
 
 def contributions(
@@ -139,8 +180,7 @@ def contributions(
     reference = {} if batch.corrupt is None else activations(model, batch.corrupt, names)
 
     def worth(name: str) -> Tensor:
-        a = found.activations[name]
-        return (a - reference[name] if reference else a) * found.gradients[name]
+        return _difference(found, reference, name) * found.gradients[name]
 
     return Contributions(
         metric=found.metric,
@@ -156,6 +196,7 @@ def metric_gradients(
     *,
     linearization: Linearization = "jacobian",
     through_patterns: bool = False,
+    leaves: Sequence[str] = (),
 ) -> Gradients:
     """The targeted cotangents: gradients of the metric in what passes some hook points.
 
@@ -163,36 +204,48 @@ def metric_gradients(
         model, batch: as `node_attribution`.
         names: of the hook points.
         linearization, through_patterns: as `node_attribution`.
+        leaves: hook points, some of ``names``, that no gradient passes on its way back.
 
     Raises:
         InputError: as `node_attribution`.
         SiteError: a hook point did not fire.
     """
+    if linearization not in get_args(Linearization):
+        raise InputError(
+            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
+        )
     embed = embedding_name(model)
     mode = DetachedMode(through_patterns=through_patterns) if linearization == "detached" else None
     seen: dict[str, Tensor] = {}
 
-    def start(x: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
-        seen[embed] = x if mode is None else mode.follow(x)
-        return x
+    def start(name: str, value: Tensor) -> Tensor:
+        value = value.detach().requires_grad_()
+        seen[name] = value if mode is None else mode.follow(value)
+        return value
 
     def capture(name: str, value: Tensor) -> Tensor:
         seen[name] = value
         return value  # A bridge may have shown us a view: what we return is what goes on.
 
     edits: dict[str, Callable[[Tensor], Tensor | None]] = {
-        name: partial(capture, name) for name in names
+        name: partial(start if name in leaves else capture, name) for name in names
     }
-    edits[embed] = start
-    with evaluating(model), torch.enable_grad():
+    edits[embed] = partial(start, embed)
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        # A tensor made under inference_mode cannot be part of a graph; a copy can.
+        tokens = batch.clean.clone() if batch.clean.is_inference() else batch.clean
         with nullcontext() if mode is None else mode:
-            metric = batch.measure(run_edited(model, batch.clean, edits))
+            logits = run_edited(model, tokens, edits)
+        # Outside: the metric is differentiated as it is, and not a part of the model to detach.
+        metric = batch.measure(logits)
         if not metric.requires_grad:
             raise _constant(batch)
         values = [seen[name] for name in names]
-        gradients = torch.autograd.grad(metric.sum(), values, materialize_grads=True)
-    if not any(bool(g.any()) for g in gradients):
+        of_logits, *gradients = torch.autograd.grad(
+            metric.sum(), [logits, *values], materialize_grads=True
+        )
+    # Where a metric is stationary, as a KL divergence to itself, rounding leaves that much.
+    if float(of_logits.abs().max()) < 4 * torch.finfo(metric.dtype).eps:
         raise _constant(batch)
     return Gradients(
         metric=metric.detach(),
@@ -203,7 +256,7 @@ def metric_gradients(
 
 def activations(
     model: LensModel, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
-) -> dict[str, Float[Tensor, "batch pos *rest"]]:
+) -> dict[str, Float[Tensor, "batch _ *rest"]]:
     """What passes some hook points on these tokens, by name."""
     seen: dict[str, Tensor] = {}
     with evaluating(model), torch.no_grad():
@@ -214,6 +267,27 @@ def activations(
 def embedding_name(model: LensModel) -> str:
     """Hook point of the token embeddings."""
     return "hook_embed" if isinstance(model, HookedTransformer) else "embed.hook_out"
+
+
+def _mean_scores(
+    points: tuple[NodePoint, ...],
+    prompts: Prompts | Iterable[Prompts],
+    score: Callable[[Prompts], Float[Tensor, " node"]],
+) -> NodeScores:
+    """Scores of batches, each summed over its prompts, as the mean over all prompts."""
+    total, n_prompts = torch.zeros(sum(p.n_nodes for p in points), dtype=torch.float64), 0
+    for batch in [prompts] if isinstance(prompts, Prompts) else prompts:
+        total += score(batch).cpu()
+        n_prompts += len(batch)
+    if not n_prompts:
+        raise InputError("there are no prompts to score nodes on.")
+    return NodeScores(points, (total / n_prompts).float())
+
+
+def _difference(found: Gradients, reference: dict[str, Tensor], name: str) -> Tensor:
+    """Of what passes a hook point from the reference, or from zero if there is none."""
+    a = found.activations[name]
+    return a - reference[name] if reference else a
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
+from lch_plugin.mlp import at_least_float32
 
 
 def logit_difference(
@@ -41,7 +42,7 @@ def logit_difference(
     of_answers, of_foils = _Tokens(answers, "answer"), _Tokens(foils, "foil")
 
     def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        at = logits[:, position]
+        at = _at(logits, position)
         return of_answers.logsumexp(at) - of_foils.logsumexp(at)
 
     return Metric(value, "logit_difference")
@@ -60,7 +61,7 @@ def log_probability(answers: Sequence[Sequence[int]], position: int = -1) -> Met
     right = _Tokens(answers, "answer")
 
     def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        at = logits[:, position]
+        at = _at(logits, position)
         return right.logsumexp(at) - at.logsumexp(-1)
 
     return Metric(value, "log_probability")
@@ -76,13 +77,25 @@ def kl_divergence(reference: Float[Tensor, "batch pos d_vocab"], position: int =
         reference: logits to compare with, one row a prompt.
         position: whose logits count.
     """
-    log_p = reference[:, position].detach().log_softmax(-1)
+    # Not under inference_mode, whose tensors no gradient can be computed with.
+    with torch.inference_mode(False), torch.no_grad():
+        at = _at(reference, position).clone()
+        log_p = at.to(at_least_float32(at)).log_softmax(-1)
 
     def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        log_q = logits[:, position].log_softmax(-1)
+        log_q = _at(logits, position).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     return Metric(value, "kl_divergence")
+
+
+def _at(
+    logits: Float[Tensor, "batch pos d_vocab"], position: int
+) -> Float[Tensor, "batch d_vocab"]:
+    n_pos = logits.shape[1]
+    if not -n_pos <= position < n_pos:
+        raise InputError(f"position={position}: prompts have positions 0 to {n_pos - 1}.")
+    return logits[:, position]
 
 
 class _Tokens:
@@ -92,17 +105,24 @@ class _Tokens:
         if not tokens or not all(len(one) for one in tokens):
             raise InputError(f"every prompt needs at least one {role}; got {tokens}.")
         longest = max(map(len, tokens))
-        self._ids: Int[Tensor, "batch n"] = torch.tensor(
-            [[*one, *[one[0]] * (longest - len(one))] for one in tokens]
-        )
-        self._real: Bool[Tensor, "batch n"] = torch.tensor(
-            [[i < len(one) for i in range(longest)] for one in tokens]
-        )
+        with torch.inference_mode(False):  # Gradients are computed with them.
+            self._ids: Int[Tensor, "batch n"] = torch.tensor(
+                [[*one, *[one[0]] * (longest - len(one))] for one in tokens]
+            )
+            self._real: Bool[Tensor, "batch n"] = torch.tensor(
+                [[i < len(one) for i in range(longest)] for one in tokens]
+            )
 
     def logsumexp(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:
         if len(logits) != len(self._ids):
             raise InputError(
                 f"the metric was made for {len(self._ids)} prompts and got {len(logits)}."
+            )
+        outside = self._ids[(self._ids < 0) | (self._ids >= logits.shape[-1])]
+        if len(outside):
+            raise InputError(
+                f"tokens {sorted(set(outside.tolist()))} leave the model's vocabulary, 0 to "
+                f"{logits.shape[-1] - 1}."
             )
         chosen = logits.gather(-1, self._ids.to(logits.device))
         return chosen.masked_fill(~self._real.to(logits.device), -torch.inf).logsumexp(-1)

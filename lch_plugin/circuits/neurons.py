@@ -1,14 +1,27 @@
-"""Neuron scores: how far removing each neuron moves the local centroid of its MLP.
+"""Neuron scores: what removing each neuron takes from the local expert of its MLP.
 
-The paper (arXiv 2604.11962) finds the neurons of a circuit so, one removal at a time. In closed
-form (`lch_plugin.mlp.neuron_scores`) one forward pass of the model and one matrix product a
-layer give every neuron's score.
+The paper (arXiv 2604.11962) finds the neurons of a circuit by how far removing each, one at a time,
+moves the local centroid of its MLP. In closed form (`lch_plugin.mlp.neuron_scores`) one forward
+pass of the model and one matrix product a layer give every neuron's score: a magnitude, without
+sign.
+
+*Targeted* at a metric of the logits, the MLP is read through the gradient ``g`` of the metric in
+what it writes. In the activation ``a`` of a neuron that writes ``w_out`` the gradient is then
+``s = w_out . g``. Removing the neuron takes its own term from the centroid and from the offset of
+the expert that drives the metric, which at a point ``x`` is worth ``s a(x)``; on average::
+
+    score = mean_x s a(x)
+
+in units of the metric; positive if removing the neuron lowers it. One forward and one backward pass
+give ``s`` for every neuron of the model. At radius zero this is the neuron's score in
+`lch_plugin.circuits.attribution` with zero for reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,15 +29,23 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
+    MLPParts,
     as_tokens,
     disagreements,
     locate_mlps,
     mlp_inputs,
+    recorded_mlp_inputs,
 )
 from lch_plugin.centroids import sample_neighbourhood
-from lch_plugin.cotangents import Vector, evaluate
+from lch_plugin.circuits.attribution import metric_gradients
+from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.cotangents import Metric, Vector, evaluate
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import neuron_scores
+from lch_plugin.sites import Linearization, integers
+
+# Points of neighbourhoods that are in memory at once.
+_MOST_POINTS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,7 +55,7 @@ class Neuron:
     Attributes:
         layer: block of its MLP.
         index: which of the layer's ``d_mlp`` neurons.
-        score: see `lch_plugin.mlp.neuron_scores`; zero or more.
+        score: see `NeuronAttribution`.
         rank: 1 for the layer's highest score.
         percentile: share of the layer's neurons that score lower, in percent.
     """
@@ -51,16 +72,19 @@ class NeuronAttribution:
     """Scores of all neurons of some layers.
 
     Attributes:
-        scores: by layer, a float tensor of shape ``(d_mlp,)``.
-        position: sequence position whose centroid the neurons were removed from.
+        scores: by layer, a float tensor of shape ``(d_mlp,)``. Targeted, in units of the metric and
+            positive if removing the neuron lowers it; otherwise a magnitude, zero or more.
+        positions: sequence positions at which neurons were removed.
         radius: of the ball around the MLP's input.
         n_samples: points drawn from the ball.
+        metric: name of the metric they are targeted at, None if they are not.
     """
 
     scores: dict[int, Float[Tensor, " d_mlp"]]
-    position: int
+    positions: tuple[int, ...]
     radius: float
     n_samples: int
+    metric: str | None = None
 
     def neuron(self, layer: int, index: int) -> Neuron:
         """One neuron, with its rank and percentile.
@@ -80,13 +104,26 @@ class NeuronAttribution:
             percentile=100 * float((scores < score).double().mean()),
         )
 
-    def top(self, n: int, layer: int | None = None) -> list[Neuron]:
-        """The ``n`` neurons of highest score, of one layer or of all, highest first."""
+    def top(
+        self,
+        n: int,
+        layer: int | None = None,
+        *,
+        by: Literal["score", "magnitude"] = "score",
+    ) -> list[Neuron]:
+        """The ``n`` neurons that score highest, or of largest magnitude, highest first.
+
+        Args:
+            n: how many.
+            layer: of which layer; of all if None.
+            by: magnitudes differ from scores where these have a sign.
+        """
         layers = self.scores if layer is None else {layer: self._of(layer)}
+        keys = {i: scores if by == "score" else scores.abs() for i, scores in layers.items()}
         candidates = [
-            (float(scores[i]), layer, int(i))
-            for layer, scores in layers.items()
-            for i in scores.topk(min(n, len(scores))).indices
+            (float(key[i]), layer, int(i))
+            for layer, key in keys.items()
+            for i in key.topk(min(n, len(key))).indices
         ]
         return [self.neuron(layer, i) for _, layer, i in sorted(candidates, reverse=True)[:n]]
 
@@ -100,51 +137,210 @@ def neuron_attribution(
     model: LensModel,
     tokens: str | Int[Tensor, "*batch pos"],
     layers: int | Sequence[int] | None = None,
-    position: int = -1,
+    position: int | Sequence[int] | None = -1,
     radius: float = 0.25,
     n_samples: int = 256,
     *,
     cotangent: Float[Tensor, " d_model"] | None = None,
+    metric: Metric | None = None,
+    linearization: Linearization = "detached",
     generator: torch.Generator | None = None,
 ) -> NeuronAttribution:
-    """Score every neuron by how far removing it moves the local centroid of its MLP.
+    """Score every neuron by what removing it takes from the local expert of its MLP.
 
-    The neighbourhood is uniform in a ball around what the MLP reads at ``position`` (after the
-    layer norm). Defaults are the paper's for GPT-2 Large. Over a batch of prompts the scores
-    are averaged. Hooks that the user has on the model act as in any forward pass.
+    Without a metric the score is the paper's: how far the local centroid moves, a magnitude,
+    averaged over positions. With one it is signed, in units of the metric, and summed over
+    positions (see the head of this module). Over a batch of prompts both are averaged. The
+    neighbourhood is uniform in a ball around what the MLP reads (after the layer norm); the
+    defaults are the paper's for GPT-2 Large. Hooks that the user has on the model act as in any
+    forward pass.
 
     Args:
         model: TransformerBridge or HookedTransformer; attached or not makes no difference.
         tokens: a prompt, ``(pos,)`` or ``(batch, pos)`` token ids.
         layers: which blocks, negative counting from the end; all if None.
-        position: sequence position, negative counting from the end.
-        radius: of the ball, in the norm of the MLP's input space.
-        n_samples: points drawn from the ball, for each prompt.
+        position: sequence position or several, negative counting from the end; all if None.
+        radius: of the ball, in the norm of the MLP's input space; 0 for the point itself.
+        n_samples: points drawn from the ball, for each prompt and position. Untargeted scores are
+            over the norm of all ``n_samples`` centroids, so they fall with its square root.
         cotangent: ``v``, shape ``(d_model,)``; all ones if None (the paper's score).
+        metric: of the logits, one number a prompt, in the place of a cotangent.
+        linearization: of everything between an MLP and the metric, as `node_attribution`.
         generator: source of the randomness, on the model's device.
 
     Raises:
-        InputError: tokens, position, radius, n_samples or cotangent cannot be used.
+        InputError: tokens, position, radius, n_samples or cotangent cannot be used; both a
+            cotangent and a metric; a metric that gives anything but one finite number a prompt, or
+            one that is constant.
         SiteError, VanishingCentroidError: as `lch_plugin.attach`.
     """
+    reading = read_neurons(
+        model,
+        tokens,
+        layers,
+        position,
+        cotangent=cotangent,
+        metric=metric,
+        linearization=linearization,
+        point_alone=radius == 0,
+    )
+    return reading.attribution(radius, n_samples, generator)
+
+
+def read_neurons(
+    model: LensModel,
+    tokens: str | Int[Tensor, "*batch pos"],
+    layers: int | Sequence[int] | None,
+    position: int | Sequence[int] | None,
+    *,
+    cotangent: Float[Tensor, " d_model"] | None,
+    metric: Metric | None,
+    linearization: Linearization,
+    point_alone: bool = False,
+) -> Reading | TargetedReading:
+    """Run a model once, for scores at any radius.
+
+    Args:
+        model, tokens, layers, position, cotangent, metric, linearization: as `neuron_attribution`.
+        point_alone: no radius but zero will be asked for.
+
+    Raises:
+        InputError, SiteError, VanishingCentroidError: as `neuron_attribution`.
+    """
     mlps = locate_mlps(model, layers)
+    if metric is not None and cotangent is not None:
+        raise InputError(
+            "cotangent and metric are both given, but the gradient of the metric is the cotangent. "
+            "Leave one out."
+        )
     if cotangent is not None:
         cotangent = evaluate(Vector(cotangent), cotangent.new_empty(1, model.cfg.d_model))
     tokens = as_tokens(model, tokens)
-    n_pos = tokens.shape[-1]
-    if not -n_pos <= position < n_pos:
-        raise InputError(f"position={position} is outside the prompt's {n_pos} tokens.")
-    for parts in mlps:
-        parts.check_cotangent(cotangent)
-    for problem in disagreements(model, mlps).values():
-        if problem is not None:
-            raise problem
-    scores = {}
-    for parts, x in zip(mlps, mlp_inputs(model, tokens, mlps), strict=True):
-        samples = sample_neighbourhood(
-            x[:, position], radius=radius, n_samples=n_samples, generator=generator
+    positions = _positions(position, tokens.shape[-1])
+    if metric is None:
+        for parts in mlps:
+            parts.check_cotangent(cotangent)
+    # At the point itself a targeted score takes the model's own activations, and no closed form.
+    if metric is None or not point_alone:
+        for problem in disagreements(model, mlps).values():
+            if problem is not None:
+                raise problem
+    if metric is None:
+        inputs = [x[:, positions] for x in mlp_inputs(model, tokens, mlps)]
+        return Reading(mlps, positions, inputs, cotangent)
+    names = [parts.post_activation_name for parts in mlps]
+    with recorded_mlp_inputs(mlps) as seen:
+        found = metric_gradients(model, Prompts(tokens, metric), names, linearization=linearization)
+
+    def at_positions(value: Tensor) -> Tensor:
+        return value.reshape(*tokens.shape, -1)[:, positions]
+
+    return TargetedReading(
+        mlps,
+        positions,
+        inputs=[at_positions(seen[parts.layer]) for parts in mlps],
+        activations=[at_positions(found.activations[name]) for name in names],
+        directions=[at_positions(found.gradients[name]) for name in names],
+        metric=metric.name,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a pass showed of some MLPs.
+
+    Attributes:
+        mlps: which.
+        positions: which of the sequence.
+        inputs: what each reads there.
+        cotangent: as `neuron_attribution`.
+    """
+
+    mlps: list[MLPParts]
+    positions: list[int]
+    inputs: list[Float[Tensor, "batch pos d_model"]]
+    cotangent: Float[Tensor, " d_model"] | None
+
+    def attribution(
+        self, radius: float, n_samples: int, generator: torch.Generator | None = None
+    ) -> NeuronAttribution:
+        """The paper's scores; arguments as `neuron_attribution`."""
+        n_samples = n_samples if radius else 1
+        scores = {}
+        for parts, x in zip(self.mlps, self.inputs, strict=True):
+            rows = [
+                neuron_scores(parts.weights, points, self.cotangent)
+                for points in _neighbourhoods(x, radius, n_samples, generator)
+            ]
+            scores[parts.layer] = torch.cat(rows).mean(0)
+        return NeuronAttribution(scores, tuple(self.positions), radius, n_samples)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetedReading:
+    """What a forward and a backward pass showed of some MLPs.
+
+    Attributes:
+        mlps: which.
+        positions: which of the sequence.
+        inputs: what each reads there.
+        activations: of its neurons.
+        directions: gradient of the metric in each activation, ``s = w_out . g``.
+        metric: its name.
+    """
+
+    mlps: list[MLPParts]
+    positions: list[int]
+    inputs: list[Float[Tensor, "batch pos d_model"]]
+    activations: list[Float[Tensor, "batch pos d_mlp"]]
+    directions: list[Float[Tensor, "batch pos d_mlp"]]
+    metric: str
+
+    def attribution(
+        self, radius: float, n_samples: int, generator: torch.Generator | None = None
+    ) -> NeuronAttribution:
+        """Targeted scores; arguments as `neuron_attribution`."""
+        n_samples = n_samples if radius else 1
+        scores = {}
+        for i, (parts, s) in enumerate(zip(self.mlps, self.directions, strict=True)):
+            worth = s * self._activations(i, radius, n_samples, generator)
+            scores[parts.layer] = worth.sum(1).mean(0)
+        return NeuronAttribution(scores, tuple(self.positions), radius, n_samples, self.metric)
+
+    def _activations(
+        self, i: int, radius: float, n_samples: int, generator: torch.Generator | None
+    ) -> Float[Tensor, "batch pos d_mlp"]:
+        """Mean over the neighbourhood of what MLP ``i`` reads."""
+        if radius == 0:
+            return self.activations[i]
+        mlp = self.mlps[i].weights
+        with torch.no_grad():
+            rows = [
+                mlp.activations(mlp.pre_activations(points)).mean(0)
+                for points in _neighbourhoods(self.inputs[i], radius, n_samples, generator)
+            ]
+        return torch.cat(rows).view_as(self.activations[i])
+
+
+def _neighbourhoods(
+    x: Float[Tensor, "batch pos d_model"],
+    radius: float,
+    n_samples: int,
+    generator: torch.Generator | None,
+) -> Iterator[Float[Tensor, "n_samples row d_model"]]:
+    """Points around each row of ``x``, some rows at a time."""
+    for rows in x.flatten(0, 1).split(max(1, _MOST_POINTS // max(1, n_samples))):
+        yield sample_neighbourhood(rows, radius=radius, n_samples=n_samples, generator=generator)
+
+
+def _positions(position: int | Sequence[int] | None, n_pos: int) -> list[int]:
+    """As indices from zero, sorted and without repetition."""
+    if position is None:
+        return list(range(n_pos))
+    listed = integers(position)
+    if not listed or not all(-n_pos <= i < n_pos for i in listed):
+        raise InputError(
+            f"position={position!r}: integers from {-n_pos} to {n_pos - 1} are needed for a prompt "
+            f"of {n_pos} tokens, at least one; or None for all."
         )
-        mlp = parts.weights
-        per_prompt = [neuron_scores(mlp, samples[:, i], cotangent) for i in range(len(tokens))]
-        scores[parts.layer] = torch.stack(per_prompt).mean(0)
-    return NeuronAttribution(scores, position % n_pos, radius, n_samples)
+    return sorted({i % n_pos for i in listed})

@@ -132,16 +132,10 @@ class Circuit:
             SiteError: the model has no such node.
             InputError: none are given.
         """
-        index = {node: i for i, node in enumerate(all_nodes(points))}
         listed = list(nodes)
-        unknown = [str(node) for node in listed if node not in index]
-        if unknown:
-            raise SiteError(f"the model has no nodes {unknown}, or they are of another kind.")
         if not listed:
             raise InputError("an empty circuit: name at least one node.")
-        keep = torch.zeros(len(index), dtype=torch.bool)
-        keep[[index[node] for node in listed]] = True
-        return cls(points, keep)
+        return cls(points, _mask(points, listed))
 
     def __len__(self) -> int:
         return int(self.keep.sum())
@@ -161,10 +155,12 @@ class Circuit:
         return [node for node, kept in zip(all_nodes(self.points), self.keep, strict=True) if kept]
 
     def without(self, *nodes: Node) -> Circuit:
-        """The circuit with some nodes less."""
-        gone = set(nodes)
-        kept = [node in gone for node in all_nodes(self.points)]
-        return Circuit(self.points, self.keep & ~torch.tensor(kept))
+        """The circuit with some nodes less.
+
+        Raises:
+            SiteError: the model has no such node.
+        """
+        return Circuit(self.points, self.keep & ~_mask(self.points, nodes))
 
     def masks(self) -> dict[str, Bool[Tensor, " node"]]:
         """By name of the hook point, which of its nodes are kept."""
@@ -191,20 +187,34 @@ class Circuit:
         """What `to_dict` gave, on a model with these nodes.
 
         Raises:
-            SiteError, InputError: as `of`.
+            SiteError, InputError: as `of`, or what is given has another form.
         """
-        nodes = [
-            Node(kind, int(layer), index)  # type: ignore[arg-type]
-            for kind, layers in found.items()
-            for layer, indices in layers.items()
-            for index in integers(indices) or []
-        ]
+        nodes = []
+        for kind, layers in found.items():
+            for layer, indices in layers.items():
+                listed = integers(indices)
+                if listed is None or not layer.isdecimal():
+                    raise InputError(
+                        f"{kind!r}, layer {layer!r}: {indices!r} should be indices of nodes, as "
+                        'in {"head": {"0": [1, 3]}}.'
+                    )
+                nodes += [Node(kind, int(layer), index) for index in listed]  # type: ignore[arg-type]
         return cls.of(points, nodes)
 
 
 def all_nodes(points: Iterable[NodePoint]) -> Iterator[Node]:
     """Every node, in order."""
     return (Node(p.kind, p.layer, i) for p in points for i in range(p.n_nodes))
+
+
+def _mask(points: tuple[NodePoint, ...], nodes: Sequence[Node]) -> Bool[Tensor, " node"]:
+    index = {node: i for i, node in enumerate(all_nodes(points))}
+    unknown = [str(node) for node in nodes if node not in index]
+    if unknown:
+        raise SiteError(f"the model has no nodes {unknown}, or they are of another kind.")
+    mask = torch.zeros(len(index), dtype=torch.bool)
+    mask[[index[node] for node in nodes]] = True
+    return mask
 
 
 def _parts(points: Sequence[NodePoint], values: Tensor) -> Iterator[tuple[NodePoint, Tensor]]:

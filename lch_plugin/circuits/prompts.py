@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +15,7 @@ from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
 from lch_plugin.circuits.metrics import logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
+from lch_plugin.mlp import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +47,12 @@ class Prompts:
         return len(self.clean)
 
     def measure(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        """The metric of each prompt.
+        """The metric of each prompt, computed at least in float32.
 
         Raises:
             InputError: the metric gives anything but one number a prompt, or not a finite one.
         """
-        value = self.metric.fn(logits)
+        value = self.metric.fn(logits.to(at_least_float32(logits)))
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != (len(self),):
             raise InputError(
@@ -94,7 +96,11 @@ def prompts(
             f"{len(clean)} clean prompts, {len(twins)} corrupt ones, {len(right)} answers and "
             f"{len(wrong)} foils: at least one, and as many of each, are needed."
         )
-    ids = [[single_tokens(model, one) for one in side] for side in (right, wrong)]
+    read = cache(partial(single_token, model))
+    ids = [
+        [[read(text) for text in ([one] if isinstance(one, str) else one)] for one in side]
+        for side in (right, wrong)
+    ]
     rows: dict[int, list[tuple[Tensor, Tensor, list[int], list[int]]]] = defaultdict(list)
     for text, twin, answer, foil in zip(clean, twins, *ids, strict=True):
         tokens, other = as_tokens(model, text), as_tokens(model, twin)
@@ -114,20 +120,21 @@ def prompts(
     return batches
 
 
-def single_tokens(model: LensModel, texts: str | Sequence[str]) -> list[int]:
-    """Ids of texts that are one token each.
+def single_token(model: LensModel, text: str) -> int:
+    """Id of a text that is one token.
 
     Raises:
-        InputError: a text is several tokens, or none.
+        InputError: it is several tokens, none, or unknown to the tokenizer.
     """
-    found = []
-    for text in [texts] if isinstance(texts, str) else texts:
-        ids = model.to_tokens(text, prepend_bos=False)[0].tolist()
-        if len(ids) != 1:
-            pieces = [model.to_string([i]) for i in ids]
-            raise InputError(
-                f"{text!r} is {len(ids)} tokens of this tokenizer, {pieces}; an answer or foil has "
-                "to be one. Mind the leading space, as in ' an'."
-            )
-        found += ids
-    return found
+    ids: list[int] = model.to_tokens(text, prepend_bos=False)[0].tolist()
+    if ids == [model.tokenizer.unk_token_id]:
+        raise InputError(
+            f"{text!r} is unknown to this tokenizer; an answer or foil has to be a token."
+        )
+    if len(ids) != 1:
+        pieces = [model.to_string([i]) for i in ids]
+        raise InputError(
+            f"{text!r} is {len(ids)} tokens of this tokenizer, {pieces}; an answer or foil has to "
+            "be one. Mind the leading space, as in ' an'."
+        )
+    return ids[0]

@@ -22,12 +22,13 @@ greater-than), and of the LCH paper (a/an), with texts of our own.
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.circuits.prompts import Prompts, prompts, single_tokens
+from lch_plugin.circuits.prompts import Prompts, prompts, single_token
 from lch_plugin.demo import vocabulary
-from lch_plugin.demo.tasks import Example, askable, examples
+from lch_plugin.demo.tasks import Example, askable, check_split, examples, is_held_out
 from lch_plugin.errors import InputError
 
 _BEHAVIOURS = {
@@ -40,6 +41,9 @@ _BEHAVIOURS = {
 TASKS = tuple(_BEHAVIOURS)
 # How many examples are tried for each one wanted, where the tokenizer may refuse some.
 _TRIED = 5
+# In the generator's texts what begins in 01 ends by 31. Where that is late enough to be an answer
+# to the clean prompt as well, the corrupt one would not be wrong: it would be more right.
+_LAST_YEAR_OF_TWIN = 31
 
 
 def task(
@@ -85,14 +89,16 @@ class _Reader:
         """As one token."""
         if text not in self._known:
             try:
-                single_tokens(self._model, text)
+                single_token(self._model, text)
                 self._known[text] = True
             except InputError:
                 self._known[text] = False
         return self._known[text]
 
     def example(self, example: Example) -> bool:
-        """As a pair of equal length, with answers and foils of one token each."""
+        """As a pair that differs, of equal length, with answers and foils of one token each."""
+        if example.behaviour == "greater_than" and int(example.answers[0]) <= _LAST_YEAR_OF_TWIN:
+            return False
         clean, corrupt = (self._model.to_tokens(t).shape for t in (example.prompt, example.corrupt))
         return clean == corrupt and all(map(self.token, (*example.answers, *example.foils)))
 
@@ -100,13 +106,14 @@ class _Reader:
 def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> list[Example]:
     if name not in _BEHAVIOURS:
         raise InputError(f"no task is called {name!r}; there are {', '.join(TASKS)}.")
+    check_split(split)
     behaviour = _BEHAVIOURS[name]
     if name == "induction" and not reads.token(f" {vocabulary.INVENTED[0]}"):
         return _induction_of_names(reads, n, split, seed)
     found = examples(behaviour, n, split=split, seed=seed)
     if all(map(reads.example, found)):
         return found
-    # As many more as there are: this tokenizer refuses some.
+    # As many more as there are: some cannot be used.
     most = len(askable(behaviour, split))
     return examples(behaviour, min(_TRIED * n, most), split=split, seed=seed)
 
@@ -114,10 +121,15 @@ def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> lis
 def _induction_of_names(reads: _Reader, n: int, split: str, seed: int) -> list[Example]:
     """The same with names, for tokenizers to which invented words are several tokens."""
     known = [name for name in vocabulary.NAMES if reads.token(f" {name}")]
-    rng = random.Random(f"{split} {seed}")
+    pairs = [
+        pair
+        for pair in itertools.permutations(known, 2)
+        if is_held_out("induction", pair) == (split == "test")
+    ]
+    rng = random.Random(seed)
     found = []
-    for _ in range(n if len(known) > 2 else 0):
-        first, second, other = rng.sample(known, 3)
+    for first, second in rng.sample(pairs, min(n, len(pairs))) if len(known) > 2 else ():
+        other = rng.choice([name for name in known if name not in (first, second)])
         text = f"Everyone liked {first} {{}}. One day {first}"
         found.append(
             Example(

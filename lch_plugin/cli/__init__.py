@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import sae
+from lch_plugin.cli import circuit, sae
 from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import LCHError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(sae.app, name="sae")
+app.command()(circuit.circuit)
 
 
 @app.callback()

@@ -27,11 +27,17 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     weight_processing,
 )
 from lch_plugin.adapters.transformer_lens.attaching import Handle, attach
-from lch_plugin.adapters.transformer_lens.inputs import as_tokens, check_token_ids, mlp_inputs
+from lch_plugin.adapters.transformer_lens.inputs import (
+    as_tokens,
+    check_token_ids,
+    mlp_inputs,
+    recorded_mlp_inputs,
+)
 from lch_plugin.adapters.transformer_lens.nodes import (
     NodeKind,
     NodePoint,
     node_points,
+    pattern_names,
     run_edited,
 )
 from lch_plugin.adapters.transformer_lens.readers import Reader
@@ -53,6 +59,8 @@ __all__ = [
     "locate_mlps",
     "mlp_inputs",
     "node_points",
+    "pattern_names",
+    "recorded_mlp_inputs",
     "run_edited",
     "weight_processing",
 ]

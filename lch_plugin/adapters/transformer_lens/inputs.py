@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ def as_tokens(
     Raises:
         InputError: no tokens, not integers, an id out of vocabulary, or longer than the context.
     """
-    tokens = model.to_tokens(prompt) if isinstance(prompt, str) else prompt
+    tokens = model.to_tokens(prompt, truncate=False) if isinstance(prompt, str) else prompt
     if (
         not isinstance(tokens, Tensor)
         or tokens.ndim not in (1, 2)
@@ -64,20 +65,26 @@ def mlp_inputs(
 
     Hooks that the user has on the model act as in any forward pass.
     """
+    with recorded_mlp_inputs(mlps) as inputs, torch.no_grad():
+        model(tokens, return_type=None)
+    return [inputs[mlp.layer].reshape(*tokens.shape, -1) for mlp in mlps]
+
+
+@contextmanager
+def recorded_mlp_inputs(mlps: Sequence[MLPParts]) -> Iterator[dict[int, Float[Tensor, "*rows d"]]]:
+    """By layer, what each MLP reads in the first forward pass within, at least in float32."""
     inputs: dict[int, Tensor] = {}
 
     def record(layer: int, x: Tensor) -> None:
         # The first: a local centroid that somebody listens to runs the MLP again.
-        inputs.setdefault(layer, x.detach().reshape(*tokens.shape, -1))
+        if layer not in inputs:
+            inputs[layer] = x.detach().to(at_least_float32(x))
 
     gates = [mlp.input_gate for mlp in mlps]
     try:
         for mlp, gate in zip(mlps, gates, strict=True):
             gate.install(lambda: True, partial(record, mlp.layer))
-        with torch.no_grad():
-            model(tokens, return_type=None)
+        yield inputs
     finally:
         for gate in gates:
             gate.remove()
-    found = [inputs[mlp.layer] for mlp in mlps]
-    return [x.to(at_least_float32(x)) for x in found]

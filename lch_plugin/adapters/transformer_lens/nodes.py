@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -73,13 +73,10 @@ def node_points(
     (stack,) = stacks(model, "blocks")
     for layer, block in enumerate(stacks(model, stack)[stack]):
         if "head" in kinds:
-            path = f"{stack}.{layer}"
-            attn, attribute = attention(block, path)
-            check_heads(attn, f"{path}.{attribute}")
+            path, attn = _attention(block, f"{stack}.{layer}")
             point = "hook_z" if isinstance(model, HookedTransformer) else "o.hook_in"
             n_heads, d_head = attn.W_O.shape[:2]
-            name = f"{path}.{attribute}.{point}"
-            found.append(NodePoint("head", layer, name, n_heads, d_head))
+            found.append(NodePoint("head", layer, f"{path}.{point}", n_heads, d_head))
         if "neuron" in kinds or "mlp" in kinds:
             parts = locate_mlp(model, stack, layer)
             parts.check_readable()
@@ -90,6 +87,18 @@ def node_points(
             else:
                 found.append(NodePoint("mlp", layer, name, 1, d_mlp))
     return tuple(found)
+
+
+def pattern_names(model: LensModel) -> list[str]:
+    """Hook points of the attention patterns, ``(batch, head, dest, src)``, layer by layer.
+
+    Raises:
+        InputError, SiteError: as `node_points`.
+    """
+    check_model(model)
+    (stack,) = stacks(model, "blocks")
+    blocks = enumerate(stacks(model, stack)[stack])
+    return [f"{_attention(block, f'{stack}.{i}')[0]}.hook_pattern" for i, block in blocks]
 
 
 def run_edited(
@@ -122,3 +131,10 @@ def run_edited(
             "call reset_saes() first."
         )
     return logits
+
+
+def _attention(block: Any, path: str) -> tuple[str, Any]:
+    """Full name of a block's attention, and the attention, held to show its heads."""
+    attn, attribute = attention(block, path)
+    check_heads(attn, f"{path}.{attribute}")
+    return f"{path}.{attribute}", attn

@@ -1,0 +1,143 @@
+"""What to say of the nodes of an attribution graph beside their numbers: tokens and attention.
+
+A node's write reaches the logits of its own position directly, through the final norm and the
+unembedding. With the scale of the norm held at what it is on the prompt the path is affine, so that
+the write is worth so many logits to each token (direct logit attribution). A soft cap of the logits
+is left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+from typing import Any
+
+import networkx as nx
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from lch_plugin.adapters.transformer_lens import LensModel, node_points
+from lch_plugin.adapters.transformer_lens.nodes import pattern_names
+from lch_plugin.adapters.transformer_lens.states import silenced
+from lch_plugin.circuits.attribution import activations
+from lch_plugin.circuits.graph_page import NodeDetail
+from lch_plugin.circuits.graphs.experts import freeze
+from lch_plugin.circuits.graphs.parts import sliced
+from lch_plugin.circuits.nodes import Node, NodeScores
+from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.linearization import DetachedMode
+
+
+def node_details(
+    model: LensModel,
+    prompts: Prompts,
+    graph: nx.DiGraph,
+    scores: NodeScores | None = None,
+    *,
+    n_tokens: int = 5,
+) -> dict[str, NodeDetail]:
+    """Tokens that heads, neurons, MLPs and embeddings write towards, and where heads look.
+
+    All of it is on the clean prompt. Logits are those of the node's own position, less their mean
+    over the vocabulary.
+
+    Args:
+        model: that the graph is of.
+        prompts: the prompt that the graph is of.
+        graph: of `lch_plugin.circuits.graphs`.
+        scores: on a task; each node's goes with it.
+        n_tokens: tokens to name on either side.
+
+    Raises:
+        InputError, SiteError: as `attribution_graph`.
+    """
+    points = node_points(model, graph.graph["kinds"])
+    frozen = freeze(model, Prompts(prompts.clean, prompts.metric), points)
+    writes: dict[str, Float[Tensor, " d_model"]] = {}
+    owned: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for key, data in graph.nodes(data=True):
+        if data["kind"] == "embedding":
+            writes[key] = frozen.embeddings[data["position"]]
+        owned[data["kind"], data["layer"]].append(key)
+    for expert in frozen.experts:
+        for point in points:
+            keys = owned[point.kind, point.layer]
+            of_expert = ("attn" if point.kind == "head" else "mlp", point.layer)
+            if keys and of_expert == (expert.kind, expert.layer):
+                places = [(graph.nodes[k]["position"], graph.nodes[k]["index"]) for k in keys]
+                nodes = sliced(point.kind, point.width, places, expert.clean.held)
+                own = expert.written(nodes.of(expert.clean.held), nodes.positions)
+                writes.update(zip(keys, own, strict=True))
+    tokens = _tokens(model, frozen.final, graph, writes, n_tokens)
+    patterns = activations(model, prompts.clean, pattern_names(model))
+    rows = [pattern[0] for pattern in patterns.values()]
+
+    def detail(key: str, data: dict[str, Any]) -> NodeDetail:
+        promoted, suppressed = tokens.get(key, ((), ()))
+        kind, layer, index, at = (data[k] for k in ("kind", "layer", "index", "position"))
+        known = scores is not None and (kind, layer) in {(p.kind, p.layer) for p in scores.points}
+        return NodeDetail(
+            promoted=promoted,
+            suppressed=suppressed,
+            attention=rows[layer][index, at, : at + 1].tolist() if kind == "head" else (),
+            scored=scores.node(Node(kind, layer, index)) if scores and known else None,
+        )
+
+    return {key: detail(key, data) for key, data in graph.nodes(data=True)}
+
+
+def direct_logits(
+    model: LensModel,
+    residual: Float[Tensor, "n d_model"],
+    writes: Float[Tensor, "n d_model"],
+) -> Float[Tensor, "n d_vocab"]:
+    """What some writes to the residual stream add to the logits, the final norm's scale held.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        residual: what the final norm reads where each write is a part of it.
+        writes: one a row.
+    """
+    norm = getattr(model, "ln_final", None) or nn.Identity()
+    norm = norm if isinstance(model, HookedTransformer) else norm.original_component
+    recording = DetachedMode()
+
+    def normalised(x: Tensor, mode: DetachedMode) -> Tensor:
+        with mode:
+            return norm(mode.follow(x.detach().requires_grad_())).detach()
+
+    dtype = next(model.parameters()).dtype
+    with silenced(norm), torch.inference_mode(False), torch.enable_grad():
+        normalised(residual.to(dtype), recording)
+        with_write, without = (
+            normalised(x.to(dtype), DetachedMode(replay=recording.recorded))
+            for x in (writes, torch.zeros_like(writes))
+        )
+    return (with_write - without).to(writes.dtype) @ model.W_U.detach().to(writes.dtype)
+
+
+def _tokens(
+    model: LensModel,
+    residual: Float[Tensor, "pos d_model"],
+    graph: nx.DiGraph,
+    writes: dict[str, Float[Tensor, " d_model"]],
+    n: int,
+) -> dict[str, tuple[list[tuple[str, float]], list[tuple[str, float]]]]:
+    """Of each node with a write, the tokens it raises most and those it lowers most."""
+    at = [graph.nodes[key]["position"] for key in writes]
+    logits = direct_logits(model, residual[at], torch.stack(list(writes.values())))
+    logits = logits - logits.mean(-1, keepdim=True)
+
+    @cache
+    def text(token: int) -> str:
+        return model.to_string([token])
+
+    def pairs(row: Tensor, largest: bool) -> list[tuple[str, float]]:
+        found = row.topk(min(n, len(row)), largest=largest)
+        return list(zip(map(text, found.indices.tolist()), found.values.tolist(), strict=True))
+
+    return {
+        key: (pairs(row, True), pairs(row, False)) for key, row in zip(writes, logits, strict=True)
+    }

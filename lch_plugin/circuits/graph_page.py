@@ -1,0 +1,155 @@
+"""An attribution graph as one interactive HTML file: no request, no script from elsewhere."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from lch_plugin.circuits.graph_layout import layout
+from lch_plugin.circuits.nodes import ScoredNode
+from lch_plugin.errors import OutputError
+from lch_plugin.report import render
+
+#: What a metric is measured in, as far as its name tells.
+UNITS = {"logit_difference": "logits", "log_probability": "nats", "kl_divergence": "nats"}
+_TITLES = {
+    "embedding": "Token embedding",
+    "position": "Position embedding",
+    "head": "Head {index} of layer {layer}",
+    "neuron": "Neuron {index} of layer {layer}",
+    "mlp": "MLP of layer {layer}",
+    "feature": "Feature {index} of layer {layer}",
+    "attn_rest": "Rest of the attention of layer {layer}",
+    "mlp_rest": "Rest of the MLP of layer {layer}",
+    "metric": "Metric",
+}
+
+
+@dataclass(frozen=True)
+class NodeDetail:
+    """What there is to say of a node beside what the graph holds.
+
+    Attributes:
+        promoted: tokens it writes towards, and by how many logits, the strongest first.
+        suppressed: tokens it writes away from, likewise.
+        attention: of a head, its pattern from this position to each one up to it.
+        scored: its score on a task, with rank and percentile among all nodes of its kind.
+    """
+
+    promoted: Sequence[tuple[str, float]] = ()
+    suppressed: Sequence[tuple[str, float]] = ()
+    attention: Sequence[float] = ()
+    scored: ScoredNode | None = None
+
+
+def write_graph_page(
+    graph: nx.DiGraph, path: str | Path, details: Mapping[str, NodeDetail] | None = None
+) -> None:
+    """Write a graph as a page to look around in: hover, click, search, or use the keyboard.
+
+    A file that is there already is replaced.
+
+    Args:
+        graph: of `lch_plugin.circuits.graphs`, pruned to some 500 nodes at most.
+        path: of the HTML file.
+        details: by node, what to say beside (`lch_plugin.circuits.graph_details.node_details`).
+
+    Raises:
+        InputError: nodes lack what `attribution_graph` gives them, or there are none.
+        OutputError: the file cannot be written.
+    """
+    page = render("graph.html", {"graph": page_data(graph, details)})
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error}. Choose another path.") from error
+
+
+def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None) -> dict[str, Any]:
+    """What the page is made of, in terms of JSON: nodes with their places, and edges.
+
+    Edges are ``[source, target, weight]``, ends as places in the list of nodes, the largest weight
+    first. Rank and percentile are among the nodes of one kind in this graph.
+
+    Raises:
+        InputError: as `write_graph_page`.
+    """
+    placed, details = layout(graph), details or {}
+    peers: dict[str, list[float]] = defaultdict(list)
+    for _, data in graph.nodes(data=True):
+        peers[data["kind"]].append(data["contribution"])
+    for contributions in peers.values():
+        contributions.sort()
+    nodes = [
+        {
+            "key": key,
+            **_described(data),
+            **_place(data["contribution"], peers[data["kind"]]),
+            **_detail(details.get(key, NodeDetail())),
+            "x": placed.nodes[key][0],
+            "y": placed.nodes[key][1],
+        }
+        for key, data in graph.nodes(data=True)
+    ]
+    index = {key: i for i, key in enumerate(graph)}
+    edges = [[index[s], index[t], float(weight)] for s, t, weight in graph.edges(data="weight")]
+    about = graph.graph
+    return {
+        **{name: about[name] for name in ("prompt", "corrupt", "model", "linearization")},
+        "tokens": list(about["tokens"]),
+        "metric": about["metric"]["name"],
+        "units": UNITS.get(about["metric"]["name"], "units of the metric"),
+        "value": about["metric"]["value"],
+        "nodes": nodes,
+        "edges": sorted(edges, key=lambda edge: -abs(edge[2])),
+        "rows": [{"layer": n, "part": part, "y": y} for n, part, y in placed.rows],
+        "columns": [{"x": x, "width": width} for x, width in placed.columns],
+        "width": placed.width,
+        "height": placed.height,
+        "version": version("lch-plugin"),
+    }
+
+
+def _described(data: Mapping[str, Any]) -> dict[str, Any]:
+    kind = data["kind"]
+    optional = ("offset", "activation", "influence")
+    return {
+        "kind": kind,
+        "title": _TITLES[kind].format(index=data.get("index"), layer=data["layer"]),
+        "layer": data["layer"],
+        "position": data["position"],
+        "token": data["token"],
+        "contribution": float(data["contribution"]),
+        **{name: None if data.get(name) is None else float(data[name]) for name in optional},
+    }
+
+
+def _place(contribution: float, peers: Sequence[float]) -> dict[str, Any]:
+    """Rank and percentile as `ScoredNode` has them, among sorted contributions."""
+    below = bisect_left(peers, contribution)
+    above = sum(1 for other in peers[below:] if other > contribution)
+    return {"rank": above + 1, "of": len(peers), "percentile": 100 * below / len(peers)}
+
+
+def _detail(detail: NodeDetail) -> dict[str, Any]:
+    scored = detail.scored
+    return {
+        "promoted": [list(pair) for pair in detail.promoted],
+        "suppressed": [list(pair) for pair in detail.suppressed],
+        "attention": list(detail.attention),
+        "scored": None
+        if scored is None
+        else {"score": scored.score, "rank": scored.rank, "percentile": scored.percentile},
+    }

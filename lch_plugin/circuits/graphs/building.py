@@ -1,0 +1,185 @@
+"""The attribution graph of one prompt, as networkx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import networkx as nx
+import torch
+from sae_lens import SAE
+
+from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
+from lch_plugin.circuits.attribution import Contributions, contributions
+from lch_plugin.circuits.features import active_features
+from lch_plugin.circuits.graphs.choosing import largest, parts_of
+from lch_plugin.circuits.graphs.edges import Flow, flow
+from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
+from lch_plugin.circuits.nodes import Circuit
+from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.files import portable
+from lch_plugin.sites import Linearization
+
+#: Name of the node that everything flows to.
+METRIC = "metric"
+# By kind of node, how it is called.
+_NAMES = {
+    "embedding": "embedding@{position}",
+    "position": "position@{position}",
+    "head": "a{layer}.h{index}@{position}",
+    "neuron": "m{layer}.n{index}@{position}",
+    "mlp": "m{layer}@{position}",
+    "feature": "m{layer}.f{index}@{position}",
+    "attn_rest": "rest a{layer}@{position}",
+    "mlp_rest": "rest m{layer}@{position}",
+    "metric": METRIC,
+}
+
+
+def attribution_graph(
+    model: LensModel,
+    prompts: Prompts,
+    *,
+    kinds: Sequence[NodeKind] = ("head", "neuron"),
+    circuit: Circuit | None = None,
+    max_nodes: int = 500,
+    linearization: Linearization = "detached",
+    sae: SAE[Any] | None = None,
+) -> nx.DiGraph:
+    """What flows between the nodes of a model on one prompt, and from there to the metric.
+
+    Edges are in units of the metric (`lch_plugin.circuits.graphs.edges`): what enters a node
+    through its edges, and its offset, is its contribution, and leaves through its edges. Nodes are
+    at one position each. What of attention and MLPs is not kept as a node of its own is in one
+    ``rest`` node a component and position, with the biases, so that nothing is lost.
+
+    Nodes are called ``"a2.h1@13"`` (head), ``"m2.n261@13"`` (neuron), ``"m2@13"`` (MLP),
+    ``"m2.f17@13"`` (feature), ``"embedding@5"``, ``"position@5"``, ``"rest a2@13"``,
+    ``"rest m2@13"`` and ``"metric"``. Their attributes: ``kind``, ``layer`` (-1 of embeddings, the
+    number of layers of the metric), ``position``, ``index``, ``token`` (the text there),
+    ``contribution`` and ``offset`` (units of the metric), ``activation`` (None where it is not one
+    number). Edges have a ``weight``. The graph's attributes say where it comes from, as JSON.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        prompts: one prompt; with a corrupt twin, everything is the difference to the twin.
+        kinds: of nodes: heads, and neurons or whole MLPs.
+        circuit: of heads, neurons and MLPs keep only those of this circuit; any if None.
+        max_nodes: how many heads, neurons, MLPs and features are kept, by size of contribution.
+        linearization: of every component: ``"detached"`` or ``"jacobian"``, which counts what
+            flows through attention patterns as well.
+        sae: on the centroids of an MLP; the features active there take the place of its neurons.
+
+    Raises:
+        InputError: not one prompt; max_nodes below 1; a circuit of other nodes than ``kinds``; an
+            SAE that is on no MLP's centroid; or as `lch_plugin.circuits.node_attribution`.
+        SiteError: the residual stream is not a sum of what components write, or as `node_points`.
+    """
+    if len(prompts) != 1:
+        raise InputError(f"{len(prompts)} prompts: a graph is of one. Take one row of them.")
+    if max_nodes < 1:
+        raise InputError(f"max_nodes={max_nodes} must be at least 1.")
+    points = node_points(model, kinds)
+    if circuit is not None and circuit.points != points:
+        raise InputError(
+            f"the circuit is made of other nodes than kinds={tuple(kinds)} of this model. Give the "
+            "kinds it was found with."
+        )
+    features = None
+    if sae is not None:  # Features take the place of their MLP's own nodes.
+        features = active_features(model, prompts, sae, linearization=linearization)
+        points = tuple(p for p in points if p.kind == "head" or p.layer != features.layer)
+    scored = contributions(model, prompts, points, linearization=linearization)
+    frozen = freeze(
+        model,
+        prompts,
+        points,
+        inputs=frozenset() if features is None else frozenset({features.layer}),
+        linearization=linearization,
+    )
+    kept = largest(scored, points, features, circuit, max_nodes)
+    found = flow(frozen, [parts_of(expert, points, features, kept) for expert in frozen.experts])
+    _check_gradients(found, scored, points, frozen)
+    tokens = [model.to_string([i]) for i in prompts.clean[0].tolist()]
+    graph = _assemble(found, tokens)
+    graph.graph.update(
+        tokens=tokens,
+        prompt=model.to_string(prompts.clean[0]),
+        corrupt=None if prompts.corrupt is None else model.to_string(prompts.corrupt[0]),
+        metric={
+            "name": prompts.metric.name,
+            "value": frozen.metric,
+            "reference": frozen.reference,
+        },
+        model=portable(model.cfg.model_name),
+        n_layers=frozen.n_layers,
+        kinds=list(kinds),
+        max_nodes=max_nodes,
+        linearization=linearization,
+        sae=None if features is None else features.hook_name,
+        versions={name: version(name) for name in ("lch-plugin", "torch", "transformer-lens")},
+    )
+    return graph
+
+
+def _check_gradients(
+    found: Flow, scored: Contributions, points: Sequence[NodePoint], frozen: FrozenModel
+) -> None:
+    """Hold the contributions that the sweep found to those by the gradient of the whole model.
+
+    Raises:
+        SiteError: they differ, so there are paths that the graph does not have.
+    """
+    names: dict[tuple[str, int], str] = {(p.kind, p.layer): p.name for p in points}
+    swept, whole = [], []
+    for group, values in zip(
+        found.groups, found.contributions.split([len(g) for g in found.groups]), strict=True
+    ):
+        if (group.kind, group.layer) in names:
+            swept.append(values)
+            nodes = scored.nodes[names[group.kind, group.layer]][0]
+            whole.append(nodes[group.positions, group.indices])
+        elif group.kind == "embedding" and frozen.is_embedded_as_is:
+            swept.append(values)
+            whole.append(scored.embeddings[0])
+    if not swept:
+        return
+    got, expected = torch.cat(swept).double(), torch.cat(whole).double()
+    error = float((got - expected).abs().max())
+    if not error <= frozen.tolerance * float(expected.abs().max()):
+        raise SiteError(
+            "contributions along the paths of the graph differ from those by the gradient of the "
+            f"whole model by up to {error:.1e}: something other than the residual stream joins "
+            "this model's components. Score nodes without a graph: "
+            "lch_plugin.circuits.node_attribution."
+        )
+
+
+def _assemble(found: Flow, tokens: Sequence[str]) -> nx.DiGraph:
+    """The flow as a graph, edges of exactly zero left out."""
+    graph = nx.DiGraph()
+    names: list[str] = []
+    contributions_, offsets = found.contributions.tolist(), found.offsets.tolist()
+    for group in found.groups:
+        pairs = zip(group.positions.tolist(), group.indices.tolist(), strict=True)
+        for i, (position, index) in enumerate(pairs):
+            name = _NAMES[group.kind].format(layer=group.layer, position=position, index=index)
+            graph.add_node(
+                name,
+                kind=group.kind,
+                layer=group.layer,
+                position=position,
+                index=index,
+                token=tokens[position],
+                contribution=contributions_[len(names)],
+                offset=offsets[len(names)],
+                activation=None if group.activations is None else group.activations[i],
+            )
+            names.append(name)
+    targets, sources = found.edges.nonzero().unbind(-1)
+    weights = found.edges[targets, sources].tolist()
+    for t, s, weight in zip(targets.tolist(), sources.tolist(), weights, strict=True):
+        graph.add_edge(names[s], names[t], weight=weight)
+    return graph

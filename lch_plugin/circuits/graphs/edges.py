@@ -1,0 +1,191 @@
+r"""What flows from node to node, in units of the metric.
+
+With experts frozen (`experts`), let ``w_s`` be what node s writes to the residual stream at its
+position, and ``mu_t`` the centroid of node t in the residual stream that it reads, through its norm
+and with its own targeted cotangent: the gradient of the metric in what t is made of. Then::
+
+    edge(s -> t)    = w_s . mu_t          at the position of s
+    contribution(t) = sum_s edge(s -> t) + offset(t)
+    contribution(s) = sum_t edge(s -> t)
+
+the first because what t reads is the sum of the writes before it, with the expert's own biases for
+an offset; the second because the gradient at a write is the sum of the centroids it reaches. So it
+is a flow: what enters a node leaves it, and all offsets together are the metric. Relative to a
+corrupt prompt every value stands for its difference, and an offset is what an expert makes of the
+other patterns, gates and norm scales.
+
+The sweep goes from the metric back to the embeddings, a component at a time: from the gradient at
+its write to the centroids of its nodes, which together take the gradient one component back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lch_plugin.circuits.graphs.experts import Expert, FrozenModel
+from lch_plugin.circuits.graphs.parts import Parts
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Nodes of one kind and layer, side by side in the order of a `Flow`.
+
+    Attributes:
+        kind: ``"embedding"``, ``"position"``, a kind of `Parts`, ``"attn_rest"``, ``"mlp_rest"``
+            or ``"metric"``.
+        layer: block; -1 of embeddings.
+        positions, indices: of each node.
+        activations: as in `Parts`.
+    """
+
+    kind: str
+    layer: int
+    positions: Int[Tensor, " node"]
+    indices: Int[Tensor, " node"]
+    activations: Sequence[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """Everything that flows. Nodes are in the order of ``groups``, the metric last.
+
+    Attributes:
+        groups: of nodes.
+        edges: ``[t, s]`` from node s to node t.
+        contributions: what each node does for the metric; of the metric itself its value.
+        offsets: of the contributions, what no edge brings.
+    """
+
+    groups: tuple[Group, ...]
+    edges: Float[Tensor, "node node"]
+    contributions: Float[Tensor, " node"]
+    offsets: Float[Tensor, " node"]
+
+
+def flow(frozen: FrozenModel, parts: Sequence[Parts | None]) -> Flow:
+    """All edges between nodes.
+
+    Args:
+        frozen: the model.
+        parts: of each expert, the nodes to tell apart; None if all of it is rest.
+    """
+    sources = _Sources(frozen, parts)
+    sweep = _Sweep(sources, frozen.cotangent)
+    sweep.metric(frozen)
+    last = len(frozen.experts)
+    for stage in reversed(frozen.stages):
+        last -= len(stage)
+        sweep.stage(stage, parts[last : last + len(stage)], sources.starts[last])
+    sweep.embeddings(sources.starts[0])
+    return Flow(sources.groups, sweep.edges, sweep.contributions, sweep.offsets)
+
+
+class _Sources:
+    """What every node writes to the residual stream, in the order of the nodes.
+
+    Attributes:
+        groups: of nodes.
+        writes: of each node but the metric, at its position.
+        positions: of each node.
+        starts: index of each expert's first node.
+    """
+
+    def __init__(self, frozen: FrozenModel, parts: Sequence[Parts | None]) -> None:
+        everywhere = torch.arange(len(frozen.final), device=frozen.final.device)
+        groups = [Group("embedding", -1, everywhere, everywhere)]
+        writes = [frozen.embeddings]
+        if frozen.positions is not None:
+            groups.append(Group("position", -1, everywhere, everywhere))
+            writes.append(frozen.positions)
+        self.starts = []
+        for expert, nodes in zip(frozen.experts, parts, strict=True):
+            self.starts.append(sum(map(len, groups)))
+            rest = expert.values.write
+            if nodes is not None:
+                own = expert.written(nodes.of(expert.values.held), nodes.positions)
+                rest = rest.index_add(0, nodes.positions, own, alpha=-1)
+                groups.append(
+                    Group(
+                        *(nodes.kind, expert.layer, nodes.positions, nodes.indices),
+                        nodes.activations,
+                    )
+                )
+                writes.append(own)
+            groups.append(Group(f"{expert.kind}_rest", expert.layer, everywhere, everywhere))
+            writes.append(rest)
+        groups.append(Group("metric", frozen.n_layers, everywhere[-1:], everywhere[:1]))
+        self.groups = tuple(groups)
+        self.writes = torch.cat(writes)
+        self.positions = torch.cat([group.positions for group in groups])
+
+
+class _Sweep:
+    """The way back from the metric."""
+
+    def __init__(self, sources: _Sources, cotangent: Float[Tensor, "pos d_model"]) -> None:
+        n = len(sources.positions)
+        self._sources = sources
+        self._gradient = cotangent
+        self.edges = cotangent.new_zeros(n, n)
+        self.contributions = cotangent.new_zeros(n)
+        self.offsets = cotangent.new_zeros(n)
+
+    def metric(self, frozen: FrozenModel) -> None:
+        """The last node: its centroid is the gradient in the final residual stream."""
+        self._receive(-1, self._gradient[None], before=len(self._sources.writes))
+        self.contributions[-1] = frozen.metric - frozen.reference
+        self.offsets[-1] = self.contributions[-1] - (self._gradient * frozen.final).sum()
+
+    def stage(self, experts: Sequence[Expert], parts: Sequence[Parts | None], before: int) -> None:
+        """The nodes of experts that read the same, from sources ``before`` them."""
+        start, total = before, torch.zeros_like(self._gradient)
+        for expert, nodes in zip(experts, parts, strict=True):
+            centroids, contributions = self._centroids(expert, nodes)
+            rows = slice(start, start + len(centroids))
+            self._receive(rows, centroids, before)
+            self.contributions[rows] = contributions
+            brought = (centroids * expert.values.read).sum((1, 2))
+            self.offsets[rows] = contributions - brought
+            total = total + centroids.sum(0)
+            start += len(centroids)
+        self._gradient = self._gradient + total
+
+    def embeddings(self, n: int) -> None:
+        """The first nodes, which nothing flows into."""
+        writes, positions = self._sources.writes[:n], self._sources.positions[:n]
+        self.contributions[:n] = (writes * self._gradient[positions]).sum(-1)
+        self.offsets[:n] = self.contributions[:n]
+
+    def _centroids(
+        self, expert: Expert, nodes: Parts | None
+    ) -> tuple[Float[Tensor, "node pos d_model"], Float[Tensor, " node"]]:
+        """Centroids of an expert's nodes and then of its rest, and what they contribute."""
+        held = expert.to_held(self._gradient)
+        everywhere = torch.arange(len(held), device=held.device)
+        remaining = (self._gradient * expert.values.write).sum(-1)
+        if nodes is None:
+            return expert.to_read(held, everywhere), remaining
+        own, at = nodes.of(held), nodes.positions
+        contributions = (own * nodes.of(expert.values.held)).sum(-1)
+        rest = held.index_add(0, at, own, alpha=-1)
+        remaining = remaining.index_add(0, at, contributions, alpha=-1)
+        centroids = expert.to_read(torch.cat([own, rest]), torch.cat([at, everywhere]))
+        return centroids, torch.cat([contributions, remaining])
+
+    def _receive(
+        self, rows: int | slice, centroids: Float[Tensor, "node pos d_model"], before: int
+    ) -> None:
+        """Edges into some nodes from all sources before them."""
+        positions = self._sources.positions[:before]
+        for position in range(centroids.shape[1]):
+            at = (positions == position).nonzero().flatten()
+            reached = centroids[:, position] @ self._sources.writes[at].T
+            self.edges[rows, at] = reached if isinstance(rows, slice) else reached[0]

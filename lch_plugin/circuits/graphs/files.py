@@ -1,0 +1,245 @@
+"""Graphs as files, without loss: JSON for circuit-tracer's viewer and Neuronpedia, and GraphML.
+
+The JSON has the schema of attribution graphs that both read (metadata, qParams, nodes, links).
+Viewers know transcoder features, their errors, tokens and logits. Heads, neurons and features of
+ours are nodes with types of their own and what they are for a label (``clerp``); rests are errors;
+the metric is the one logit, of probability 1. ``influence`` is cumulative there, as both expect:
+their sliders hide the nodes above a threshold. Our own names and attributes stand under ``lch`` in
+each node and at the top, for `load` to read back to the last bit.
+
+GraphML carries numbers and printable text; what it cannot carry, the graph's attributes among it,
+is in one attribute of the graph called ``lch``, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from lch_plugin.errors import InputError, OutputError
+
+_FORMAT = 1
+_LAYERS_OF_TOKENS = "E"
+# By kind of node, what viewers are told that it is.
+_TYPES = {
+    "embedding": "embedding",
+    "position": "position embedding",
+    "head": "attention head",
+    "neuron": "neuron",
+    "mlp": "mlp",
+    "feature": "sae feature",
+    "attn_rest": "lorsa error",
+    "mlp_rest": "mlp reconstruction error",
+    "metric": "logit",
+}
+
+
+def save(graph: nx.DiGraph, path: str | Path) -> None:
+    """Write a graph of `attribution_graph`, pruned or not; what was there is replaced.
+
+    Args:
+        graph: the graph.
+        path: a file that ends in ``.json`` or ``.graphml``.
+
+    Raises:
+        InputError: another ending, or a graph that is none of `attribution_graph`.
+        OutputError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".graphml"):
+        raise InputError(f"{path} ends in neither .json nor .graphml.")
+    data = to_json(graph, slug=path.stem)
+    try:
+        if path.suffix == ".json":
+            text = json.dumps(data, allow_nan=False, ensure_ascii=False)
+        else:
+            text = "\n".join(nx.generate_graphml(_carried(graph)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the graph holds what {path.suffix} cannot: {error}") from error
+    _write(path, text)
+
+
+def load(path: str | Path) -> nx.DiGraph:
+    """Read a graph that `save` wrote.
+
+    Raises:
+        InputError: there is no such file, or it holds no such graph.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".graphml":
+            return _restored(nx.read_graphml(path))
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except InputError:
+        raise
+    except Exception as error:  # Of any type, and all of them about the file.
+        raise InputError(
+            f"{path} holds no graph that lch_plugin.circuits.graphs.save wrote: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def to_json(graph: nx.DiGraph, slug: str = "graph") -> dict[str, Any]:
+    """The graph in the schema of attribution graphs, as JSON.
+
+    Args:
+        graph: of `attribution_graph`.
+        slug: name of the graph in a viewer.
+
+    Raises:
+        InputError: the graph is none of `attribution_graph`.
+    """
+    facts = graph.graph
+    try:
+        ids = {name: _identifier(node) for name, node in graph.nodes(data=True)}
+        pruning = facts.get("pruning")
+        metadata = {
+            "slug": slug,
+            "scan": facts["model"],
+            "transcoder_list": [],
+            "prompt_tokens": facts["tokens"],
+            "prompt": facts["prompt"],
+            "schema_version": 1,
+            "info": {"generator": {"name": "lch-plugin", "version": version("lch-plugin")}},
+            # The graph is pruned as it should be: show all of it.
+            **({} if pruning is None else {"node_threshold": 1.0, "pruning_settings": pruning}),
+        }
+        nodes = [_node(name, ids[name], graph) for name in graph]
+    except KeyError as error:
+        raise InputError(
+            f"the graph lacks {error}: pass one of attribution_graph, pruned or not."
+        ) from error
+    return {
+        "metadata": metadata,
+        "qParams": {
+            **{"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": ""},
+            "sg_pos": "",
+        },
+        "nodes": nodes,
+        "links": [
+            {"source": ids[source], "target": ids[target], **data}
+            for source, target, data in graph.edges(data=True)
+        ],
+        "lch": {"format": _FORMAT, "graph": facts},
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> nx.DiGraph:
+    """The graph that `to_json` was given.
+
+    Raises:
+        InputError: it is of another format.
+        KeyError, TypeError: it is no such data.
+    """
+    found = data["lch"]["format"]
+    if found != _FORMAT:
+        raise InputError(f"the graph is of format {found}, and this version reads {_FORMAT}.")
+    graph = nx.DiGraph()
+    graph.graph.update(data["lch"]["graph"])
+    names = {}
+    for node in data["nodes"]:
+        names[node["node_id"]] = node["lch"]["name"]
+        graph.add_node(node["lch"]["name"], **node["lch"]["attributes"])
+    for link in data["links"]:
+        rest = {key: value for key, value in link.items() if key not in ("source", "target")}
+        graph.add_edge(names[link["source"]], names[link["target"]], **rest)
+    return graph
+
+
+def _node(name: str, identifier: str, graph: nx.DiGraph) -> dict[str, Any]:
+    """A node as viewers read it."""
+    node = graph.nodes[name]
+    kind, metric = node["kind"], graph.graph["metric"]
+    is_metric, number = kind == "metric", list(_TYPES).index(kind)
+    label = f"{name} {node['token']!r}, contributes {node['contribution']:+.3g}"
+    if is_metric:  # Viewers look for a token in quotes and a probability in this very form.
+        label = f'Output "{metric["name"]} = {metric["value"]:.3g}" (p=1.000)'
+    return {
+        "node_id": identifier,
+        # One number for each thing at a place: viewers know things by it, not by their type.
+        "feature": -1 if kind.endswith("_rest") else node["index"] * len(_TYPES) + number,
+        "layer": _LAYERS_OF_TOKENS if node["layer"] < 0 else str(node["layer"]),
+        "ctx_idx": node["position"],
+        "feature_type": _TYPES[kind],
+        "token_prob": float(is_metric),
+        "is_target_logit": is_metric,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": identifier,
+        "clerp": label,
+        "influence": node.get("cumulative_influence"),
+        "activation": node["activation"],
+        "lch": {"name": name, "attributes": node},
+    }
+
+
+def _identifier(node: Mapping[str, Any]) -> str:
+    """Layer, what it is there, and position, as viewers take node ids apart."""
+    layer = _LAYERS_OF_TOKENS if node["layer"] < 0 else node["layer"]
+    return f"{layer}_{node['kind'].replace('_', '-')}{node['index']}_{node['position']}"
+
+
+def _carried(graph: nx.DiGraph) -> nx.DiGraph:
+    """The graph as far as GraphML carries it, and the rest in an attribute."""
+    carried = nx.DiGraph()
+    exact: dict[str, dict[str, Any]] = {}
+    for name, data in graph.nodes(data=True):
+        carried.add_node(name, **{key: v for key, v in data.items() if _is_carried(v)})
+        exact[name] = {key: v for key, v in data.items() if not _is_carried(v)}
+    carried.add_edges_from(graph.edges(data=True))
+    carried.graph["lch"] = json.dumps(
+        {
+            "format": _FORMAT,
+            "graph": graph.graph,
+            "nodes": {name: values for name, values in exact.items() if values},
+        },
+        allow_nan=False,
+    )
+    return carried
+
+
+def _restored(carried: nx.DiGraph) -> nx.DiGraph:
+    """What `_carried` was given."""
+    data = json.loads(carried.graph["lch"])
+    if data["format"] != _FORMAT:
+        raise InputError(
+            f"the graph is of format {data['format']}, and this version reads {_FORMAT}."
+        )
+    graph = nx.DiGraph()
+    graph.graph.update(data["graph"])
+    graph.add_nodes_from(carried.nodes(data=True))
+    graph.add_edges_from(carried.edges(data=True))
+    for name, values in data["nodes"].items():
+        graph.nodes[name].update(values)
+    return graph
+
+
+def _is_carried(value: Any) -> bool:
+    # XML has no control characters, and an empty text reads as none.
+    return isinstance(value, int | float) or (
+        isinstance(value, str) and value.isprintable() and bool(value.strip())
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Put text in place of a file, or leave it as it was."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error}. Choose another path.") from error

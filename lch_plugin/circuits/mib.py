@@ -1,0 +1,67 @@
+"""Node scores in the form that the evaluator of the MIB benchmark reads.
+
+The circuit track of MIB (Mueller et al., arXiv 2504.13151) loads a JSON file with
+``load_graph_from_json`` of MIB-circuit-track, which is ``Graph.from_json`` of EAP-IG (Hanna et al.,
+arXiv 2403.17806): ``cfg``, the shape of the model; ``nodes``, by name (``input``, ``a0.h0``,
+``m0``, ``logits``), each with ``in_graph`` and ``score``; and ``edges``. Evaluated with
+``--level node``, it ranks nodes by these scores, and keeps those without a score, here ``input``,
+in every circuit. Edges have no scores here, so there are none in the file: the evaluator turns on
+all edges out of a node that it keeps.
+
+What MIB calls neurons are the ``d_model`` coordinates of what a head or an MLP writes, not the
+neurons of an MLP; scores of those have no place in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.circuits.nodes import NodeScores, all_nodes
+from lch_plugin.errors import InputError
+
+
+def save_mib(model: LensModel, scores: NodeScores, path: str | os.PathLike[str]) -> None:
+    """Write the scores of all heads and MLPs as MIB's evaluator reads them.
+
+    Args:
+        model: that the scores are of.
+        scores: of kinds ``("head", "mlp")``, every layer.
+        path: of the file, which MIB wants to end in ``.json``.
+
+    Raises:
+        InputError: the scores are of other nodes, or a score is not finite.
+    """
+    Path(path).write_text(json.dumps(_graph(model, scores), allow_nan=False), encoding="utf-8")
+
+
+def _graph(model: LensModel, scores: NodeScores) -> dict[str, Any]:
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    expected = {("head", layer): n_heads for layer in range(n_layers)}
+    expected |= {("mlp", layer): 1 for layer in range(n_layers)}
+    if {(p.kind, p.layer): p.n_nodes for p in scores.points} != expected:
+        kinds = tuple(dict.fromkeys(p.kind for p in scores.points))
+        raise InputError(
+            f"scores of {len(scores.values)} nodes of kinds {kinds}: MIB takes those of all heads "
+            'and MLPs of the model. Score kinds=("head", "mlp").'
+        )
+    if not bool(scores.values.isfinite().all()):
+        raise InputError("scores are not all finite: MIB would keep nodes without one for free.")
+    scored = zip(all_nodes(scores.points), scores.values.tolist(), strict=True)
+    return {
+        "cfg": {
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "parallel_attn_mlp": bool(model.cfg.parallel_attn_mlp),
+            "d_model": model.cfg.d_model,
+        },
+        "nodes": {
+            "input": {"in_graph": True},
+            **{str(node): {"in_graph": True, "score": score} for node, score in scored},
+            "logits": {"in_graph": True},
+        },
+        "edges": {},
+    }

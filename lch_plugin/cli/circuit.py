@@ -1,0 +1,85 @@
+"""The ``lch circuit`` command: a task's circuit, or the neurons behind one prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
+
+
+def circuit(
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Find and test its circuit: an, ioi, greater_than, agreement, induction."
+        ),
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(help="Prompts to find it on, and as many to test it; 60.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of all heads and neurons that make it up; 0.05.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="In place of a task: score the neurons of one layer on it.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Whose neurons; with --prompt.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="Right after the prompt, such as ' an'; with --foil.")
+    ] = None,
+    foil: Annotated[str | None, typer.Option(help="What to compare the answer with.")] = None,
+    corrupt: Annotated[
+        str | None, typer.Option(help="Twin of the prompt to patch neurons into; with --answer.")
+    ] = None,
+    radius: Annotated[float | None, typer.Option(help="Of the neighbourhood; 0.25.")] = None,
+    samples: Annotated[int | None, typer.Option(help="In the neighbourhood; 256.")] = None,
+    model: Model = "",
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = Path("circuit"),
+) -> None:
+    """The circuit of a task, tested and drawn; or the neurons that a prompt rests on."""
+    from lch_plugin.circuits import neuron_run, task_run
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.errors import InputError
+    from lch_plugin.files import check_new_directory
+    from lch_plugin.loading import load
+
+    of_task = {"n": n, "share": share}
+    of_prompt = {
+        "layer": layer,
+        "answer": answer,
+        "foil": foil,
+        "corrupt": corrupt,
+        "radius": radius,
+        "n_samples": samples,
+    }
+    if (task is None) == (prompt is None):
+        raise InputError(
+            "give either --task, to find and test a circuit, or --prompt with --layer, to score "
+            "neurons."
+        )
+    other = of_prompt if prompt is None else of_task
+    stray = [name.removeprefix("n_") for name, value in other.items() if value is not None]
+    if stray:
+        chosen = "--task" if prompt is None else "--prompt"
+        raise InputError(f"--{stray[0]} has no meaning with {chosen}. Leave it out.")
+    settings = {name: value for name, value in of_task.items() if value is not None}
+    more = {name: value for name, value in of_prompt.items() if value is not None}
+    check_new_directory(out)
+    if task is not None:
+        task_run.check(task, **settings)
+    elif layer is None:
+        raise InputError("--prompt needs a --layer, whose neurons are scored.")
+    elif (answer is None) != (foil is None):
+        raise InputError("--answer and --foil go together: their logits are compared.")
+    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
+    if task is not None:
+        task_run.run(bridge, task, out, **settings, seed=seed)
+    else:
+        neuron_run.run(bridge, prompt, out=out, **more, seed=seed)
+    typer.echo(f"Open {out / 'report.html'}")

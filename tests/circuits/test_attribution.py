@@ -1,0 +1,414 @@
+"""What nodes do for a metric, against the frozen model itself, finite differences and other tools.
+
+Exactness is asked for in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformer_lens.tools.analysis import attribution_patch
+
+import lch_plugin as lch
+from lch_plugin.adapters.transformer_lens import (
+    NodePoint,
+    node_points,
+    pattern_names,
+    run_edited,
+)
+from lch_plugin.circuits import (
+    Node,
+    Prompts,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+    node_attribution,
+    pattern_attribution,
+)
+from lch_plugin.circuits.attribution import (
+    activations,
+    contributions,
+    embedding_name,
+    metric_gradients,
+)
+from lch_plugin.cotangents import Metric
+from lch_plugin.linearization import DetachedMode
+from tests import models
+
+F64 = torch.float64
+Edit = Callable[[Tensor], Tensor]
+CLEAN, CORRUPT = models.tokens(seed=1), models.tokens(seed=2)
+METRIC = logit_difference([[1], [2]], [[3], [4]])
+PAIR, ALONE = Prompts(CLEAN, METRIC, CORRUPT), Prompts(CLEAN, METRIC)
+# Two kinds of attention (GQA in llama, soft caps in gemma2), of MLP (gated in both) and of block
+# (parallel in gpt_neox); biases in gpt2, gpt_neox and qwen2.
+FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma2")
+WITHOUT_BIASES = ("llama", "gemma2")
+BACKENDS = (*FAMILIES, "hooked")
+
+
+@cache
+def model_of(backend: str):
+    return models.hooked(F64) if backend == "hooked" else models.bridge(backend, F64)
+
+
+@pytest.fixture
+def in_float64():
+    """No float32 in models of float64: the norms of some HuggingFace families go there and back."""
+
+    class Stay(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if args and isinstance(args[0], Tensor) and args[0].dtype == F64:
+                if func is Tensor.float:
+                    return args[0]
+                args = tuple(F64 if a is torch.float32 else a for a in args)
+                kwargs = {k: F64 if a is torch.float32 else a for k, a in kwargs.items()}
+            return func(*args, **kwargs)
+
+    with Stay():
+        yield
+
+
+def frozen(
+    model,
+    batch: Prompts,
+    edits: dict[str, Edit],
+    held: dict[str, Tensor] | None = None,
+    **mode: bool,
+) -> Tensor:
+    """The metric summed over prompts, of the model frozen at the clean prompts, edited.
+
+    Hook points that are held have a value of their own whatever comes before them.
+    """
+    embed, held = embedding_name(model), held or {}
+
+    def run(recording: DetachedMode, changes: dict[str, Edit]) -> Tensor:
+        def start(name: str, value: Tensor) -> Tensor:
+            value = changes.get(name, torch.clone)(held.get(name, value).detach())
+            return recording.follow(value.clone().requires_grad_())
+
+        starts = {name: partial(start, name) for name in (embed, *held)}
+        with recording:
+            logits = run_edited(model, batch.clean, {**changes, **starts})
+        return batch.measure(logits).detach().sum()
+
+    at_clean = DetachedMode(**mode)
+    run(at_clean, {})
+    return run(DetachedMode(replay=at_clean.recorded, **mode), edits)
+
+
+def replaced(point: NodePoint, index: int, target: Tensor | float) -> Edit:
+    """An edit that puts the target in the place of one node."""
+
+    def edit(value: Tensor) -> Tensor:
+        node = torch.zeros_like(point.split(value))
+        node[:, :, index] = 1
+        # A sum with the value that came in, which the frozen model follows.
+        return value + node.reshape(value.shape) * (target - value.detach())
+
+    return edit
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("reference", ["zero", "corrupt"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_removing_a_node_from_the_frozen_model_is_worth_its_score(
+    backend: str, reference: str
+) -> None:
+    model = model_of(backend)
+    batch = ALONE if reference == "zero" else PAIR
+    points = node_points(model)
+    found = contributions(model, batch, points)
+    twin = activations(model, CORRUPT, [p.name for p in points])
+    for point, index in ((points[0], 1), (points[3], 5)):
+        edit = replaced(point, index, twin[point.name] if reference == "corrupt" else 0.0)
+        removed = found.metric.sum() - frozen(model, batch, {point.name: edit})
+        score = found.nodes[point.name][..., index].sum()
+        torch.testing.assert_close(score, removed, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_whole_mlps_are_the_sum_of_their_neurons(backend: str) -> None:
+    model = model_of(backend)
+    neurons = node_attribution(model, PAIR, ("neuron",))
+    mlps = node_attribution(model, PAIR, ("mlp",))
+    for layer in range(models.N_LAYERS):
+        torch.testing.assert_close(
+            mlps.of("mlp", layer)[0], neurons.of("neuron", layer).sum(), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("family", WITHOUT_BIASES)
+def test_without_biases_the_embeddings_account_for_the_metric(family: str) -> None:
+    model = model_of(family)
+    found = contributions(model, ALONE, ())
+    torch.testing.assert_close(found.embeddings.sum(-1), found.metric, rtol=1e-9, atol=1e-9)
+
+
+def test_embeddings_positions_and_biases_add_up_to_the_metric() -> None:
+    """Every source there is, also of the corrupt model: between two prompts biases cancel."""
+    model = models.hooked(F64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".b_" in name or name.endswith(".b"):
+                parameter.zero_()
+    found = metric_gradients(
+        model, ALONE, ["hook_embed", "hook_pos_embed"], linearization="detached"
+    )
+    worth = sum((found.activations[n] * found.gradients[n]).sum((1, 2)) for n in found.gradients)
+    torch.testing.assert_close(worth, found.metric, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_last_layer_and_the_direct_paths_account_for_the_metric() -> None:
+    """What all nodes write reaches the logits of the last layer's own, by no path but the norm."""
+    model = model_of("llama")
+    last = f"blocks.{models.N_LAYERS - 1}"
+    names = [f"{last}.hook_resid_pre", f"{last}.hook_attn_out", f"{last}.hook_mlp_out"]
+    names = [model.hook_dict[name].name for name in names]
+    found = metric_gradients(model, ALONE, names, linearization="detached")
+    # Gradients in the writes are those of the final norm and unembedding; every write once.
+    final = found.gradients[names[2]]
+    logit_parts = sum((found.activations[n] * final).sum((1, 2)) for n in names)
+    torch.testing.assert_close(logit_parts, found.metric, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_jacobian_is_what_a_small_step_towards_the_reference_costs(backend: str) -> None:
+    model, step = model_of(backend), 1e-4
+    points = node_points(model)
+    found = contributions(model, PAIR, points, linearization="jacobian")
+    twin = activations(model, CORRUPT, [p.name for p in points])
+    for point in (points[0], points[3]):
+        # All nodes of a layer at once, each in a direction of its own length.
+        weights = torch.linspace(-1, 1, point.n_nodes, dtype=F64)
+
+        def moved(sign: int, point=point, weights=weights) -> Tensor:
+            def edit(value: Tensor) -> Tensor:
+                change = point.split(twin[point.name] - value) * weights[:, None]
+                return value + sign * step * change.reshape(value.shape)
+
+            with torch.no_grad():
+                return METRIC.fn(run_edited(model, CLEAN, {point.name: edit})).sum()
+
+        slope = (moved(-1) - moved(1)) / (2 * step)
+        score = (found.nodes[point.name] * weights).sum()
+        torch.testing.assert_close(score, slope, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama"])
+def test_on_the_corrupt_side_the_jacobian_is_attribution_patching(family: str) -> None:
+    """TransformerLens takes the gradient on the corrupt prompt and a denoising sign.
+
+    Swap the prompts, and putting back what was removed is minus removing it.
+    """
+    model = models.bridge(family)
+    metric = logit_difference([[1]], [[3]])
+    theirs = attribution_patch(model, CLEAN, CORRUPT, lambda logits: metric.fn(logits)[0])
+    both = logit_difference([[1]] * 2, [[3]] * 2)
+    ours = contributions(
+        model,
+        Prompts(CORRUPT, both, CLEAN),
+        node_points(model, ("head", "mlp")),
+        linearization="jacobian",
+    )
+    points = {(p.kind, p.layer): p.name for p in node_points(model, ("head", "mlp"))}
+    kinds = {"attn_head_out": "head", "mlp_out": "mlp"}
+    for node, score in theirs.node_scores.items():
+        if node.kind == "embed":
+            mine = ours.embeddings[:, node.position]
+        else:
+            name = points[kinds[node.kind], node.layer]
+            mine = ours.nodes[name][:, node.position, node.head or 0]
+        assert -float(mine.mean()) == pytest.approx(score, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_through_patterns_is_the_slope_of_a_model_with_live_patterns(backend: str) -> None:
+    """Gates and norm scales frozen, patterns computed: its finite differences are the scores."""
+    model, step = model_of(backend), 1e-4
+    (point, *_) = points = node_points(model)
+    through, beside = (
+        contributions(model, PAIR, points, through_patterns=t).nodes[point.name]
+        for t in (True, False)
+    )
+    twin = activations(model, CORRUPT, [point.name])[point.name]
+    edits = {s: {point.name: lambda v, s=s: v + s * step * (twin - v.detach())} for s in (1, -1)}
+
+    def slope(**mode) -> Tensor:
+        low, high = (frozen(model, PAIR, edits[s], **mode) for s in (1, -1))
+        return (high - low) / (2 * step)
+
+    torch.testing.assert_close(through.sum(), slope(through_patterns=True), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(beside.sum(), slope(), rtol=1e-6, atol=1e-8)
+    assert float((through - beside).norm() / beside.norm()) > 0.01
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pattern_is_worth_what_replacing_it_in_the_frozen_model_costs(backend: str) -> None:
+    model, head = model_of(backend), 2
+    names = pattern_names(model)
+    patterns = activations(model, CLEAN, names)
+    twin = activations(model, CORRUPT, names)[names[1]]
+
+    def look_elsewhere(pattern: Tensor) -> Tensor:
+        return torch.cat([pattern[:, :head], twin[:, head:][:, :1], pattern[:, head + 1 :]], 1)
+
+    left = frozen(model, PAIR, {names[1]: look_elsewhere}, held=patterns, through_patterns=True)
+    with torch.no_grad():
+        cost = METRIC.fn(model(CLEAN)).sum() - left
+    score = pattern_attribution(model, PAIR).of("head", 1)[head].double()
+    torch.testing.assert_close(score, cost / 2, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("linearization", ["detached", "jacobian"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_twin_a_pattern_scores_as_its_head(backend: str, linearization: str) -> None:
+    """Attention is linear in the pattern as it is in the values: both are all of it."""
+    model = model_of(backend)
+    patterns = pattern_attribution(model, ALONE, linearization=linearization)
+    heads = node_attribution(model, ALONE, ("head",), linearization=linearization)
+    assert patterns.points == heads.points
+    torch.testing.assert_close(patterns.values, heads.values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bridge_and_a_hooked_transformer_agree() -> None:
+    for options in (
+        {},
+        {"linearization": "jacobian"},
+        {"through_patterns": True},
+    ):
+        scores = [node_attribution(model_of(b), PAIR, **options).values for b in ("gpt2", "hooked")]
+        torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        *(pattern_attribution(model_of(b), PAIR).values for b in ("gpt2", "hooked")),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+
+
+def test_bfloat16_scores_are_those_of_float64_but_for_rounding() -> None:
+    model = models.bridge("gpt2", torch.bfloat16)
+    found = node_attribution(model, PAIR, ("head", "mlp"))
+    truth = node_attribution(model_of("gpt2"), PAIR, ("head", "mlp"))
+    assert found.values.dtype == torch.float32
+    assert models.relative_error(found.values, truth.values) < 0.1
+
+
+def test_batches_are_weighed_by_their_prompts() -> None:
+    model = model_of("gpt2")
+    three = Prompts(models.tokens(3, seed=3), logit_difference([[1]] * 3, [[3]] * 3))
+    separate = [node_attribution(model, batch).values for batch in (ALONE, three)]
+    together = node_attribution(model, iter([ALONE, three])).values
+    torch.testing.assert_close(together, (2 * separate[0] + 3 * separate[1]) / 5)
+
+
+def test_a_metric_is_differentiated_as_it_is() -> None:
+    """The detached linearisation is of the model, not of the softmax that a metric may take."""
+    model = model_of("gpt2")
+
+    def scores(fn: Callable[[Tensor], Tensor]) -> Tensor:
+        return node_attribution(model, Prompts(CLEAN, Metric(fn), CORRUPT)).values.double()
+
+    def probability(logits: Tensor) -> Tensor:
+        return logits[:, -1].softmax(-1)[:, 5]
+
+    with torch.no_grad():
+        logits = model(CLEAN)
+    logits.requires_grad_()
+    (slope,) = torch.autograd.grad(probability(logits).sum(), logits)
+    torch.testing.assert_close(scores(probability), scores(lambda y: (y * slope).sum((1, 2))))
+
+
+@pytest.mark.parametrize("backend", ["gpt2", "hooked"])
+def test_the_model_is_left_as_it_was(backend: str) -> None:
+    model = models.hooked() if backend == "hooked" else models.bridge(backend)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    hooks = [len(p.fwd_hooks) for p in model.hook_dict.values()]
+    node_attribution(model, PAIR)
+    pattern_attribution(model, PAIR)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert [m.training for m in model.modules()] == modes
+    assert [len(p.fwd_hooks) for p in model.hook_dict.values()] == hooks
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_hooks_of_the_users_take_part() -> None:
+    model = models.bridge("gpt2", F64)
+    neurons = node_points(model, ("neuron",))[1].name
+
+    def silence(value: Tensor, hook: object) -> Tensor:
+        value = value.clone()
+        value[..., 7] = 0
+        return value
+
+    untouched = node_attribution(model, ALONE)
+    model.add_hook(neurons, silence)
+    edited = node_attribution(model, ALONE)
+    assert untouched.node(Node("neuron", 1, 7)).score != 0
+    assert edited.node(Node("neuron", 1, 7)).score == 0
+    expected = model(CLEAN)
+    model.reset_hooks()
+    assert not torch.allclose(expected, model(CLEAN))
+    # The later layers see the edit as well.
+    assert not torch.equal(edited.of("head", 2), untouched.of("head", 2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradient_modes_make_no_difference(mode: Callable) -> None:
+    model = model_of("gpt2")
+    logits = model(CORRUPT).detach()
+    makers = {
+        "logit difference": lambda: Prompts(CLEAN.clone(), METRIC, CORRUPT.clone()),
+        "probability": lambda: Prompts(CLEAN.clone(), log_probability([[1], [2, 3]])),
+        "KL": lambda: Prompts(CLEAN.clone(), kl_divergence(logits.clone()), CORRUPT.clone()),
+    }
+    for make in makers.values():
+        expected = node_attribution(model, make()).values
+        with mode():
+            found = node_attribution(model, make()).values
+            assert not torch.is_grad_enabled()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_bad_input_is_refused() -> None:
+    model = model_of("gpt2")
+    flat = Metric(lambda logits: logits[:, -1, 0] * 0)
+    unlinked = Metric(lambda logits: logits[:, -1, 0].detach())
+    scalar = Metric(lambda logits: logits[:, -1].sum())
+    number = Metric(lambda logits: float(logits.detach().sum()))
+    infinite = Metric(lambda logits: logits[:, -1, 0] / 0)
+    for metric, match in [
+        (flat, "constant"),
+        (unlinked, "constant"),
+        (kl_divergence(model(CLEAN).detach()), "take the logits of another prompt"),
+        (scalar, "one number a prompt"),
+        (number, "gave float"),
+        (infinite, "not finite"),
+        (logit_difference([[1]], [[2]]), "made for 1 prompts and got 2"),
+        (logit_difference([[1]] * 2, [[2]] * 2, position=9), "position=9"),
+        (logit_difference([[1]] * 2, [[models.D_VOCAB]] * 2), "vocabulary"),
+    ]:
+        with pytest.raises(lch.InputError, match=match):
+            node_attribution(model, Prompts(CLEAN, metric, CORRUPT))
+    with pytest.raises(lch.InputError, match="no prompts"):
+        node_attribution(model, [])
+    with pytest.raises(lch.InputError, match="linearization='linear'"):
+        node_attribution(model, PAIR, linearization="linear")  # type: ignore[arg-type]
+    with pytest.raises(lch.InputError, match="TransformerBridge"):
+        node_attribution(torch.nn.Linear(2, 2), PAIR)  # type: ignore[arg-type]

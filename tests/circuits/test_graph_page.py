@@ -1,0 +1,405 @@
+"""The interactive page of a graph: places of the nodes, numbers, and a browser that uses it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lch_plugin as lch
+from lch_plugin.circuits.graph_layout import PARTS, layout
+from lch_plugin.circuits.graph_page import NodeDetail, page_data, write_graph_page
+from lch_plugin.circuits.nodes import Node, ScoredNode
+from tests.browser import CHROMIUM, browse
+
+TOKENS = ["<bos>", " the", "</script><script>alert(1)</script>", "<b>", "\n", "&lt;", " {{ 1 }}"]
+LAST = len(TOKENS) - 1
+RANKS = {"embedding": 0, "attention": 1, "MLP": 2, "metric": 3}
+
+
+def node(
+    graph: nx.DiGraph,
+    key: str,
+    kind: str,
+    layer: int,
+    position: int,
+    contribution: float,
+    **more: Any,
+) -> None:
+    graph.add_node(
+        key,
+        kind=kind,
+        layer=layer,
+        position=position,
+        token=graph.graph["tokens"][position],
+        contribution=contribution,
+        **more,
+    )
+
+
+def small(n_neurons: int = 30, seed: int = 0, share_of_edges: float = 0.5) -> nx.DiGraph:
+    """A graph of the form that `attribution_graph` gives, with every kind of node."""
+    rng = random.Random(seed)
+    graph = nx.DiGraph(
+        tokens=TOKENS, prompt="".join(TOKENS[1:]), corrupt=None, linearization="detached",
+        metric={"name": "logit_difference", "value": 3.21, "reference": 0.0}, model="a model",
+    )  # fmt: skip
+    for p in range(len(TOKENS)):
+        node(graph, f"embedding@{p}", "embedding", -1, p, rng.gauss(0, 0.2))
+        node(graph, f"position@{p}", "position", -1, p, rng.gauss(0, 0.1))
+    for layer in range(3):
+        for head in range(2):
+            for p in (3, LAST):
+                node(graph, f"a{layer}.h{head}@{p}", "head", layer, p, rng.gauss(0, 1), index=head)
+        node(graph, f"rest a{layer}@{LAST}", "attn_rest", layer, LAST, rng.gauss(0, 0.1))
+        node(graph, f"rest m{layer}@{LAST}", "mlp_rest", layer, LAST, rng.gauss(0, 0.1))
+    for i in range(n_neurons):
+        node(
+            graph, f"m1.n{i}@{LAST}", "neuron", 1, LAST, rng.gauss(0, 0.3), index=i, activation=-1.5,
+            influence=rng.random(), offset=0.25,
+        )  # fmt: skip
+    node(graph, f"m2@{LAST}", "mlp", 2, LAST, 0.5)
+    node(graph, f"m0.f7@{LAST}", "feature", 0, LAST, 0.5, index=7)
+    node(graph, "metric", "metric", 3, LAST, 3.21, offset=-0.5)
+    place = {key: (d["layer"], RANKS[PARTS[d["kind"]]]) for key, d in graph.nodes(data=True)}
+    for source, target in combinations(sorted(graph, key=place.__getitem__), 2):
+        if place[source] < place[target] and rng.random() < share_of_edges:
+            graph.add_edge(source, target, weight=rng.gauss(0, 0.1))
+    return graph
+
+
+DETAILS = {
+    "a1.h0@3": NodeDetail(
+        promoted=[("<b>", 1.25), (" an", 0.5)],
+        suppressed=[("</script>", -0.75)],
+        attention=[0.1, 0.2, 0.3, 0.4],
+        scored=ScoredNode(Node("head", 1, 0), 0.625, 2, 87.5),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------- the layout
+
+
+@given(n_neurons=st.integers(0, 300), seed=st.integers(0, 5))
+@settings(max_examples=10, deadline=None)
+def test_no_node_hides_another_and_all_stand_inside(n_neurons: int, seed: int) -> None:
+    graph = small(n_neurons, seed, share_of_edges=0)
+    placed = layout(graph)
+    assert placed.nodes.keys() == set(graph)
+    nodes = sorted(placed.nodes.values())
+    for i, (x, y) in enumerate(nodes):
+        for other_x, other_y in nodes[i + 1 :]:
+            if other_x - x >= 14:
+                break
+            assert math.hypot(other_x - x, other_y - y) >= 14
+        assert 7 <= x <= placed.width - 7
+        assert 7 <= y <= placed.height - 7
+    for key, (x, _) in placed.nodes.items():
+        left, width = placed.columns[graph.nodes[key]["position"]]
+        assert left <= x <= left + width
+
+
+def test_layers_go_upward() -> None:
+    graph = small()
+    placed = layout(graph)
+    row = {key: (d["layer"], RANKS[PARTS[d["kind"]]]) for key, d in graph.nodes(data=True)}
+    for s, t in graph.edges:
+        assert placed.nodes[s][1] > placed.nodes[t][1]
+    for a, b in combinations(graph, 2):
+        if row[a] < row[b]:
+            assert placed.nodes[a][1] > placed.nodes[b][1]
+    labels = [(n, part) for n, part, _ in placed.rows]
+    assert labels == sorted(set(labels), key=lambda one: (one[0], RANKS[one[1]]))
+    assert labels[0] == (-1, "embedding")
+    assert labels[-1] == (3, "metric")
+
+
+# ------------------------------------------------------------------------------------ the data
+
+
+def test_numbers_are_those_of_the_graph() -> None:
+    graph = small()
+    data = page_data(graph, DETAILS)
+    assert json.loads(json.dumps(data)) == data
+    keys = [n["key"] for n in data["nodes"]]
+    assert keys == list(graph)
+    found = {(keys[s], keys[t]): weight for s, t, weight in data["edges"]}
+    assert found == {(s, t): w for s, t, w in graph.edges(data="weight")}
+    weights = [abs(weight) for _, _, weight in data["edges"]]
+    assert weights == sorted(weights, reverse=True)
+    for n in data["nodes"]:
+        own = graph.nodes[n["key"]]
+        assert (n["contribution"], n["token"]) == (own["contribution"], own["token"])
+        assert n["offset"] == own.get("offset")
+        peers = [d["contribution"] for _, d in graph.nodes(data=True) if d["kind"] == n["kind"]]
+        assert n["rank"] == 1 + sum(c > n["contribution"] for c in peers)
+        assert n["of"] == len(peers)
+        assert n["percentile"] == 100 * sum(c < n["contribution"] for c in peers) / len(peers)
+    head = data["nodes"][keys.index("a1.h0@3")]
+    assert head["title"] == "Head 0 of layer 1"
+    assert head["promoted"] == [["<b>", 1.25], [" an", 0.5]]
+    assert head["scored"] == {"score": 0.625, "rank": 2, "percentile": 87.5}
+
+
+@pytest.mark.parametrize(
+    ("metric", "units"),
+    [("logit_difference", "logits"), ("kl_divergence", "nats"), ("mine", "units of the metric")],
+)
+def test_units_follow_the_metric(metric: str, units: str) -> None:
+    graph = small()
+    graph.graph["metric"]["name"] = metric
+    assert page_data(graph)["units"] == units
+
+
+def test_what_is_no_attribution_graph_is_refused() -> None:
+    for graph, message in (
+        (nx.DiGraph(**small().graph), "of 0 nodes"),
+        (nx.DiGraph([("a", "b")]), "without the attributes .*'tokens'"),
+        (nx.DiGraph([("a", "b")], **small().graph), "node 'a' cannot be drawn"),
+    ):
+        with pytest.raises(lch.InputError, match=message):
+            page_data(graph)
+    for name, value in (("position", len(TOKENS)), ("kind", "gadget")):
+        graph = small()
+        graph.nodes["metric"][name] = value
+        with pytest.raises(lch.InputError, match="node 'metric' cannot be drawn"):
+            page_data(graph)
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(lch.OutputError, match="cannot be written"):
+        write_graph_page(small(), tmp_path / "missing" / "page.html")
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(lch.OutputError, match="Choose another path"):
+        write_graph_page(small(), tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+# ------------------------------------------------------------------------------------ the page
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "graph.html"
+    path.write_text("of an earlier run")
+    write_graph_page(small(), path, DETAILS)
+    return path
+
+
+def test_the_page_asks_for_nothing_and_tokens_stay_text(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "://" not in text
+    tags = Tags(page).found
+    assert [tag for tag, _ in tags].count("script") == 2
+    assert not {"b", "link", "img", "iframe"} & {tag for tag, _ in tags}
+    assert not [attrs for _, attrs in tags if "src" in attrs or "href" in attrs]
+    embedded = re.search(r'<script type="application/json">(.*?)</script>', text, re.S)
+    assert embedded is not None
+    assert json.loads(embedded[1]) == page_data(small(), DETAILS)
+
+
+def test_without_a_script_there_is_a_table(page: Path) -> None:
+    rows = [attrs["data-node"] for tag, attrs in Tags(page).found if tag == "tr" and attrs]
+    assert rows == [str(i) for i in range(len(small()))]
+
+
+SCRIPT = """
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const marks = all(".drawing .node"), panel = document.querySelector(".detail");
+  const mark = key => marks.find(m => graphNodes[m.dataset.node].key === key);
+  const graphNodes = JSON.parse(document.querySelector("script[type='application/json']").textContent).nodes;
+  const press = (key, target = document.activeElement) =>
+    target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+  const focused = () => graphNodes[document.activeElement.dataset?.node]?.key ?? null;
+  const selected = () => all(".drawing .node.selected").map(m => graphNodes[m.dataset.node].key);
+  const set = (input, value) => { input.value = value; input.dispatchEvent(new Event("input")); };
+  const [search, slider] = all(".tools input"), edges = () => all(".faint path").length;
+  const found = {};
+
+  found.nodes = marks.length;
+  found.boxes = marks.map(m => { const b = m.querySelector(".shape").getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; });
+  found.stops = marks.filter(m => m.getAttribute("tabindex") === "0").length;
+  found.label = mark("a1.h0@3").getAttribute("aria-label");
+  found.legend = document.querySelector(".legend").textContent;
+  found.wide = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
+
+  mark("a1.h0@3").dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
+  found.tip = document.querySelector(".tip").textContent;
+  found.strong = all(".strong path").length;
+  mark("a1.h0@3").dispatchEvent(new PointerEvent("pointerout", { bubbles: true }));
+  found.tipGone = document.querySelector(".tip").hidden && all(".strong path").length === 0;
+
+  mark("a1.h0@3").dispatchEvent(new MouseEvent("click", { bubbles: true }));
+  found.clicked = selected();
+  found.detail = panel.textContent;
+  found.lists = all(".links", panel).map(list => all("li", list).map(row => [row.querySelector("button").textContent, row.querySelector("span").textContent]));
+  found.pressed = mark("a1.h0@3").getAttribute("aria-pressed");
+  found.attention = all(".attention span", panel).map(s => [s.textContent, s.title]);
+  all(".links button", panel)[0].click();
+  found.jumped = [selected(), focused(), panel.querySelector("code").textContent];
+
+  mark("metric").focus();
+  press("ArrowDown"); found.down = focused();
+  press("ArrowUp"); found.up = focused();
+  mark("embedding@0").focus(); press("ArrowRight"); found.right = focused();
+  press("ArrowLeft"); found.left = focused();
+  press("Enter"); found.entered = selected();
+  found.stopsAfter = marks.filter(m => m.getAttribute("tabindex") === "0").map(m => graphNodes[m.dataset.node].key);
+  press("Escape"); found.cleared = [selected(), panel.querySelector("h3").textContent];
+
+  press("/", document.body); found.slash = document.activeElement === search;
+  const fits = query => { set(search, query); return marks.filter(m => !m.classList.contains("off")).map(m => graphNodes[m.dataset.node].key); };
+  found.byKind = fits("feature"); found.status = document.querySelector("[role=status]").textContent;
+  found.byName = fits("m1.n3@"); found.byToken = fits("<B>");
+  found.rows = all("tbody tr").filter(r => !r.hidden).length;
+  found.none = fits("nothing of the kind");
+  fits("m1.n3@"); document.querySelector(".tools").requestSubmit(); found.submitted = focused();
+  press("Escape"); found.all = marks.every(m => !m.classList.contains("off"));
+
+  set(slider, 0); found.edges = edges();
+  set(slider, 50); found.half = edges();
+  set(slider, 100); found.heaviest = [edges(), document.querySelector(".tools output").textContent];
+
+  document.querySelector("details.list").open = true;
+  const header = all("thead th").find(th => th.textContent.startsWith("contribution"));
+  const column = () => all("tbody tr").map(r => graphNodes[r.dataset.node].contribution);
+  header.querySelector("button").click(); found.sorted = column(); found.sort = header.getAttribute("aria-sort");
+  header.querySelector("button").click(); found.reversed = column();
+  all("tbody button")[0].click(); found.fromTable = selected();
+  found.requests = performance.getEntriesByType("resource").length;
+  return found;
+"""
+
+
+@pytest.fixture(scope="module")
+def browsed(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    found, said = browse(page, SCRIPT, tmp_path_factory.mktemp("profile"))
+    assert not said
+    return found
+
+
+def test_a_browser_draws_every_node_apart(browsed: dict[str, Any]) -> None:
+    assert browsed["nodes"] == len(browsed["boxes"]) == len(small())
+    assert browsed["requests"] == 0
+    assert browsed["wide"]
+    assert "neurons (30)" in browsed["legend"]
+    assert "features (1)" in browsed["legend"]
+    for (x, y, w, h), (x2, y2, w2, h2) in combinations(browsed["boxes"], 2):
+        assert w > 3
+        assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
+
+
+def signed(x: float) -> str:
+    return f"{x:+.3f}".replace("-", "−")
+
+
+def test_a_click_shows_what_the_node_does(browsed: dict[str, Any]) -> None:
+    graph, key = small(), "a1.h0@3"
+    worth = f"{signed(graph.nodes[key]['contribution'])} logits"
+    assert browsed["label"] == f"Head 0 of layer 1 at position 3, “<b>”: {worth}"
+    assert worth in browsed["tip"]
+    assert browsed["strong"] == graph.degree(key)
+    assert browsed["tipGone"]
+    assert browsed["clicked"] == [key]
+    assert browsed["pressed"] == "true"
+    peers = sorted(d["contribution"] for _, d in graph.nodes(data=True) if d["kind"] == "head")
+    place = peers.index(graph.nodes[key]["contribution"])
+    for text in (
+        "Head 0 of layer 1",
+        worth,
+        f"{len(peers) - place} of {len(peers)} heads drawn, percentile {100 * place / 12:.1f}",
+        "+0.625 logits, rank 2, percentile 87.50 of all heads",
+        "<b> +1.250",
+        "</script> −0.750",
+    ):
+        assert text in browsed["detail"]
+    assert browsed["attention"][3] == ["<b>", "3: 0.400"]
+    for listed, edges in zip(
+        browsed["lists"],
+        (graph.in_edges(key, "weight"), graph.out_edges(key, "weight")),
+        strict=True,
+    ):
+        other = 0 if edges is not None and listed is browsed["lists"][0] else 1
+        strongest = sorted(edges, key=lambda edge: -abs(edge[2]))[:8]
+        assert listed == [[edge[other], signed(edge[2])] for edge in strongest]
+    first = browsed["lists"][0][0][0]
+    assert browsed["jumped"] == [[first], first, first]
+
+
+def test_the_keyboard_moves_selects_and_clears(browsed: dict[str, Any]) -> None:
+    assert browsed["stops"] == 1
+    assert browsed["down"] in (f"m2@{LAST}", f"rest m2@{LAST}")
+    assert browsed["up"] == "metric"
+    assert browsed["right"] in ("embedding@1", "position@1")
+    assert browsed["left"] in ("embedding@0", "position@0")
+    assert browsed["entered"] == browsed["stopsAfter"] == [browsed["left"]]
+    assert browsed["cleared"] == [[], "What a node does"]
+
+
+def test_the_search_filters_nodes_and_rows(browsed: dict[str, Any]) -> None:
+    graph = small()
+    assert browsed["slash"]
+    assert browsed["byKind"] == [f"m0.f7@{LAST}"]
+    assert browsed["status"] == f"1 of {len(graph)} nodes"
+    assert browsed["byName"] == [f"m1.n3@{LAST}"]
+    at_b = [key for key, d in graph.nodes(data=True) if d["token"] == "<b>"]
+    assert browsed["byToken"] == at_b
+    assert browsed["rows"] == len(at_b)
+    assert browsed["none"] == []
+    assert browsed["submitted"] == f"m1.n3@{LAST}"
+    assert browsed["all"]
+
+
+def test_the_threshold_and_the_table(browsed: dict[str, Any]) -> None:
+    graph = small()
+    n_edges = graph.number_of_edges()
+    assert browsed["edges"] == n_edges
+    assert 1 < browsed["half"] < n_edges
+    heaviest = max(abs(w) for _, _, w in graph.edges(data="weight"))
+    assert browsed["heaviest"] == [1, f"{heaviest:.3f} logits: 1 of {n_edges}"]
+    contributions = sorted(d["contribution"] for _, d in graph.nodes(data=True))
+    assert browsed["sort"] == "descending"
+    assert browsed["sorted"] == contributions[::-1]
+    assert browsed["reversed"] == contributions
+    lowest = min(graph, key=lambda key: graph.nodes[key]["contribution"])
+    assert browsed["fromTable"] == [lowest]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_narrow_window_scrolls_the_drawing_alone(tmp_path: Path) -> None:
+    page = tmp_path / "graph.html"
+    write_graph_page(small(300), page)
+    script = """
+      const root = document.documentElement, drawing = document.querySelector(".drawing");
+      const [panel, box] = [".detail", ".drawing"].map(s => document.querySelector(s).getBoundingClientRect());
+      return { fits: root.scrollWidth <= root.clientWidth, scrolls: drawing.scrollWidth > drawing.clientWidth,
+               atTheEnd: drawing.scrollLeft > 0, below: panel.top >= box.bottom };
+    """
+    found, said = browse(page, script, tmp_path / "profile", width=500)
+    assert not said
+    assert found == {"fits": True, "scrolls": True, "atTheEnd": True, "below": True}

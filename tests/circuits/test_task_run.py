@@ -1,0 +1,209 @@
+"""``lch circuit``: the whole run on the embedded model, its files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lch_plugin as lch
+from lch_plugin import plots
+from lch_plugin.circuits import Circuit, NodeScores, graphs
+from lch_plugin.cli import app
+from tests.browser import CHROMIUM, browse
+
+N, SHARE, SEED = 6, 0.05, 1
+
+
+@cache
+def model() -> Any:
+    return lch.load_demo_model()
+
+
+@cache
+def scores() -> NodeScores:
+    train = lch.circuits.task(model(), "an", N, split="train", seed=SEED)
+    return lch.circuits.node_attribution(model(), train)
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["circuit", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("circuit") / "out"
+    arguments = ("--n", str(N), "--share", str(SHARE), "--seed", str(SEED))
+    return out, invoke("--task", "an", *arguments, "--out", str(out))
+
+
+def results(made: tuple[Path, str]) -> dict[str, Any]:
+    return json.loads((made[0] / "results.json").read_text())
+
+
+# ------------------------------------------------------------------------------- the whole run
+
+
+def test_five_percent_of_the_nodes_recover_four_fifths(made: tuple[Path, str]) -> None:
+    found = results(made)["circuit"]
+    assert found["share"] <= 0.05
+    assert found["recovered"] >= 0.8
+    assert found["interval"][0] <= found["recovered"] <= found["interval"][1]
+    assert len(found["random"]) == 20
+    assert max(found["random"]) < 0.2
+    out, said = made
+    first = f"recovers {100 * found['recovered']:.1f}%"
+    assert first in said
+    assert f"with {found['n_nodes']} nodes, {100 * found['share']:.1f}% of all" in said
+    page = " ".join((out / "report.html").read_text().split())
+    assert f"<b>{100 * found['recovered']:.1f} %</b>" in page
+    low, high = found["interval"]
+    assert f"[{100 * low:.1f} %, {100 * high:.1f} %]" in page
+    assert f"with {found['n_nodes']} nodes, <b>{100 * found['share']:.1f} %</b>" in page
+
+
+def test_it_is_found_on_one_split_and_tested_on_the_other(made: tuple[Path, str]) -> None:
+    saved = json.loads((made[0] / "circuit.json").read_text())
+    circuit = Circuit.from_dict(scores().points, saved["nodes"])
+    expected = scores().circuit(int(SHARE * len(scores().values)))
+    assert circuit.nodes == expected.nodes
+    test = lch.circuits.task(model(), "an", N, seed=SEED)
+    with torch.no_grad():
+        metric = torch.cat([batch.measure(model()(batch.clean)) for batch in test])
+    found = results(made)
+    assert found["circuit"]["metric_full"] == pytest.approx(float(metric.mean()), rel=1e-5)
+    assert found["circuit"]["n_prompts"] == N
+    assert saved["seed"] == found["run"]["seed"] == SEED
+    assert saved["model"] == found["run"]["model"]
+    (at_share,) = [r for r in found["by_size"]["circuits"] if r["share"] == SHARE]
+    assert at_share["recovered"] == pytest.approx(found["circuit"]["recovered"])
+
+
+def test_nodes_are_listed_with_rank_and_what_they_are_worth(made: tuple[Path, str]) -> None:
+    found = results(made)
+    listed = found["top_nodes"]
+    top = scores().top(len(listed))
+    assert len(listed) == 20
+    for row, one in zip(listed, top, strict=True):
+        assert row["node"] == str(one.node)
+        assert row["score"] == pytest.approx(one.score, rel=1e-4)
+        assert (row["rank"], row["percentile"]) == (one.rank, one.percentile)
+        assert row["fall"] == found["circuit"]["falls"][str(one.node)]
+        assert len(row["promotes"]) == 5 or row["kind"] == "head"
+    smallest = found["smallest"]
+    assert 1 <= smallest["n_nodes"] <= found["circuit"]["n_nodes"]
+
+
+def test_the_graph_is_of_the_circuit_and_of_one_held_out_prompt(made: tuple[Path, str]) -> None:
+    out, _ = made
+    graph = graphs.load(out / "graph.json")
+    nodes = {str(node) for node in scores().circuit(int(SHARE * len(scores().values))).nodes}
+    kept = {
+        key.split("@")[0] for key, d in graph.nodes(data=True) if d["kind"] in ("head", "neuron")
+    }
+    assert kept
+    assert kept <= nodes
+    (shown,) = lch.circuits.task(model(), "an", 1, seed=SEED)
+    assert graph.graph["prompt"] == model().to_string(shown.clean[0])
+    assert graph.graph["pruning"]["n_nodes"] > len(graph)
+    carried = nx.read_graphml(out / "graph.graphml")
+    assert set(carried.nodes) == set(graph.nodes)
+    assert set(carried.edges) == set(graph.edges)
+    mib = json.loads((out / "mib.json").read_text())
+    assert {"a0.h0", "m3", "logits"} <= mib["nodes"].keys()
+
+
+def test_a_browser_shows_the_graph_in_the_report(made: tuple[Path, str], tmp_path: Path) -> None:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    out, _ = made
+    page = out / "report.html"
+    assert "://" not in page.read_text()
+    script = """
+      const marks = [...document.querySelectorAll(".drawing .node")];
+      const top = document.querySelector("tbody tr");
+      marks[marks.length - 1].dispatchEvent(new MouseEvent("click", { bubbles: true }));
+      return { nodes: marks.length, panel: document.querySelector(".detail").textContent,
+               pictures: [...document.images].map(i => i.complete && i.naturalWidth > 0),
+               fits: document.documentElement.scrollWidth <= document.documentElement.clientWidth,
+               requests: performance.getEntriesByType("resource")
+                 .filter(r => !r.name.startsWith("data:")).length };
+    """
+    found, said = browse(page, script, tmp_path, width=600)
+    assert not said
+    graph = graphs.load(out / "graph.json")
+    assert found["nodes"] == len(graph)
+    last = list(graph)[-1]
+    assert last in found["panel"] or graph.nodes[last]["kind"] == "metric"
+    assert f"{graph.nodes[last]['contribution']:+.3f}".replace("-", "−") in found["panel"]
+    assert found["pictures"] == [True, True]
+    assert found["fits"]
+    assert found["requests"] == 0
+
+
+def test_the_plot_has_every_node_and_names_the_largest() -> None:
+    circuit = scores().circuit(103)
+    figure = plots.node_scores(scores(), circuit, n_named=5)
+    (axis,) = figure.axes
+    drawn = {points.get_label(): points.get_offsets() for points in axis.collections}
+    assert sum(map(len, drawn.values())) == len(scores().values)
+    inside = [v for name, v in drawn.items() if "in the circuit" in name]
+    assert sum(map(len, inside)) == len(circuit)
+    lowest = min(float(y) for v in inside for y in v[:, 1])
+    assert lowest == pytest.approx(float(scores().values[circuit.keep].min()))
+    names = [text.get_text() for text in axis.texts]
+    assert names == [str(one.node) for one in scores().top(5, by="magnitude")]
+
+
+def test_neurons_of_a_prompt(tmp_path: Path) -> None:
+    settings = ("--radius", "0.5", "--samples", "8", "--seed", "3", "--out", str(tmp_path / "out"))
+    said = invoke("--prompt", "I climbed up the apple tree and picked", "--layer", "2", *settings)
+    assert said.endswith("report.html")
+    run = json.loads((tmp_path / "out" / "results.json").read_text())["run"]
+    assert (run["layer"], run["radius"], run["n_samples"], run["seed"]) == (2, 0.5, 8, 3)
+
+
+# ----------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --task"),
+        (["--task", "an", "--prompt", "I"], "either --task"),
+        (["--task", "sums"], "no task is called 'sums'; there are an, ioi"),
+        (["--task", "an", "--n", "1"], "n=1"),
+        (["--task", "an", "--share", "0"], "share=0.0"),
+        (["--task", "an", "--share", "1"], "share=1.0"),
+        (["--task", "an", "--layer", "0"], "--layer has no meaning with --task"),
+        (["--task", "an", "--samples", "8"], "--samples has no meaning with --task"),
+        (["--prompt", "I", "--layer", "0", "--share", "0.1"], "--share has no meaning"),
+        (["--prompt", "I"], "needs a --layer"),
+        (["--prompt", "I", "--layer", "0", "--answer", " an"], "go together"),
+    ],
+)
+def test_mistakes_are_refused_before_a_model_is_loaded(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lch_plugin.loading.load", None)
+    with pytest.raises(lch.InputError, match=message):
+        invoke(*arguments, "--out", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_with_content_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lch_plugin.loading.load", None)
+    (tmp_path / "kept").touch()
+    with pytest.raises(lch.OutputError, match="exists with other content"):
+        invoke("--task", "an", "--out", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
