@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import baselines
 import torch
@@ -42,8 +42,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import node_points
-from lch_plugin.circuits import TASKS, NodeScores, Prompts, node_attribution, task
-from lch_plugin.circuits.faithfulness import faithfulness
+from lch_plugin.circuits import TASKS, Circuit, NodeScores, Prompts, node_attribution, task
+from lch_plugin.circuits.ablation import Ablation
+from lch_plugin.circuits.faithfulness import SHARES, cmd, cpr
 
 Score = Callable[[], NodeScores]
 UNIVERSES = {"heads and neurons": ("head", "neuron"), "heads and MLPs": ("head", "mlp")}
@@ -134,15 +135,34 @@ def agreement(scores: NodeScores, exact: NodeScores) -> dict[str, float]:
     }
 
 
-def judged(model: TransformerBridge, test: list[Prompts], scores: NodeScores) -> dict[str, float]:
-    """CPR, CMD and the share that a small circuit recovers."""
-    run = partial(faithfulness, model, test, scores, n_random=1, n_bootstrap=2)
-    by_score = run(by="score")
-    return {
-        "cpr": by_score.cpr,
-        "cmd": run(by="magnitude").cmd,
-        "recovered": float(by_score.recovered[by_score.shares.index(SHARE)]),
-    }
+class Judge:
+    """Judges circuits of growing size as `lch.circuits.faithfulness`, without its controls."""
+
+    def __init__(
+        self, model: TransformerBridge, test: list[Prompts], points: baselines.Points
+    ) -> None:
+        self._ablation = Ablation(model, test, points, "resample")
+        everything = self._ablation.everything()
+        self._full, self._empty = map(self._metric, (everything, ~everything))
+
+    def _metric(self, circuit: Circuit) -> float:
+        return float(self._ablation.metric(circuit).mean())
+
+    def __call__(self, scores: NodeScores) -> dict[str, float]:
+        """CPR, CMD and the share of the metric that a small circuit recovers."""
+        by_score, by_magnitude = (self._recovered(scores, by) for by in ("score", "magnitude"))
+        return {
+            "cpr": float(cpr(SHARES, by_score)),
+            "cmd": float(cmd(SHARES, by_magnitude)),
+            "recovered": float(by_score[SHARES.index(SHARE)]),
+        }
+
+    def _recovered(self, scores: NodeScores, by: Literal["score", "magnitude"]) -> torch.Tensor:
+        n_nodes = len(scores.values)
+        counts = [max(1, math.floor(share * n_nodes + 1e-9)) for share in SHARES]
+        kept = {n: self._metric(scores.circuit(n, by=by)) for n in dict.fromkeys(counts)}
+        recovered = torch.tensor([kept[n] for n in counts], dtype=torch.float64)
+        return (recovered - self._empty) / (self._full - self._empty)
 
 
 def peak_mebibytes(score: Score) -> float:
@@ -161,14 +181,14 @@ def compare(
     points = node_points(model, kinds)
     if "mlp" in kinds:
         baselines.check_attribution_patching(model, few, points)
-    exact = baselines.exact_patching(model, few, points)
+    exact, judge = baselines.exact_patching(model, few, points), Judge(model, test, points)
     found, on_few = methods(model, train, kinds), methods(model, few, kinds)
     # Memory grows with the batch, not with the number of batches.
     on_one_batch = methods(model, train[:1], kinds)
     seconds = in_turn({**found, PLAIN: partial(plain_passes, model, train)}, rounds)
 
     def row(method: str, scores: NodeScores, compared: NodeScores, **cost: float) -> Row:
-        figures = {**agreement(compared, exact), **judged(model, test, scores)}
+        figures = {**agreement(compared, exact), **judge(scores)}
         return Row(name, nodes, method, **figures, **cost)
 
     rows = [

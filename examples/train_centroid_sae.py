@@ -17,7 +17,7 @@ sae = TopKTrainingSAEConfig(
     d_in=model.cfg.d_model, d_sae=512, k=8, normalize_activations="expected_average_only_in"
 )
 config = lch.saes.runner_config(
-    sae, hook, training_tokens=200_000, train_batch_size_tokens=1024, lr=2e-3, output_path=out
+    sae, hook, training_tokens=100_000, train_batch_size_tokens=1024, lr=2e-3, output_path=out
 )
 lch.saes.train(model, Dataset.from_dict({"text": list(stories(2000))}), config)
 

@@ -40,7 +40,7 @@ def test_examples_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = {"train_centroid_sae.py": ["sae"], "vision_sae.py": ["--rows", "20_000"]}
+    arguments = {"train_centroid_sae.py": ["sae"], "vision_sae.py": ["--rows", "4096"]}
     monkeypatch.chdir(tmp_path)
     run_example(example, arguments.get(example, []), monkeypatch)
     assert capsys.readouterr().out.strip()
@@ -60,7 +60,7 @@ def test_the_vision_example_takes_other_models_and_images(
         Image.fromarray(pixels).save(directory / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    arguments = "--model model --images images --module layers.1.mlp --rows 4096"
+    arguments = "--model model --images images --module layers.1.mlp --rows 2048"
     run_example("vision_sae.py", arguments.split(), monkeypatch)
     assert (tmp_path / "vision_sae.png").is_file()
     assert "centroid, BatchTopK" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from typing import Any
 import networkx as nx
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
@@ -100,7 +100,7 @@ def direct_logits(
         residual: what the final norm reads where each write is a part of it.
         writes: one a row.
     """
-    norm = getattr(model, "ln_final", None) or nn.Identity()
+    norm: Any = model.ln_final
     norm = norm if isinstance(model, HookedTransformer) else norm.original_component
     recording = DetachedMode()
 

@@ -64,7 +64,7 @@ class Published:
     source: str
 
 
-#: By model and layer.
+#: By model, without its owner on the hub, and layer.
 PUBLISHED = {
     ("gpt2-large", 31): Published(
         neuron=892,
@@ -124,26 +124,16 @@ def run(
             for name, metric in metrics.items()
         }
         of_model = score(metric=list(metrics.values())[-1], generator=draw.manual_seed(seed))
-        published = PUBLISHED.get((str(model.cfg.model_name), parts.layer))
+        published = PUBLISHED.get((Path(model.cfg.model_name).name, parts.layer))
         top = {name: [n.index for n in a.top(N_TOP, by="magnitude")] for name, a in scored.items()}
         shown = {i for ranking in top.values() for i in ranking}
         shown |= set() if published is None else {published.neuron}
         results: dict[str, Any] = {
             "run": {
-                "model": portable(model.cfg.model_name),
-                "n_layers": model.cfg.n_layers,
-                "layer": parts.layer,
-                "hook": parts.post_activation_name,
-                "n_neurons": parts.weights.W_out.shape[0],
+                **_provenance(model, parts),
                 "radius": radius,
                 "n_samples": n_samples,
                 "seed": seed,
-                "dtype": str(model.cfg.dtype),
-                "weights": weight_processing(model, parts.layer),
-                "versions": {
-                    name: version(name)
-                    for name in ("lch-plugin", "torch", "transformer-lens", "transformers")
-                },
             },
             "prompt": prompt,
             "answer": answer,
@@ -204,6 +194,20 @@ def patched_alone(
             logits = run_edited(model, twins, {hook_name: put})
         found += [batch.measure(row[None]) for row in logits]
     return torch.cat(found)
+
+
+def _provenance(model: TransformerBridge, parts: MLPParts) -> dict[str, Any]:
+    packages = ("lch-plugin", "torch", "transformer-lens", "transformers")
+    return {
+        "model": portable(model.cfg.model_name),
+        "n_layers": model.cfg.n_layers,
+        "layer": parts.layer,
+        "hook": parts.post_activation_name,
+        "n_neurons": parts.weights.W_out.shape[0],
+        "dtype": str(model.cfg.dtype),
+        "weights": weight_processing(model, parts.layer),
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def _batch(

@@ -105,7 +105,7 @@ def run(
     graph = prune(attribution_graph(model, shown, circuit=circuit))
     details = node_details(model, shown, graph, scores)
     units = UNITS[shown.metric.name]
-    results = {
+    results: dict[str, Any] = {
         "run": {
             **_describe(model),
             "task": name,

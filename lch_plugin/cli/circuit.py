@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,8 +49,8 @@ def circuit(
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
-    of_task = {"n": n, "share": share}
-    of_prompt = {
+    of_task: dict[str, Any] = {"n": n, "share": share}
+    of_prompt: dict[str, Any] = {
         "layer": layer,
         "answer": answer,
         "foil": foil,
@@ -63,23 +63,24 @@ def circuit(
             "give either --task, to find and test a circuit, or --prompt with --layer, to score "
             "neurons."
         )
-    other = of_prompt if prompt is None else of_task
+    own, other = (of_task, of_prompt) if prompt is None else (of_prompt, of_task)
     stray = [name.removeprefix("n_") for name, value in other.items() if value is not None]
     if stray:
         chosen = "--task" if prompt is None else "--prompt"
         raise InputError(f"--{stray[0]} has no meaning with {chosen}. Leave it out.")
-    settings = {name: value for name, value in of_task.items() if value is not None}
-    more = {name: value for name, value in of_prompt.items() if value is not None}
+    settings = {name: value for name, value in own.items() if value is not None}
     check_new_directory(out)
+
+    def bridge() -> Any:
+        return load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
+
     if task is not None:
         task_run.check(task, **settings)
-    elif layer is None:
-        raise InputError("--prompt needs a --layer, whose neurons are scored.")
-    elif (answer is None) != (foil is None):
-        raise InputError("--answer and --foil go together: their logits are compared.")
-    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
-    if task is not None:
-        task_run.run(bridge, task, out, **settings, seed=seed)
-    else:
-        neuron_run.run(bridge, prompt, out=out, **more, seed=seed)
+        task_run.run(bridge(), task, out, **settings, seed=seed)
+    elif prompt is not None:
+        if layer is None:
+            raise InputError("--prompt needs a --layer, whose neurons are scored.")
+        if (answer is None) != (foil is None):
+            raise InputError("--answer and --foil go together: their logits are compared.")
+        neuron_run.run(bridge(), prompt, out=out, **settings, seed=seed)
     typer.echo(f"Open {out / 'report.html'}")

@@ -9,7 +9,7 @@
   const [search, slider] = form.querySelectorAll("input");
   const [shownEdges, status] = [form.querySelector("output"), form.querySelector("[role=status]")];
   // Room on the left for the names of rows, and below for the tokens.
-  const LEFT = 84, EDGE = 24, TOP = 8, LONGEST = 12;
+  const LEFT = 84, EDGE = 36, TOP = 8, LONGEST = 12;
   const BOTTOM = 26 + 5.5 * Math.min(LONGEST, Math.max(...tokens.map(token => token.length)));
   // Edges drawn at first.
   const FAINT = 400;
@@ -223,6 +223,8 @@
     const least = Number(slider.value) === 0 ? 0 : lightest * Math.exp(range * slider.value / 100);
     const drawn = edges.filter(edge => Math.abs(edge[2]) >= least * (1 - 1e-9));
     faint.replaceChildren(...drawn.reverse().map(curve));
+    // The fewer there are, the clearer each may be.
+    faint.style.setProperty("--faint", Math.min(0.5, 2.6 / Math.sqrt(drawn.length + 1)).toFixed(2));
     shownEdges.textContent = `${number(least)} ${graph.units}: ${drawn.length} of ${edges.length}`;
   }
   function sortable(th, column) {

@@ -69,7 +69,7 @@ def written(demo: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("runs") / "all"
     published = neuron_run.Published(5, rank=7, percentile=85.5, recovered=0.5, source="A paper.")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(neuron_run.PUBLISHED, (demo.cfg.model_name, 2), published)
+        patch.setitem(neuron_run.PUBLISHED, (Path(demo.cfg.model_name).name, 2), published)
         neuron_run.run(demo, PROMPT, -2, out, **PAIR, **SETTINGS)
     return out
 
@@ -142,7 +142,9 @@ def test_without_answer_and_foil_there_are_no_targeted_scores(
         n_samples=8,
         generator=torch.Generator().manual_seed(3),
     )
-    assert results["rankings"]["untargeted"][0] == scored.top(1)[0].index
+    (top,) = scored.top(1)
+    first = results["neurons"][str(results["rankings"]["untargeted"][0])]
+    assert first["scores"]["untargeted"]["score"] == pytest.approx(top.score, rel=1e-5)
 
 
 def test_the_an_neuron_of_the_embedded_model(written: Path) -> None:

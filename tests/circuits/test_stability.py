@@ -22,27 +22,36 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("metric", [None, lch.circuits.logit_difference([[1]], [[2]])])
-def test_each_value_compares_two_attributions(metric: lch.cotangents.Metric | None) -> None:
+METRIC = lch.circuits.logit_difference([[1]], [[2]])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {},
+        {"cotangent": torch.linspace(-1, 2, models.D_MODEL)},
+        {"metric": METRIC},
+        {"metric": METRIC, "linearization": "jacobian"},
+    ],
+)
+def test_each_value_compares_two_attributions(target: dict[str, Any]) -> None:
     model = models.bridge("gpt2")
 
-    def scores(radius: float, seed: int, layer: int) -> torch.Tensor:
+    def scores(radius: float, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return lch.circuits.neuron_attribution(
-            model, IDS, layer, -2, radius, 8, metric=metric, generator=generator
-        ).scores[layer]
+            model, IDS, 1, -2, radius, 8, generator=generator, **target
+        ).scores[1]
 
-    # One layer at a time, since the layers of one call draw their points one after another.
-    for layer in (0, 1):
-        found = stability(model, IDS, layer, -2, 8, metric=metric, **OPTIONS)
-        reference = scores(0.5, 6, layer)
-        for i, radius in enumerate((0.1, 3.0)):
-            for j, seed in enumerate((4, 5)):
-                other = scores(radius, seed, layer)
-                truth = spearmanr(reference, other).statistic
-                assert float(found.spearman[layer][i, j]) == pytest.approx(truth, rel=1e-5)
-                shared = {*reference.topk(6).indices.tolist()} & {*other.topk(6).indices.tolist()}
-                assert float(found.overlap[layer][i, j]) == pytest.approx(len(shared) / 6)
+    found = stability(model, IDS, 1, -2, 8, **OPTIONS, **target)
+    reference = scores(0.5, 6)
+    for i, radius in enumerate((0.1, 3.0)):
+        for j, seed in enumerate((4, 5)):
+            other = scores(radius, seed)
+            truth = spearmanr(reference, other).statistic
+            assert float(found.spearman[1][i, j]) == pytest.approx(truth, rel=1e-5)
+            shared = {*reference.topk(6).indices.tolist()} & {*other.topk(6).indices.tolist()}
+            assert float(found.overlap[1][i, j]) == pytest.approx(len(shared) / 6)
 
 
 def test_it_runs_the_model_once_and_says_what_was_done() -> None:

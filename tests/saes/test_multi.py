@@ -170,7 +170,7 @@ def test_one_learning_rate_serves_layers_whose_centroids_differ_by_orders_of_mag
             config(
                 saes=dict.fromkeys(names, one),
                 hook_names={name: name for name in names},
-                training_tokens=20_000,
+                training_tokens=10_000,
             ),
         )
         with lch.attach(model, layers=[0, 1, 2]):

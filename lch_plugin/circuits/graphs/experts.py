@@ -9,7 +9,7 @@ of the writes before it, or there is a `SiteError`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, NodePoint, run_edited
-from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.gates import Act, Gate
 from lch_plugin.adapters.transformer_lens.reads import (
     Component,
     components,
@@ -193,13 +193,9 @@ def freeze(
     final = _rows(clean.final, n_pos)
     tolerance = _tolerance(clean.final.dtype)
     stages = _stages(experts, final, tolerance)
-    embeddings = _rows(clean.embedding, n_pos)
-    positions = None if clean.positions is None else _rows(clean.positions, n_pos)
-    entering = embeddings if positions is None else embeddings + positions
-    as_is = _equal(experts[0].clean.read, entering, tolerance)
-    if twin is not None or not as_is:  # The same positions are embedded in both prompts.
+    embeddings, positions, as_is = _entering(clean, experts[0].clean.read, tolerance)
+    if twin is not None:  # The same positions are embedded in both prompts.
         embeddings, positions = experts[0].values.read, None
-    if twin is not None:
         final = final - _rows(twin.final, n_pos)
     return FrozenModel(
         embeddings=embeddings,
@@ -241,70 +237,109 @@ class _Wiring:
         self, prompt: Prompts, tokens: Int[Tensor, "1 pos"], mode: DetachedMode | None
     ) -> _Pass:
         """One pass, every component and the final norm cut off from what came before."""
-        cuts: dict[object, tuple[Tensor, Tensor]] = {}
+        cuts = _Cuts(mode)
         seen: dict[object, Tensor] = {}
-        gates: dict[object, tuple[Gate, Callable[[Tensor], Tensor | None]]] = {}
-
-        def cut(key: object, value: Tensor) -> Tensor:
-            # HookedTransformer normalises once for queries, once for keys, once for values.
-            if key in cuts and cuts[key][0] is value:
-                return cuts[key][1]
-            if key in cuts:
-                raise SiteError(
-                    "a norm reads several things in one pass, so there is no one residual stream "
-                    "to draw paths in. Turn off use_split_qkv_input, use_attn_in and key-value "
-                    "caches."
-                )
-            leaf = value.detach()
-            if torch.is_grad_enabled():
-                leaf = leaf.requires_grad_()
-                leaf = leaf if mode is None else mode.follow(leaf)
-            cuts[key] = value, leaf
-            return leaf
 
         def see(key: object, value: Tensor) -> Tensor:
             seen[key] = value
             return value
 
-        for gate in [self._final, *(c.read for c in self.components)]:
-            gates[gate.key] = gate, partial(cut, gate.key)
+        gates: list[tuple[Gate, Act]] = []
+        reads = {gate.key: gate for gate in [self._final, *(c.read for c in self.components)]}
+        gates += [(gate, partial(cuts.cut, key)) for key, gate in reads.items()]
         for i, component in enumerate(self.components):
-            gates["write", i] = component.write, partial(see, ("write", i))
+            gates.append((component.write, partial(see, ("write", i))))
             if component.layer in self._inputs and component.entry is not None:
-                gates["held", i] = component.entry, partial(see, ("held", i))
+                gates.append((component.entry, partial(see, ("held", i))))
         start = embedding_name(self._model)
         position = position_embedding_name(self._model)
         names = [start, *([] if position is None else [position]), *self._names.values()]
         edits = {name: partial(see, name) for name in names}
         try:
-            for gate, act in gates.values():
+            for gate, act in gates:
                 gate.install(lambda: True, act)
             with nullcontext() if mode is None else mode:
                 metric = prompt.measure(run_edited(self._model, tokens, edits))
         finally:
-            for gate, _ in gates.values():
+            for gate, _ in gates:
                 gate.remove()
-        graphs = []
-        for i, component in enumerate(self.components):
-            if component.read.key not in cuts or ("write", i) not in seen:
-                raise SiteError(
-                    f"what the {component.kind} of layer {component.layer} reads or writes did not "
-                    "pass its hook points, so its paths cannot be told. Call reset_saes() if an "
-                    "SAE stands there."
-                )
-            written = seen["write", i]
-            name = self._names.get((component.kind, component.layer))
-            held = seen.get(("held", i), written if name is None else seen[name])
-            graphs.append((cuts[component.read.key][1], held, written))
-        if self._final.key not in cuts:
-            raise SiteError("the final norm did not run, so the metric has no residual stream.")
         return _Pass(
             metric=metric,
-            final=cuts[self._final.key][1],
+            final=cuts.after(self._final.key, "the final norm"),
             embedding=seen[start],
             positions=None if position is None else seen[position],
-            graphs=graphs,
+            graphs=[self._graph(i, cuts, seen) for i in range(len(self.components))],
         )
+
+    def _graph(
+        self, i: int, cuts: _Cuts, seen: dict[object, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a component read, held and wrote."""
+        component = self.components[i]
+        label = f"the {component.kind} of layer {component.layer}"
+        if ("write", i) not in seen:
+            raise _unseen(label)
+        written = seen["write", i]
+        name = self._names.get((component.kind, component.layer))
+        held = seen.get(("held", i), written if name is None else seen[name])
+        return cuts.after(component.read.key, label), held, written
+
+
+class _Cuts:
+    """Places where what is read is replaced by a copy at which gradients end."""
+
+    def __init__(self, mode: DetachedMode | None) -> None:
+        self._mode = mode
+        self._made: dict[object, tuple[Tensor, Tensor]] = {}
+
+    def cut(self, key: object, value: Tensor) -> Tensor:
+        """The copy of what passes a place."""
+        if key not in self._made:
+            leaf = value.detach()
+            if torch.is_grad_enabled():
+                leaf = leaf.requires_grad_()
+                leaf = leaf if self._mode is None else self._mode.follow(leaf)
+            self._made[key] = value, leaf
+        passed, leaf = self._made[key]
+        # HookedTransformer normalises once for queries, once for keys, once for values.
+        if passed is not value:
+            raise SiteError(
+                "a norm reads several things in one pass, so there is no one residual stream to "
+                "draw paths in. Turn off use_split_qkv_input and use_attn_in."
+            )
+        return leaf
+
+    def after(self, key: object, reader: str) -> Tensor:
+        """The copy that was made at a place.
+
+        Raises:
+            SiteError: nothing passed there.
+        """
+        if key not in self._made:
+            raise _unseen(reader)
+        return self._made[key][1]
+
+
+def _unseen(label: str) -> SiteError:
+    return SiteError(
+        f"what {label} reads or writes did not pass its hook points, so its paths cannot be told. "
+        "If an SAE stands there, call reset_saes() first."
+    )
+
+
+def _entering(
+    passed: _Pass, first: Float[Tensor, "pos d_model"], tolerance: float
+) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, "pos d_model"] | None, bool]:
+    """What enters for tokens and for positions, and whether that is just their embeddings.
+
+    If it is not (they are scaled or normalised first), all of it counts for the tokens.
+    """
+    embeddings = _rows(passed.embedding, len(first))
+    positions = None if passed.positions is None else _rows(passed.positions, len(first))
+    total = embeddings if positions is None else embeddings + positions
+    if not _equal(first, total, tolerance):
+        return first, None, False
+    return embeddings, positions, True
 
 
 def _stages(
