@@ -31,9 +31,9 @@ from transformer_lens.tools.analysis import attribution_patch
 
 from lch_plugin.adapters.transformer_lens import NodePoint, run_edited
 from lch_plugin.circuits import NodeScores, Prompts
-from lch_plugin.circuits.ablation import Ablation
-from lch_plugin.circuits.attribution import activations, embedding_name, metric_gradients
+from lch_plugin.circuits.evaluation.ablation import Ablation
 from lch_plugin.circuits.nodes import all_nodes
+from lch_plugin.circuits.scores.attribution import activations, embedding_name, metric_gradients
 
 Points = tuple[NodePoint, ...]
 Values = dict[str, Tensor]

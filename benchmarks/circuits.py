@@ -1,6 +1,6 @@
 """Targeted centroids beside what circuits are found with today, on the tasks of `lch.circuits`.
 
-    make bench-circuits
+    python -W ignore benchmarks/circuits.py --json FILE
 
 On the embedded model, for two sets of nodes: heads and neurons (2,064), and heads and whole MLPs
 (20, as the MIB benchmark has them). Nodes are scored on the training split of a task and judged on
@@ -43,8 +43,8 @@ from transformer_lens.model_bridge import TransformerBridge
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import node_points
 from lch_plugin.circuits import TASKS, Circuit, NodeScores, Prompts, node_attribution, task
-from lch_plugin.circuits.ablation import Ablation
-from lch_plugin.circuits.faithfulness import SHARES, cmd, cpr
+from lch_plugin.circuits.evaluation.ablation import Ablation
+from lch_plugin.circuits.evaluation.faithfulness import SHARES, cmd, cpr
 
 Score = Callable[[], NodeScores]
 UNIVERSES = {"heads and neurons": ("head", "neuron"), "heads and MLPs": ("head", "mlp")}
@@ -55,7 +55,7 @@ PLAIN = "plain forward passes"
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one task."""
+    """One method on one task; what it costs is None where it is not measured."""
 
     task: str
     nodes: str
@@ -66,9 +66,9 @@ class Row:
     cpr: float
     cmd: float
     recovered: float
-    seconds: float
-    passes: float
-    mebibytes: float
+    seconds: float | None = None
+    passes: float | None = None
+    mebibytes: float | None = None
 
 
 class PeakMemory(TorchDispatchMode):
@@ -202,10 +202,9 @@ def compare(
         )
         for method, score in found.items()
     ]
-    unknown = dict.fromkeys(("seconds", "passes", "mebibytes"), math.nan)
-    rows.append(row(f"exact patching, {patched} pairs", exact, exact, **unknown))
+    rows.append(row(f"exact patching, {patched} pairs", exact, exact))
     orders = (baselines.random_scores(points, seed) for seed in range(RANDOM_SEEDS))
-    return [*rows, mean_row([row("random", order, order, **unknown) for order in orders])]
+    return [*rows, mean_row([row("random", order, order) for order in orders])]
 
 
 def plain_passes(model: TransformerBridge, batches: list[Prompts]) -> None:
@@ -254,13 +253,18 @@ def _table(rows: list[Row]) -> list[str]:
         "passes": "{0.passes:.1f}",
         "MiB": "{0.mebibytes:.0f}",
     }
+    costs = ("passes", "MiB")
+
+    def line(row: Row) -> str:
+        shown = (
+            "" if row.seconds is None and c in costs else f.format(row) for c, f in columns.items()
+        )
+        return f"| {row.method} | " + " | ".join(shown) + " |"
+
     return [
         "| method | " + " | ".join(columns) + " |",
         "| --- |" + " ---: |" * len(columns),
-        *(
-            f"| {row.method} | " + " | ".join(c.format(row) for c in columns.values()) + " |"
-            for row in rows
-        ),
+        *map(line, rows),
     ]
 
 

@@ -41,8 +41,8 @@ def measured(max_nodes: int, rounds: int) -> list[str]:
         path = Path(directory) / "graph.json"
 
         def save_and_load() -> None:
-            graphs.save(found["pruned"], path)
-            graphs.load(path)
+            graphs.save_graph(found["pruned"], path)
+            graphs.load_graph(path)
 
         tasks: dict[str, Task] = {"build": build, "prune": prune, "files": save_and_load}
         seconds = {name: statistics.median(t) for name, t in in_turn(tasks, rounds).items()}

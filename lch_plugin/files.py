@@ -98,6 +98,28 @@ def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterat
     partial.replace(path)
 
 
+def write_file(path: str | Path, text: str) -> None:
+    """Put text in place of a file, or leave it as it was.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path, temporary = Path(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}. Choose another path.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     # mkdtemp makes private directories; what we leave behind should be like any other.
     mask = os.umask(0)

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from lch_plugin.circuits import AblationCheck, Circuit, NeuronAttribution, Node, NodeScores
-from lch_plugin.circuits.faithfulness import Faithfulness
+from lch_plugin.circuits.evaluation.ablation import AblationCheck
+from lch_plugin.circuits.evaluation.faithfulness import Faithfulness
+from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
+from lch_plugin.circuits.scores.neurons import NeuronAttribution
 from lch_plugin.errors import InputError
 from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation
 from lch_plugin.saes.evaluation.functional import EXACT, MEAN, ResponseFit

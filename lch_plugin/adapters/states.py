@@ -15,7 +15,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     # A bridge puts the model it wraps into the same mode, which is no submodule of it.
     modules = [*module.modules(), *getattr(module, "original_model", nn.Module()).modules()]
     training = [m for m in modules if m.training]
-    module.eval()
+    if training:  # Asking is quick, and setting the mode of a bridge is slow.
+        module.eval()
     try:
         yield
     finally:

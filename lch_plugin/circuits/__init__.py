@@ -6,26 +6,29 @@ is a magnitude and has no sign. Every score comes with its rank and percentile.
 
 Modules, each knowing those before it: `metrics`, what is measured; `prompts`, on what; `tasks`,
 five known behaviours; `nodes`, heads, neurons and MLPs, their scores, and circuits made of them;
-`attribution`, scores of all nodes at once by targeted centroids; `neurons`, the paper's score of
-the neurons of an MLP; `ablation`, what the model says without some nodes; `faithfulness`, how much
-of the metric a circuit recovers; `mib`, scores for that benchmark's evaluator.
+`scores`, what each of them is worth; `graphs`, what flows between them; `evaluation`, whether a
+circuit is true of the model; `reports`, pages to look at.
 """
 
-from lch_plugin.circuits.ablation import AblationCheck, ablation_check, run_circuit
-from lch_plugin.circuits.attribution import node_attribution, pattern_attribution
-from lch_plugin.circuits.faithfulness import (
+from lch_plugin.circuits.evaluation.ablation import AblationCheck, ablation_check, run_circuit
+from lch_plugin.circuits.evaluation.faithfulness import (
     Faithfulness,
     Judgement,
     faithfulness,
     judge,
     smallest_circuit,
 )
+from lch_plugin.circuits.evaluation.mib import save_mib
+from lch_plugin.circuits.graphs import attribution_graph, load_graph, prune, save_graph
 from lch_plugin.circuits.metrics import kl_divergence, log_probability, logit_difference
-from lch_plugin.circuits.mib import save_mib
-from lch_plugin.circuits.neurons import Neuron, NeuronAttribution, neuron_attribution
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores, ScoredNode
 from lch_plugin.circuits.prompts import Prompts, prompts
-from lch_plugin.circuits.stability import Stability, stability
+from lch_plugin.circuits.reports.graph_details import node_details
+from lch_plugin.circuits.reports.graph_page import write_graph_page
+from lch_plugin.circuits.scores.attribution import node_attribution, pattern_attribution
+from lch_plugin.circuits.scores.features import FeatureScores, feature_attribution
+from lch_plugin.circuits.scores.neurons import Neuron, NeuronAttribution, neuron_attribution
+from lch_plugin.circuits.scores.stability import Stability, stability
 from lch_plugin.circuits.tasks import TASKS, task
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "AblationCheck",
     "Circuit",
     "Faithfulness",
+    "FeatureScores",
     "Judgement",
     "Neuron",
     "NeuronAttribution",
@@ -42,18 +46,25 @@ __all__ = [
     "ScoredNode",
     "Stability",
     "ablation_check",
+    "attribution_graph",
     "faithfulness",
+    "feature_attribution",
     "judge",
     "kl_divergence",
+    "load_graph",
     "log_probability",
     "logit_difference",
     "neuron_attribution",
     "node_attribution",
+    "node_details",
     "pattern_attribution",
     "prompts",
+    "prune",
     "run_circuit",
+    "save_graph",
     "save_mib",
     "smallest_circuit",
     "stability",
     "task",
+    "write_graph_page",
 ]

@@ -43,7 +43,7 @@ def circuit(
     out: Out = Path("circuit"),
 ) -> None:
     """The circuit of a task, tested and drawn; or the neurons that a prompt rests on."""
-    from lch_plugin.circuits import neuron_run, task_run
+    from lch_plugin.circuits.reports import neuron_run, task_run
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory

@@ -12,7 +12,7 @@ from sae_lens.saes.sae import SAEMetadata
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import node_points
 from lch_plugin.circuits import Circuit, Node, Prompts, logit_difference
-from lch_plugin.circuits.ablation import Ablation, run_circuit
+from lch_plugin.circuits.evaluation.ablation import Ablation, run_circuit
 from tests import models
 from tests.adapters.test_transformer_lens import sae_bridge
 

@@ -30,7 +30,7 @@ from lch_plugin.circuits import (
     node_attribution,
     pattern_attribution,
 )
-from lch_plugin.circuits.attribution import (
+from lch_plugin.circuits.scores.attribution import (
     activations,
     contributions,
     embedding_name,

@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import locate_mlps, mlp_inputs
 from lch_plugin.circuits import Prompts, logit_difference
-from lch_plugin.circuits.attribution import embedding_name
-from lch_plugin.circuits.features import active_features, feature_attribution
 from lch_plugin.circuits.graphs import attribution_graph
+from lch_plugin.circuits.scores.attribution import embedding_name
+from lch_plugin.circuits.scores.features import active_features, feature_attribution
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.saes.evaluation.steering import edited_input

@@ -23,8 +23,8 @@ from lch_plugin.circuits import (
     node_attribution,
     task,
 )
-from lch_plugin.circuits.ablation import run_circuit
-from lch_plugin.circuits.faithfulness import (
+from lch_plugin.circuits.evaluation.ablation import run_circuit
+from lch_plugin.circuits.evaluation.faithfulness import (
     SHARES,
     Faithfulness,
     cmd,

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lch_plugin as lch
-from lch_plugin.circuits.attribution import metric_gradients
-from lch_plugin.circuits.graph_details import node_details
 from lch_plugin.circuits.graphs import attribution_graph
+from lch_plugin.circuits.reports.graph_details import node_details
+from lch_plugin.circuits.scores.attribution import metric_gradients
 from lch_plugin.cotangents import Metric
 from tests import models
 

@@ -12,7 +12,7 @@ import torch
 from networkx.utils import graphs_equal
 
 from lch_plugin.circuits import Prompts, logit_difference
-from lch_plugin.circuits.graphs import attribution_graph, load, prune, save
+from lch_plugin.circuits.graphs import attribution_graph, load_graph, prune, save_graph
 from lch_plugin.errors import InputError, OutputError
 from tests import models
 
@@ -48,8 +48,8 @@ def test_a_graph_comes_back_to_the_last_bit(
 ) -> None:
     graph = prune(graph) if pruned else graph
     path = tmp_path / "new" / f"graph.{ending}"
-    save(graph, path)
-    found = load(path)
+    save_graph(graph, path)
+    found = load_graph(path)
     assert graphs_equal(found, graph)
     assert types(found) == types(graph)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -61,7 +61,7 @@ def check(data: dict[str, Any], required: dict[str, type]) -> None:
 
 
 def test_viewers_find_what_they_read(graph: nx.DiGraph, tmp_path: Path) -> None:
-    save(prune(graph), tmp_path / "climbed.json")
+    save_graph(prune(graph), tmp_path / "climbed.json")
     data = json.loads((tmp_path / "climbed.json").read_text())
     check(data["metadata"], METADATA)
     assert data["metadata"]["slug"] == "climbed"
@@ -93,7 +93,7 @@ def test_viewers_find_what_they_read(graph: nx.DiGraph, tmp_path: Path) -> None:
 
 
 def test_graphml_is_read_by_others(graph: nx.DiGraph, tmp_path: Path) -> None:
-    save(graph, tmp_path / "graph.graphml")
+    save_graph(graph, tmp_path / "graph.graphml")
     found = nx.read_graphml(tmp_path / "graph.graphml")
     assert set(found) == set(graph)
     assert {(s, t): w for s, t, w in found.edges(data="weight")} == {
@@ -106,27 +106,27 @@ def test_what_is_there_stays_if_the_new_cannot_be_written(
     graph: nx.DiGraph, tmp_path: Path
 ) -> None:
     path = tmp_path / "graph.json"
-    save(graph, path)
+    save_graph(graph, path)
     before = path.read_bytes()
     broken = graph.copy()
     broken.graph["prompt"] = float("nan")
     with pytest.raises(InputError, match=r"the graph holds what \.json cannot"):
-        save(broken, path)
+        save_graph(broken, path)
     assert path.read_bytes() == before
-    save(prune(graph), path)
+    save_graph(prune(graph), path)
     assert path.read_bytes() != before
     with pytest.raises(OutputError, match="cannot be written"):
-        save(graph, path / "graph.json")
+        save_graph(graph, path / "graph.json")
     assert [p.name for p in tmp_path.iterdir()] == ["graph.json"]
 
 
 def test_refused(graph: nx.DiGraph, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"neither \.json nor \.graphml"):
-        save(graph, tmp_path / "graph.txt")
+        save_graph(graph, tmp_path / "graph.txt")
     with pytest.raises(InputError, match="the graph lacks 'model'"):
-        save(nx.DiGraph(), tmp_path / "graph.json")
+        save_graph(nx.DiGraph(), tmp_path / "graph.json")
     with pytest.raises(InputError, match="holds no graph"):
-        load(tmp_path / "absent.json")
+        load_graph(tmp_path / "absent.json")
     for name, text in {
         "list.json": "[]",
         "broken.json": "{",
@@ -136,10 +136,10 @@ def test_refused(graph: nx.DiGraph, tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match="holds no graph"):
-            load(tmp_path / name)
-    save(graph, tmp_path / "graph.json")
+            load_graph(tmp_path / name)
+    save_graph(graph, tmp_path / "graph.json")
     data = json.loads((tmp_path / "graph.json").read_text())
     data["lch"]["format"] = 99
     (tmp_path / "graph.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match="format 99"):
-        load(tmp_path / "graph.json")
+        load_graph(tmp_path / "graph.json")

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lch_plugin as lch
-from lch_plugin.circuits.graph_layout import PARTS, layout
-from lch_plugin.circuits.graph_page import NodeDetail, page_data, write_graph_page
 from lch_plugin.circuits.nodes import Node, ScoredNode
+from lch_plugin.circuits.reports.graph_layout import PARTS, layout
+from lch_plugin.circuits.reports.graph_page import NodeDetail, page_data, write_graph_page
 from tests.browser import CHROMIUM, browse
 
 TOKENS = ["<bos>", " the", "</script><script>alert(1)</script>", "<b>", "\n", "&lt;", " {{ 1 }}"]
@@ -179,7 +179,7 @@ def test_what_is_no_attribution_graph_is_refused() -> None:
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(lch.OutputError, match="cannot be written"):
-        write_graph_page(small(), tmp_path / "missing" / "page.html")
+        write_graph_page(small(), Path(__file__) / "page.html")
     (tmp_path / "page.html").mkdir()
     with pytest.raises(lch.OutputError, match="Choose another path"):
         write_graph_page(small(), tmp_path / "page.html")

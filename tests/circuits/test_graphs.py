@@ -18,8 +18,8 @@ from lch_plugin.adapters.transformer_lens import node_points
 from lch_plugin.adapters.transformer_lens.anatomy import hook_points
 from lch_plugin.adapters.transformer_lens.reads import components
 from lch_plugin.circuits import Circuit, Node, Prompts, logit_difference
-from lch_plugin.circuits.attribution import activations, contributions, embedding_name
 from lch_plugin.circuits.graphs import attribution_graph, prune
+from lch_plugin.circuits.scores.attribution import activations, contributions, embedding_name
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.linearization import DetachedMode
 from tests import models

@@ -12,7 +12,7 @@ import torch
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import node_points
 from lch_plugin.circuits import Node, NodeScores
-from lch_plugin.circuits.mib import save_mib
+from lch_plugin.circuits.evaluation.mib import save_mib
 from tests import models
 
 

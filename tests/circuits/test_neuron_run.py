@@ -11,8 +11,8 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
-from lch_plugin.circuits import neuron_run
-from lch_plugin.circuits.direct import promoted_tokens
+from lch_plugin.circuits.reports import neuron_run
+from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.demo.tasks import pear_apple
 from tests import models
 

@@ -7,7 +7,7 @@ import torch
 
 import lch_plugin as lch
 from lch_plugin import plots
-from lch_plugin.circuits import neurons
+from lch_plugin.circuits.scores import neurons
 from lch_plugin.linearization import detached
 from lch_plugin.mlp import centroid_of_neurons
 from tests import models

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 
 import lch_plugin as lch
-from lch_plugin.circuits.stability import stability
+from lch_plugin.circuits.scores.stability import stability
 from tests import models
 
 IDS = models.tokens(batch=1)

@@ -104,7 +104,7 @@ def test_nodes_are_listed_with_rank_and_what_they_are_worth(made: tuple[Path, st
 
 def test_the_graph_is_of_the_circuit_and_of_one_held_out_prompt(made: tuple[Path, str]) -> None:
     out, _ = made
-    graph = graphs.load(out / "graph.json")
+    graph = graphs.load_graph(out / "graph.json")
     nodes = {str(node) for node in scores().circuit(int(SHARE * len(scores().values))).nodes}
     kept = {
         key.split("@")[0] for key, d in graph.nodes(data=True) if d["kind"] in ("head", "neuron")
@@ -139,7 +139,7 @@ def test_a_browser_shows_the_graph_in_the_report(made: tuple[Path, str], tmp_pat
     """
     found, said = browse(page, script, tmp_path, width=600)
     assert not said
-    graph = graphs.load(out / "graph.json")
+    graph = graphs.load_graph(out / "graph.json")
     assert found["nodes"] == len(graph)
     last = list(graph)[-1]
     assert last in found["panel"] or graph.nodes[last]["kind"] == "metric"

@@ -25,7 +25,7 @@ def small() -> Any:
         "TRAINING_TOKENS": 8192,
         "D_SAE": 64,
         "N_PROMPTS": 20,
-        "N_RANDOM": 20,
+        "N_RANDOM": 5,
     }.items():
         patch.setattr(demo, name, value)
     yield

@@ -316,8 +316,12 @@ def test_the_report_shows_the_scores(done: tuple[Path, Any]) -> None:
 def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
     done: tuple[Path, Any], vit: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the fourth SAE, and taken up again: what was done is kept."""
+    """Stopped in the fourth SAE, and taken up again: what was done is kept.
+
+    One k of the two: what an SAE scores does not depend on the others.
+    """
     trained: list[Any] = []
+    settings = ComparisonSettings(**{**vars(SMALL), "k": (4,)})
 
     def train_on(*args: Any, **kwargs: Any) -> Any:
         if len(trained) == 3:
@@ -329,7 +333,7 @@ def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
     data = three_digits("train"), three_digits("test")
     monkeypatch.setattr(work, "train_on", train_on)
     with pytest.raises(KeyboardInterrupt):
-        compare(vit, VISION_MLP, *data, tmp_path / "out", SMALL)
+        compare(vit, VISION_MLP, *data, tmp_path / "out", settings)
     monkeypatch.undo()
     partial = tmp_path / ".out.partial"
     assert [p.name for p in tmp_path.iterdir()] == [partial.name]
@@ -337,20 +341,24 @@ def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
     assert len(finished) == 3
     written = {p.name: (p / "scores.json").stat().st_mtime_ns for p in finished}
 
-    other = ComparisonSettings(**{**vars(SMALL), "lr": 2e-3})
+    other = ComparisonSettings(**{**vars(settings), "lr": 2e-3})
     with pytest.raises(lch.OutputError, match="settings differ"):
         compare(vit, VISION_MLP, *data, tmp_path / "out", other)
     # A part that was under way when the process was killed.
     (partial / "saes" / ".input-k4-seed1-killed").mkdir()
 
-    again = compare(vit, VISION_MLP, *data, tmp_path / "out", SMALL)
+    again = compare(vit, VISION_MLP, *data, tmp_path / "out", settings)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     for name, time in written.items():
         assert (tmp_path / "out" / "saes" / name / "scores.json").stat().st_mtime_ns == time
-    assert again == done[1]
+    (found,), (expected,) = again["comparisons"], done[1]["comparisons"]
+    assert len(found["scores"]) == 6
+    for key in ("scores", "summary"):
+        assert found[key] == [line for line in expected[key] if line["k"] == 4]
+    assert again["components"] == done[1]["components"]
     assert not list((tmp_path / "out").rglob(".*"))
     with pytest.raises(lch.OutputError, match="other content"):
-        compare(vit, VISION_MLP, *data, tmp_path / "out", SMALL)
+        compare(vit, VISION_MLP, *data, tmp_path / "out", settings)
 
 
 def test_unfinished_work_is_known_by_its_content(gpt2: LoadedModel, tmp_path: Path) -> None:

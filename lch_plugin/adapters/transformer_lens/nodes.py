@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
@@ -108,6 +110,8 @@ def run_edited(
 ) -> Float[Tensor, "batch pos d_vocab"]:
     """Logits, from a forward pass in which the values of some hook points are looked at or edited.
 
+    Hooks that the user has on the same points come first.
+
     Args:
         model: TransformerBridge or HookedTransformer.
         tokens: what it reads.
@@ -118,12 +122,25 @@ def run_edited(
     """
     fired: set[str] = set()
 
-    def on_value(name: str, value: Tensor, hook: object) -> Tensor | None:  # noqa: ARG001
+    def on_value(name: str, _module: object, _args: object, value: Tensor) -> Tensor | None:
         fired.add(name)
-        return edits[name](value)
+        # OPT's projections read batch and position as one.
+        edited = edits[name](value if value.ndim > 2 else value.reshape(*tokens.shape, -1))
+        return None if edited is None else edited.reshape(value.shape)
 
-    hooks = [(name, partial(on_value, name)) for name in edits]
-    logits: Tensor = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+    # Torch's own hooks: TransformerBridge lists all its hook points and their aliases ten times in
+    # a call of run_with_hooks, which takes as long as a pass of a small model.
+    points = {name: attrgetter(name)(model) for name in edits}
+    handles = [
+        point.register_forward_hook(partial(on_value, name))
+        for name, point in points.items()
+        if isinstance(point, HookPoint)
+    ]
+    try:
+        logits: Tensor = model(tokens, return_type="logits")
+    finally:
+        for handle in handles:
+            handle.remove()
     missed = [name for name in edits if name not in fired]
     if missed:
         raise SiteError(

@@ -7,7 +7,7 @@ and as GraphML.
 """
 
 from lch_plugin.circuits.graphs.building import attribution_graph
-from lch_plugin.circuits.graphs.files import load, save
+from lch_plugin.circuits.graphs.files import load_graph, save_graph
 from lch_plugin.circuits.graphs.pruning import prune
 
-__all__ = ["attribution_graph", "load", "prune", "save"]
+__all__ = ["attribution_graph", "load_graph", "prune", "save_graph"]

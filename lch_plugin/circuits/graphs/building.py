@@ -11,13 +11,13 @@ import torch
 from sae_lens import SAE
 
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
-from lch_plugin.circuits.attribution import Contributions, contributions
-from lch_plugin.circuits.features import active_features
 from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
 from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.scores.attribution import Contributions, contributions
+from lch_plugin.circuits.scores.features import active_features
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import portable
 from lch_plugin.sites import Linearization

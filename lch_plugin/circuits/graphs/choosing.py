@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import NodePoint
-from lch_plugin.circuits.attribution import Contributions
-from lch_plugin.circuits.features import ActiveFeatures
 from lch_plugin.circuits.graphs.experts import Expert
 from lch_plugin.circuits.graphs.parts import Parts, sliced
 from lch_plugin.circuits.nodes import Circuit
+from lch_plugin.circuits.scores.attribution import Contributions
+from lch_plugin.circuits.scores.features import ActiveFeatures
 
 #: Position and index of the nodes to keep, by kind and layer.
 Kept: TypeAlias = dict[tuple[str, int], list[tuple[int, int]]]

@@ -5,7 +5,7 @@ Viewers know transcoder features, their errors, tokens and logits. Heads, neuron
 ours are nodes with types of their own and what they are for a label (``clerp``); rests are errors;
 the metric is the one logit, of probability 1. ``influence`` is cumulative there, as both expect:
 their sliders hide the nodes above a threshold. Our own names and attributes stand under ``lch`` in
-each node and at the top, for `load` to read back to the last bit.
+each node and at the top, for `load_graph` to read back to the last bit.
 
 GraphML carries numbers and printable text; what it cannot carry, the graph's attributes among it,
 is in one attribute of the graph called ``lch``, as JSON.
@@ -14,8 +14,6 @@ is in one attribute of the graph called ``lch``, as JSON.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import Any
 
 import networkx as nx
 
-from lch_plugin.errors import InputError, OutputError
+from lch_plugin.errors import InputError
+from lch_plugin.files import write_file
 
 _FORMAT = 1
 _LAYERS_OF_TOKENS = "E"
@@ -41,7 +40,7 @@ _TYPES = {
 }
 
 
-def save(graph: nx.DiGraph, path: str | Path) -> None:
+def save_graph(graph: nx.DiGraph, path: str | Path) -> None:
     """Write a graph of `attribution_graph`, pruned or not; what was there is replaced.
 
     Args:
@@ -63,11 +62,11 @@ def save(graph: nx.DiGraph, path: str | Path) -> None:
             text = "\n".join(nx.generate_graphml(_carried(graph)))
     except (TypeError, ValueError) as error:
         raise InputError(f"the graph holds what {path.suffix} cannot: {error}") from error
-    _write(path, text)
+    write_file(path, text)
 
 
-def load(path: str | Path) -> nx.DiGraph:
-    """Read a graph that `save` wrote.
+def load_graph(path: str | Path) -> nx.DiGraph:
+    """Read a graph that `save_graph` wrote.
 
     Raises:
         InputError: there is no such file, or it holds no such graph.
@@ -226,20 +225,3 @@ def _is_carried(value: Any) -> bool:
     return isinstance(value, int | float) or (
         isinstance(value, str) and value.isprintable() and bool(value.strip())
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Put text in place of a file, or leave it as it was."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}. Choose another path.") from error

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.circuits.neurons import NeuronAttribution, read_neurons
+from lch_plugin.circuits.scores.neurons import NeuronAttribution, read_neurons
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.sites import Linearization, integers

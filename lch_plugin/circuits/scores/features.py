@@ -9,7 +9,7 @@ the metric in ``x``, removing it is worth, to the span's affine expert::
 
 in units of the metric: that is what the metric loses when the MLP reads ``x`` without its component
 along ``d``, or with that of a corrupt prompt. Directions overlap, so features' contributions do not
-add up to the MLP's. The choice of expert is as in `lch_plugin.circuits.attribution`.
+add up to the MLP's. The choice of expert is as in `lch_plugin.circuits.scores.attribution`.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ from lch_plugin.adapters.transformer_lens import (
     run_edited,
     weight_processing,
 )
-from lch_plugin.circuits.attribution import activations
-from lch_plugin.circuits.direct import promoted_tokens
-from lch_plugin.circuits.neurons import NeuronAttribution, neuron_attribution
 from lch_plugin.circuits.prompts import Prompts, prompts
-from lch_plugin.circuits.stability import stability
+from lch_plugin.circuits.reports.direct import promoted_tokens
+from lch_plugin.circuits.scores.attribution import activations
+from lch_plugin.circuits.scores.neurons import NeuronAttribution, neuron_attribution
+from lch_plugin.circuits.scores.stability import stability
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory, portable

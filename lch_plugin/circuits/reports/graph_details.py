@@ -1,9 +1,7 @@
 """What to say of the nodes of an attribution graph beside their numbers: tokens and attention.
 
-A node's write reaches the logits of its own position directly, through the final norm and the
-unembedding. With the scale of the norm held at what it is on the prompt the path is affine, so that
-the write is worth so many logits to each token (direct logit attribution). A soft cap of the logits
-is left out.
+Tokens are those that a node's write raises and lowers by direct logit attribution (`direct`), with
+the final norm's scale as it is on the prompt.
 """
 
 from __future__ import annotations
@@ -16,18 +14,16 @@ import networkx as nx
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
 from lch_plugin.adapters.transformer_lens.nodes import pattern_names
-from lch_plugin.adapters.transformer_lens.states import silenced
-from lch_plugin.circuits.attribution import activations
-from lch_plugin.circuits.graph_page import NodeDetail
 from lch_plugin.circuits.graphs.experts import freeze
 from lch_plugin.circuits.graphs.parts import sliced
 from lch_plugin.circuits.nodes import Node, NodeScores
 from lch_plugin.circuits.prompts import Prompts
-from lch_plugin.linearization import DetachedMode
+from lch_plugin.circuits.reports.direct import direct_logits
+from lch_plugin.circuits.reports.graph_page import NodeDetail
+from lch_plugin.circuits.scores.attribution import activations
 
 
 def node_details(
@@ -86,36 +82,6 @@ def node_details(
         )
 
     return {key: detail(key, data) for key, data in graph.nodes(data=True)}
-
-
-def direct_logits(
-    model: LensModel,
-    residual: Float[Tensor, "n d_model"],
-    writes: Float[Tensor, "n d_model"],
-) -> Float[Tensor, "n d_vocab"]:
-    """What some writes to the residual stream add to the logits, the final norm's scale held.
-
-    Args:
-        model: TransformerBridge or HookedTransformer.
-        residual: what the final norm reads where each write is a part of it.
-        writes: one a row.
-    """
-    norm: Any = model.ln_final
-    norm = norm if isinstance(model, HookedTransformer) else norm.original_component
-    recording = DetachedMode()
-
-    def normalised(x: Tensor, mode: DetachedMode) -> Tensor:
-        with mode:
-            return norm(mode.follow(x.detach().requires_grad_())).detach()
-
-    dtype = next(model.parameters()).dtype
-    with silenced(norm), torch.inference_mode(False), torch.enable_grad():
-        normalised(residual.to(dtype), recording)
-        with_write, without = (
-            normalised(x.to(dtype), DetachedMode(replay=recording.recorded))
-            for x in (writes, torch.zeros_like(writes))
-        )
-    return (with_write - without).to(writes.dtype) @ model.W_U.detach().to(writes.dtype)
 
 
 def _tokens(

@@ -26,15 +26,20 @@ from torch import Tensor
 from lch_plugin import plots
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.circuits.attribution import node_attribution
-from lch_plugin.circuits.direct import promoted_tokens
-from lch_plugin.circuits.faithfulness import Judgement, faithfulness, judge, smallest_circuit
-from lch_plugin.circuits.graph_details import node_details
-from lch_plugin.circuits.graph_page import UNITS, NodeDetail, page_data
-from lch_plugin.circuits.graphs import attribution_graph, prune, save
-from lch_plugin.circuits.mib import save_mib
+from lch_plugin.circuits.evaluation.faithfulness import (
+    Judgement,
+    faithfulness,
+    judge,
+    smallest_circuit,
+)
+from lch_plugin.circuits.evaluation.mib import save_mib
+from lch_plugin.circuits.graphs import attribution_graph, prune, save_graph
 from lch_plugin.circuits.nodes import ScoredNode
 from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.reports.direct import promoted_tokens
+from lch_plugin.circuits.reports.graph_details import node_details
+from lch_plugin.circuits.reports.graph_page import UNITS, NodeDetail, page_data
+from lch_plugin.circuits.scores.attribution import node_attribution
 from lch_plugin.circuits.tasks import TASKS, task
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, new_directory, portable
@@ -138,8 +143,8 @@ def run(
         record = {**results["run"], "nodes": circuit.to_dict()}
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (directory / "circuit.json").write_text(text + "\n", encoding="utf-8")
-        save(graph, directory / "graph.json")
-        save(graph, directory / "graph.graphml")
+        save_graph(graph, directory / "graph.json")
+        save_graph(graph, directory / "graph.graphml")
         save_mib(model, whole, directory / "mib.json")
     console.print(summary(results))
     return results

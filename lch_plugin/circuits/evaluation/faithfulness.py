@@ -1,7 +1,7 @@
 r"""Is a circuit true? How much of the metric it recovers by itself, and what it leaves out.
 
-With every node outside the circuit ``C`` replaced (`lch_plugin.circuits.ablation`), the metric,
-averaged over prompts, is ``m(C)``. The share recovered is::
+With every node outside the circuit ``C`` replaced (`ablation`), the metric, averaged over prompts,
+is ``m(C)``. The share recovered is::
 
     f(C) = (m(C) - m(empty)) / (m(full) - m(empty))
 
@@ -33,7 +33,7 @@ from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.circuits.ablation import Ablation, Reference
+from lch_plugin.circuits.evaluation.ablation import Ablation, Reference
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.errors import InputError

@@ -14,7 +14,7 @@ the expert that drives the metric, which at a point ``x`` is worth ``s a(x)``; o
 
 in units of the metric; positive if removing the neuron lowers it. One forward and one backward pass
 give ``s`` for every neuron of the model. At radius zero this is the neuron's score in
-`lch_plugin.circuits.attribution` with zero for reference.
+`lch_plugin.circuits.scores.attribution` with zero for reference.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from lch_plugin.adapters.transformer_lens import (
     recorded_mlp_inputs,
 )
 from lch_plugin.centroids import sample_neighbourhood
-from lch_plugin.circuits.attribution import metric_gradients
 from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.scores.attribution import metric_gradients
 from lch_plugin.cotangents import Metric, Vector, evaluate
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import neuron_scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ from typing import Any
 
 import networkx as nx
 
-from lch_plugin.circuits.graph_layout import layout
 from lch_plugin.circuits.nodes import ScoredNode
-from lch_plugin.errors import OutputError
+from lch_plugin.circuits.reports.graph_layout import layout
+from lch_plugin.files import write_file
 from lch_plugin.report import render
 
 #: What a metric is measured in, as far as its name tells.
@@ -60,21 +59,14 @@ def write_graph_page(
     Args:
         graph: of `lch_plugin.circuits.graphs`, pruned to some 500 nodes at most.
         path: of the HTML file.
-        details: by node, what to say beside (`lch_plugin.circuits.graph_details.node_details`).
+        details: by node, what to say beside (`lch_plugin.circuits.node_details`).
 
     Raises:
         InputError: nodes lack what `attribution_graph` gives them, or there are none.
         OutputError: the file cannot be written.
     """
     page = render("graph.html", {"graph": page_data(graph, details)})
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}. Choose another path.") from error
+    write_file(path, page)
 
 
 def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from lch_plugin.adapters.transformer_lens import (
     locate_mlps,
     run_edited,
 )
-from lch_plugin.circuits.attribution import activations
 from lch_plugin.circuits.metrics import logit_difference
 from lch_plugin.circuits.nodes import Circuit, Node
 from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
