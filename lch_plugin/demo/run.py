@@ -30,6 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin import circuits, plots, saes
 from lch_plugin.adapters.transformer_lens import attach, locate_mlps
+from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.contexts import top_contexts
 from lch_plugin.demo import load_demo_model
 from lch_plugin.demo.corpus import stories
@@ -354,19 +355,14 @@ def describe_neurons(
     hooks = {n.layer: mlps[n.layer].post_activation_name for n in top}
     values = values_at(model, tokens, list(hooks.values()))
     text = to_text(model, tokens)
-    described = []
-    for neuron in top:
-        # Direct logit attribution, through the final norm's gain and up to its scale.
-        writes = mlps[neuron.layer].weights.W_out[neuron.index] * model.ln_final.weight
-        promoted = ((writes - writes.mean()) @ model.W_U).topk(5).indices
-        described.append(
-            {
-                **dataclasses.asdict(neuron),
-                "promotes": [model.to_string(i) for i in promoted],
-                "contexts": contexts(values[hooks[neuron.layer]][..., neuron.index], text),
-            }
-        )
-    return described
+    return [
+        {
+            **dataclasses.asdict(neuron),
+            "promotes": promoted_tokens(model, neuron.layer, [neuron.index])[0],
+            "contexts": contexts(values[hooks[neuron.layer]][..., neuron.index], text),
+        }
+        for neuron in top
+    ]
 
 
 def to_text(model: TransformerBridge, tokens: Int[Tensor, "row pos"]) -> list[list[str]]:

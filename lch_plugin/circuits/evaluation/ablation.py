@@ -30,7 +30,6 @@ from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
-from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import integers
 
 Reference: TypeAlias = Literal["zero", "mean", "resample"]
@@ -97,8 +96,7 @@ class Ablation:
                     if point.name in masks
                 }
                 logits = run_edited(self._model, batch.clean, edits)
-                value = batch.measure(logits.to(at_least_float32(logits)))
-                found.append(value.double().cpu())
+                found.append(batch.measure(logits).double().cpu())
         return torch.cat(found)
 
     def everything(self) -> Circuit:
