@@ -2,7 +2,7 @@
 #
 #   make demo    the demonstration, into demo-report/ (anew each time)
 #   make test    lint, types and tests: what CI runs
-#   make bench   what centroids, and SAEs on them, cost
+#   make bench   what centroids, SAEs on them and circuits cost, and circuits beside other methods
 #
 # PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
 # libraries; PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them.
@@ -34,6 +34,9 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -W ignore benchmarks/centroids.py
 	$(BIN)/python -W ignore benchmarks/saes.py
+	$(BIN)/python -W ignore benchmarks/attribution.py
+	$(BIN)/python -W ignore benchmarks/graphs.py
+	$(BIN)/python -W ignore benchmarks/circuits.py
 
 # torch first and alone: with it installed, nothing else asks for a newer one.
 $(VENV)/ready: pyproject.toml constraints.txt

@@ -1,7 +1,7 @@
-"""The neurons behind "a" or "an": the paper's prompt, scored and then removed.
+"""The circuit behind "a" or "an": found, tested, and drawn.
 
 python examples/a_an_circuit.py                    # the embedded model
-python examples/a_an_circuit.py gpt2-large         # downloads the weights
+python examples/a_an_circuit.py gpt2               # downloads the weights
 """
 
 import sys
@@ -10,26 +10,38 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
+from lch_plugin import circuits
 from lch_plugin.demo.tasks import pear_apple
 
 model = TransformerBridge.boot_transformers(sys.argv[1]) if sys.argv[1:] else lch.load_demo_model()
-prompt = pear_apple().prompt
-an, a = model.to_single_token(" an"), model.to_single_token(" a")
+generator = torch.Generator().manual_seed(0)
 
-cotangents = {"all ones": None, "an - a": (model.W_U[:, an] - model.W_U[:, a]).detach()}
-for name, cotangent in cotangents.items():
-    attribution = lch.circuits.neuron_attribution(
-        model, prompt, cotangent=cotangent, generator=torch.Generator().manual_seed(0)
-    )
-    print(f"\ncotangent {name}")
-    for layer in attribution.scores:
-        top = attribution.top(5, layer=layer)
-        check = lch.circuits.ablation_check(
-            model, prompt, an, a, {layer: [n.index for n in top]}, generator=torch.Generator()
-        )
-        neurons = ", ".join(str(n.index) for n in top)
-        print(
-            f"layer {layer}: neurons {neurons}; removing them lowers the logit difference by "
-            f"{check.effect:+.2f} (random sets {check.random_effects.mean():+.2f} "
-            f"± {check.random_effects.std():.2f})"
-        )
+print("neurons by the paper's score, on its prompt")
+paper = circuits.neuron_attribution(model, pear_apple().prompt, generator=generator)
+for layer in paper.scores:
+    print(f"  layer {layer}:", ", ".join(str(n.index) for n in paper.top(5, layer=layer)))
+
+print("\nheads and neurons by what removing them takes from the logit difference")
+found_on = circuits.task(model, "an", 30, split="train")
+judged_on = circuits.task(model, "an", 30, split="test")
+scores = circuits.node_attribution(model, found_on)
+for one in scores.top(8):
+    print(f"  {one.node}: {one.score:+.2f} logits, rank {one.rank} ({one.percentile:.1f} %)")
+
+circuit = scores.circuit(int(0.05 * len(scores.values)))
+top = [one.node for one in scores.top(3)]
+verdict = circuits.judge(
+    model, judged_on, circuit, nodes=top, n_random=5, n_subsets=3, generator=generator
+)
+print(
+    f"\n{len(circuit)} nodes ({circuit.share:.1%}) recover {verdict.recovered:.0%} of it, random "
+    f"circuits {verdict.random.mean():.0%}, everything but the circuit {verdict.rest_recovered:.0%}"
+)
+
+for node, fall in verdict.falls.items():
+    print(f"  without {node} it recovers {fall:.0%} less")
+
+(example,) = circuits.task(model, "an", 1)
+graph = circuits.prune(circuits.attribution_graph(model, example, circuit=circuit))
+circuits.write_graph_page(graph, "a_an_circuit.html", circuits.node_details(model, example, graph))
+print(f"a_an_circuit.html: {len(graph)} nodes, {graph.number_of_edges()} edges")

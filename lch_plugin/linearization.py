@@ -13,8 +13,8 @@ gradients alone:
 - ``layer_norm``, ``rms_norm`` and anything over a ``sqrt``, ``rsqrt`` or ``norm``: the scale is
 - ``gelu``, ``silu``, ``relu``, ``tanh`` and the like: ``act(z) = z * (act(z) / z)``, the second
   factor constant
-- ``sigmoid``, ``erf``, ``softplus``, ``exp``: factors of hand-written activations and
-  gates, constant as a whole
+- ``sigmoid``, ``erf``, ``softplus``, ``logsigmoid``, ``exp``: factors of hand-written activations
+  and gates, constant as a whole
 - a product of two tensors that both depend on ``x``: the gate (whatever came out of an activation)
   is a constant, or the first of the two where neither is one; of a matrix product the first
 - ``topk`` and ``clamp``: which entries are taken, or within the bounds
@@ -68,6 +68,8 @@ class DetachedMode(TorchFunctionMode):
         replay: factors recorded elsewhere.
         through_patterns: let gradients pass through attention patterns as well, which makes
             attention bilinear: to first order in the pattern and in the values, and affine no more.
+            A pattern is the softmax of scores, a product of two tensors that both depend on ``x``;
+            other softmaxes (of a router, of SoLU) are held fixed all the same.
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class DetachedMode(TorchFunctionMode):
         if self._paused or not any(_varies(a) or _is_gate(a) for a in _tensors(args, kwargs)):
             return func(*args, **kwargs)
         rule = _RULES.get(func)
-        if self._through_patterns and (rule in _OF_PATTERNS or func in _SOFTMAX):
+        scores = self._through_patterns and _makes_scores(rule, func, args, kwargs)
+        if self._through_patterns and (rule in _OF_PATTERNS or (scores and func in _SOFTMAX)):
             rule = None
         if rule is not None:  # The rules take what they look at by position.
             named = [kwargs.pop(name) for name in ("input", "other") if name in kwargs]
@@ -101,6 +104,8 @@ class DetachedMode(TorchFunctionMode):
             for tensor in _tensors((result,), {}):
                 if tensor.requires_grad:
                     self.follow(tensor)
+                    if scores and func not in _SOFTMAX:
+                        tensor._lch_scores = True  # type: ignore[attr-defined]
         return result
 
     @contextmanager
@@ -145,6 +150,14 @@ def _varies(value: Any) -> bool:
 
 def _is_gate(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "_lch_gate")
+
+
+def _makes_scores(rule: Any, func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this contracts two tensors that depend on what is followed, or reads the result."""
+    tensors = list(_tensors(args, kwargs))
+    if rule is _contraction:
+        return sum(map(_varies, tensors)) > 1
+    return any(hasattr(tensor, "_lch_scores") for tensor in tensors)
 
 
 def _mark(tensor: Tensor) -> Tensor:
@@ -212,7 +225,7 @@ def _quotient(mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> A
 
 
 def _sum(_mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    # 1 + tanh(...) is as much of a gate as tanh(...).
+    # 1 + tanh(...) is as much of a gate as tanh(...), and so is 1 - tanh(...).
     value = func(a, b, **kwargs)
     shifted = (_is_gate(a) and not _varies(b)) or (_is_gate(b) and not _varies(a))
     return _mark(value) if shifted else value
@@ -316,7 +329,7 @@ _OF_PATTERNS = (_contraction, _attention)
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (
-            *(F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.hardswish, F.logsigmoid),
+            *(F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.hardswish),
             *(F.softsign, F.relu, torch.relu, _T.relu, F.relu6, F.leaky_relu),
             *(F.tanh, torch.tanh, _T.tanh),
         ),
@@ -324,7 +337,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     ),
     **dict.fromkeys(
         (
-            *(*_SOFTMAX, F.softplus),
+            *(*_SOFTMAX, F.softplus, F.logsigmoid),
             *(F.sigmoid, torch.sigmoid, _T.sigmoid),
             *(torch.erf, _T.erf, torch.exp, _T.exp, torch.sqrt, _T.sqrt, torch.rsqrt, _T.rsqrt),
             *(torch.norm, _T.norm, torch.linalg.norm, torch.linalg.vector_norm),
@@ -347,7 +360,13 @@ _RULES: dict[Any, Callable[..., Any]] = {
         ),
         _contraction,
     ),
-    **dict.fromkeys((torch.add, _T.add, _T.__add__, _T.__radd__), _sum),
+    **dict.fromkeys(
+        (
+            *(torch.add, _T.add, _T.__add__, _T.__radd__),
+            *(torch.sub, _T.sub, _T.__sub__, _T.__rsub__, torch.rsub),
+        ),
+        _sum,
+    ),
     **dict.fromkeys((torch.pow, _T.pow, _T.__pow__, *_SQUARES), _power),
     F.layer_norm: _layer_norm,
     torch.layer_norm: lambda mode, func, x, shape, w=None, b=None, eps=1e-5, _=True: _layer_norm(

@@ -19,7 +19,8 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize(
-    ("page", "n_blocks"), [("README.md", 6), ("docs/adapters.md", 5), ("docs/saes.md", 5)]
+    ("page", "n_blocks"),
+    [("README.md", 6), ("docs/adapters.md", 5), ("docs/saes.md", 5), ("docs/circuits.md", 5)],
 )
 def test_the_pages_python_runs(
     page: str, n_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,6 @@ from lch_plugin.circuits.metrics import logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.mlp import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)

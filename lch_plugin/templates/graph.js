@@ -53,6 +53,10 @@
   const heaviest = edges.length ? Math.abs(edges[0][2]) : 1;
   const largest = Math.max(...nodes.filter(n => n.kind !== "metric").map(n => Math.abs(n.contribution)), 1e-12);
   const height = TOP + graph.height + BOTTOM;
+  // In a wide window everything moves apart; in a narrow one the drawing scrolls.
+  for (const element of [form, drawing, detail]) element.hidden = false;
+  const stretch = Math.max(1, (drawing.clientWidth - LEFT - 2 * EDGE) / graph.width);
+  for (const one of [...nodes, ...graph.columns]) one.x *= stretch;
 
   function curve([s, t, weight]) {
     const [a, b] = [nodes[s], nodes[t]], bend = (a.y - b.y) / 2;
@@ -64,12 +68,13 @@
   const shape = (kind, scale = 1) =>
     svg("path", { class: "shape", d: SHAPES[kind], style: "stroke-dasharray:none", transform: `scale(${scale.toFixed(2)})` });
 
-  const picture = svg("svg", { width: graph.width + 2 * EDGE, height, role: "group",
+  const picture = svg("svg", { width: graph.width * stretch + 2 * EDGE, height, role: "group",
     "aria-label": `Attribution graph of ${nodes.length} nodes and ${edges.length} edges. ` +
       "Arrow keys move, Enter selects, Escape clears." });
   const labels = svg("svg", { class: "labels", width: LEFT, height, "aria-hidden": "true" });
   const plane = svg("g", { transform: `translate(${EDGE} ${TOP})` });
   graph.columns.forEach((column, i) => {
+    column.width *= stretch;
     if (i % 2 === 0) plane.append(svg("rect", { class: "stripe", x: column.x, y: 0, width: column.width, height: graph.height }));
     const token = visible(tokens[i]), short = token.length > LONGEST ? token.slice(0, LONGEST - 1) + "…" : token;
     const [x, y] = [column.x + column.width / 2 + 4, graph.height + 12];
@@ -81,12 +86,17 @@
     labels.append(svg("text", { x: LEFT - 8, y: TOP + row.y + 4, "text-anchor": "end" }, name));
   });
   const faint = svg("g", { class: "faint" }), strong = svg("g", { class: "strong" });
+  // A row says which layer: a head, neuron or feature needs no more than its index beside.
+  const name = n => {
+    const text = n.key.match(/\.([hnf]\d+)@/)?.[1];
+    return text && 6.5 * text.length < n.room * stretch ? [svg("text", { y: 19, "text-anchor": "middle" }, text)] : [];
+  };
   const marks = nodes.map((n, i) => {
     const scale = n.kind === "metric" ? 1.2 : 0.62 + 0.5 * Math.sqrt(Math.abs(n.contribution) / largest);
     return svg("g", { class: `node ${n.kind}${n.contribution < 0 ? " negative" : ""}`, "data-node": i,
       transform: `translate(${n.x} ${n.y})`, role: "button", tabindex: -1, "aria-pressed": "false",
       "aria-label": `${n.title}${where(n)}, “${visible(n.token)}”: ${signed(n.contribution)} ${graph.units}` },
-      svg("circle", { r: 8.5, fill: "transparent" }), shape(n.kind, scale), svg("circle", { class: "halo", r: 9 }));
+      svg("circle", { r: 8.5, fill: "transparent" }), shape(n.kind, scale), svg("circle", { class: "halo", r: 9 }), ...name(n));
   });
   plane.append(faint, strong, svg("g", {}, ...marks));
   picture.append(plane);
@@ -295,7 +305,6 @@
   search.addEventListener("input", filter);
   slider.addEventListener("input", threshold);
 
-  for (const element of [form, drawing, detail]) element.hidden = false;
   const few = edges.length ? Math.abs(edges[Math.min(FAINT, edges.length) - 1][2]) : lightest;
   slider.value = edges.length <= FAINT ? 0 : Math.ceil(200 * Math.log(few / lightest) / range) / 2;
   threshold();

@@ -13,6 +13,7 @@ from functools import partial
 from operator import attrgetter
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -26,6 +27,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     locate_mlp,
     stacks,
 )
+from lch_plugin.adapters.transformer_lens.inputs import as_tokens
 from lch_plugin.errors import InputError, SiteError
 
 NodeKind = Literal["head", "neuron", "mlp"]
@@ -114,12 +116,16 @@ def run_edited(
 
     Args:
         model: TransformerBridge or HookedTransformer.
-        tokens: what it reads.
+        tokens: what it reads, on any device.
         edits: by hook name, a function of the value that returns another, or None to leave it.
 
     Raises:
+        InputError: as `as_tokens`.
         SiteError: a hook did not fire.
     """
+    tokens = as_tokens(model, tokens)
+    if tokens.is_inference() and not torch.is_inference_mode_enabled():
+        tokens = tokens.clone()  # What is made under inference_mode cannot be part of a graph.
     fired: set[str] = set()
 
     def on_value(name: str, _module: object, _args: object, value: Tensor) -> Tensor | None:

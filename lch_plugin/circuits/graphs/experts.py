@@ -179,7 +179,7 @@ def freeze(
     """
     wiring = _Wiring(model, points, inputs)
     mode = DetachedMode() if linearization == "detached" else None
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode(False):
         with torch.enable_grad():
             clean = wiring.run(prompt, prompt.clean, mode)
             (cotangent,) = torch.autograd.grad(clean.metric.sum(), clean.final)
@@ -259,12 +259,13 @@ class _Wiring:
             for gate, act in gates:
                 gate.install(lambda: True, act)
             with nullcontext() if mode is None else mode:
-                metric = prompt.measure(run_edited(self._model, tokens, edits))
+                logits = run_edited(self._model, tokens, edits)
         finally:
             for gate, _ in gates:
                 gate.remove()
         return _Pass(
-            metric=metric,
+            # Outside the mode: the metric is differentiated as it is.
+            metric=prompt.measure(logits),
             final=cuts.after(self._final.key, "the final norm"),
             embedding=seen[start],
             positions=None if position is None else seen[position],

@@ -92,6 +92,7 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
             **_detail(details.get(key, NodeDetail())),
             "x": placed.nodes[key][0],
             "y": placed.nodes[key][1],
+            "room": placed.room[key],
         }
         for key, data in graph.nodes(data=True)
     ]

@@ -20,6 +20,7 @@ relevance patching (Jafari et al., arXiv 2508.21258).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ def node_attribution(
         Scores, averaged over prompts and summed over positions, in units of the metric.
 
     Raises:
-        InputError: no prompts, an unknown linearization, a metric that gives anything but one
-            finite number a prompt, or one that is constant.
+        InputError: no prompts, tokens the model cannot read, an unknown linearization, a metric
+            that gives anything but one finite number a prompt, or one that is constant or has a
+            gradient that is not finite.
         SiteError: as `node_points`.
     """
     points = node_points(model, kinds)
@@ -232,10 +234,8 @@ def metric_gradients(
     }
     edits[embed] = partial(start, embed)
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        # A tensor made under inference_mode cannot be part of a graph; a copy can.
-        tokens = batch.clean.clone() if batch.clean.is_inference() else batch.clean
         with nullcontext() if mode is None else mode:
-            logits = run_edited(model, tokens, edits)
+            logits = run_edited(model, batch.clean, edits)
         # Outside: the metric is differentiated as it is, and not a part of the model to detach.
         metric = batch.measure(logits)
         if not metric.requires_grad:
@@ -244,8 +244,14 @@ def metric_gradients(
         of_logits, *gradients = torch.autograd.grad(
             metric.sum(), [logits, *values], materialize_grads=True
         )
+    slope = float(of_logits.abs().max())
+    if not math.isfinite(slope):
+        raise InputError(
+            f"the gradient of metric {batch.metric.name!r} in the logits is not finite, as that of "
+            "a root is at zero, so there is nothing to attribute by."
+        )
     # Where a metric is stationary, as a KL divergence to itself, rounding leaves that much.
-    if float(of_logits.abs().max()) < 4 * torch.finfo(metric.dtype).eps:
+    if slope < 4 * torch.finfo(metric.dtype).eps:
         raise _constant(batch)
     return Gradients(
         metric=metric.detach(),
@@ -296,7 +302,8 @@ def _wide(value: Tensor) -> Tensor:
 
 def _constant(batch: Prompts) -> InputError:
     return InputError(
-        f"metric {batch.metric.name!r} is constant here: no node changes it to first order, so "
-        "there is nothing to attribute. A KL divergence is, where the model gives the reference: "
-        "take the logits of another prompt."
+        f"metric {batch.metric.name!r} is constant here but for rounding: no node changes it to "
+        "first order, so there is nothing to attribute. A KL divergence is, where the model gives "
+        "the reference: take the logits of another prompt. So is a very small probability: take "
+        "its logarithm."
     )

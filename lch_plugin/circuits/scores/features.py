@@ -172,7 +172,8 @@ def active_features(
     codes = _codes(model, batch.clean, sae, hook_name)
     x, mu = _targeted_centroid(model, batch, parts, linearization)
     if batch.corrupt is not None:
-        x = x - mlp_inputs(model, batch.corrupt, [parts])[0]
+        with evaluating(model):
+            x = x - mlp_inputs(model, batch.corrupt, [parts])[0]
     directions = normalize(sae.W_dec.detach().to(x), dim=-1)
     worth = (mu @ directions.T) * (x @ directions.T)
     return ActiveFeatures(
@@ -234,16 +235,20 @@ def _targeted_centroid(
     gate = parts.input_gate
     gate.install(lambda: True, start)
     try:
-        with evaluating(model), torch.enable_grad(), nullcontext() if mode is None else mode:
-            metric = batch.measure(run_edited(model, batch.clean, {}))
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            with nullcontext() if mode is None else mode:
+                logits = run_edited(model, batch.clean, {})
+            # Outside: the metric is differentiated as it is.
+            metric = batch.measure(logits)
+            if not metric.requires_grad:
+                raise InputError(
+                    f"metric {batch.metric.name!r} is constant in what the MLP at layer "
+                    f"{parts.layer} does."
+                )
+            (leaf,) = seen
+            (mu,) = torch.autograd.grad(metric.sum(), leaf, materialize_grads=True)
     finally:
         gate.remove()
-    if not metric.requires_grad:
-        raise InputError(
-            f"metric {batch.metric.name!r} is constant in what the MLP at layer {parts.layer} does."
-        )
-    (leaf,) = seen
-    (mu,) = torch.autograd.grad(metric.sum(), leaf)
     shape = (*batch.clean.shape, -1)
     wide = at_least_float32(mu)
     return leaf.detach().to(wide).reshape(shape), mu.to(wide).reshape(shape)

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     MLPParts,
@@ -226,7 +227,8 @@ def read_neurons(
             if problem is not None:
                 raise problem
     if metric is None:
-        inputs = [x[:, positions] for x in mlp_inputs(model, tokens, mlps)]
+        with evaluating(model):
+            inputs = [x[:, positions] for x in mlp_inputs(model, tokens, mlps)]
         return Reading(mlps, positions, inputs, cotangent)
     names = [parts.post_activation_name for parts in mlps]
     with recorded_mlp_inputs(mlps) as seen:
