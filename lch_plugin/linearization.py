@@ -15,8 +15,9 @@ gradients alone:
   factor constant
 - ``sigmoid``, ``erf``, ``softplus``, ``logsigmoid``, ``exp``: factors of hand-written activations
   and gates, constant as a whole
-- a product of two tensors that both depend on ``x``: the gate (whatever came out of an activation)
-  is a constant, or the first of the two where neither is one; of a matrix product the first
+- a product of two tensors that both depend on ``x``: the gate (whatever came out of an activation,
+  or of linear functions of a ``tanh`` alone) is a constant, or the first of the two where neither
+  is one; of a matrix product the first, but for such a gate
 - ``topk`` and ``clamp``: which entries are taken, or within the bounds
 
 Other piecewise-linear functions (max, sort) keep their Jacobians, which are exact within a piece.
@@ -93,7 +94,8 @@ class DetachedMode(TorchFunctionMode):
         if self._paused or not any(_varies(a) or _is_gate(a) for a in _tensors(args, kwargs)):
             return func(*args, **kwargs)
         rule = _RULES.get(func)
-        scores = self._through_patterns and _makes_scores(rule, func, args, kwargs)
+        scores = self._through_patterns and _makes_scores(rule, args, kwargs)
+        squashed = _is_squashed(rule, func, args, kwargs)
         if self._through_patterns and (rule in _OF_PATTERNS or (scores and func in _SOFTMAX)):
             rule = None
         if rule is not None:  # The rules take what they look at by position.
@@ -106,6 +108,8 @@ class DetachedMode(TorchFunctionMode):
                     self.follow(tensor)
                     if scores and func not in _SOFTMAX:
                         tensor._lch_scores = True  # type: ignore[attr-defined]
+                    if squashed:
+                        tensor._lch_squashed = True  # type: ignore[attr-defined]
         return result
 
     @contextmanager
@@ -152,12 +156,29 @@ def _is_gate(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "_lch_gate")
 
 
-def _makes_scores(rule: Any, func: Any, args: Any, kwargs: Any) -> bool:
+def _makes_scores(rule: Any, args: Any, kwargs: Any) -> bool:
     """Whether this contracts two tensors that depend on what is followed, or reads the result."""
     tensors = list(_tensors(args, kwargs))
     if rule is _contraction:
         return sum(map(_varies, tensors)) > 1
     return any(hasattr(tensor, "_lch_scores") for tensor in tensors)
+
+
+def _is_squashed(rule: Any, func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this is a tanh, or made of nothing else by linear functions.
+
+    It may be an activation or a soft cap, which goes on by itself, or a gate, which meets in a
+    product what it gates. Only then is it known.
+    """
+    tensors = list(_tensors(args, kwargs))[: 1 if func in _AS else None]
+    varying = list(filter(_varies, tensors))
+    linear = rule in (None, _sum, _contraction) and bool(varying)
+    return func in _TANH or (linear and all(hasattr(t, "_lch_squashed") for t in varying))
+
+
+def _gating(value: Any) -> int:
+    """How much more of a gate than of a value this is."""
+    return 2 * _is_gate(value) + hasattr(value, "_lch_squashed")
 
 
 def _mark(tensor: Tensor) -> Tensor:
@@ -199,7 +220,7 @@ def _factor(mode: DetachedMode, func: Any, *args: Any, **kwargs: Any) -> Any:
 def _product(mode: DetachedMode, func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     marks = _is_gate(a) or _is_gate(b)
     if _varies(a) and _varies(b):
-        if _is_gate(b) and not _is_gate(a):
+        if _gating(b) > _gating(a):
             return func(a, mode.fix(b), **kwargs)
         if func in _IN_PLACE:
             raise NotDifferentiableError(
@@ -216,7 +237,7 @@ def _contraction(mode: DetachedMode, func: Any, *args: Any, **kwargs: Any) -> An
     # Scores end in a softmax that is fixed anyway; elsewhere (linear attention, state spaces) the
     # first operand is what the second, that carries the values, is mixed by.
     varying = [i for i, a in enumerate(args) if _varies(a)]
-    fixed = varying[:-1]
+    fixed = sorted(varying, key=lambda i: not hasattr(args[i], "_lch_squashed"))[:-1]
     return func(*(mode.fix(a) if i in fixed else a for i, a in enumerate(args)), **kwargs)
 
 
@@ -325,13 +346,15 @@ _T = torch.Tensor
 _SQUARES = {torch.square, _T.square}
 _IN_PLACE = {_T.mul_, _T.__imul__}
 _SOFTMAX = (F.softmax, torch.softmax, _T.softmax)
+_AS = (_T.type_as, _T.to, _T.view_as, _T.expand_as)  # Of their second tensor only the form counts.
+_TANH = (F.tanh, torch.tanh, _T.tanh)
 _OF_PATTERNS = (_contraction, _attention)
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (
             *(F.gelu, F.silu, F.mish, F.elu, F.selu, F.celu, F.hardswish),
             *(F.softsign, F.relu, torch.relu, _T.relu, F.relu6, F.leaky_relu),
-            *(F.tanh, torch.tanh, _T.tanh),
+            *_TANH,
         ),
         _activation,
     ),

@@ -28,6 +28,7 @@ def weight(*shape: int, seed: int = 0) -> Tensor:
 
 
 W, V, U = weight(D, D), weight(D, D, seed=1), weight(D, D, seed=2)
+MIX = weight(D, D * D, seed=4)
 GAIN = nn.Parameter(1 + 0.1 * weight(D, seed=3))
 Component = Callable[[Tensor], Tensor]
 
@@ -85,6 +86,14 @@ COMPONENTS: dict[str, Component] = {
     "glu": lambda x: F.glu(torch.cat([x @ W, x @ V], -1)) @ U,
     "squared ReLU": lambda x: torch.square(F.relu(x @ W)) @ V,
     "soft cap": lambda x: 3 * torch.tanh((x @ W) / 3) @ V,
+    "gated by 1 - tanh": lambda x: (x @ V) * (1 - torch.tanh(x @ W)),
+    "gated by a projected tanh": lambda x: (x @ U) * (1 + torch.tanh(x @ W).type_as(x) @ V),
+    "mixed by a projected tanh": lambda x: (
+        (x @ U)[..., None, :]
+        @ (torch.eye(D, dtype=F64) + (torch.tanh(x @ W) @ MIX).unflatten(-1, (D, D)))
+    )[..., 0, :],
+    "gated by logsigmoid": lambda x: F.logsigmoid(x @ W) * (x @ V),
+    "SoLU": lambda x: ((x @ W) * torch.softmax(x @ W, -1)) @ V,
     "gated by tanh": lambda x: (1 + torch.tanh(x @ W)) * (x @ V),
     "soft cap of a pattern": lambda x: torch.softmax(5 * torch.tanh(x @ W), -1) * (x @ V),
     "clamp": lambda x: (x @ W).clamp(-100, 100) @ V,
@@ -170,6 +179,12 @@ def test_activations_at_zero_have_the_slope_for_a_ratio() -> None:
         torch.testing.assert_close(mu, torch.full_like(x, slope), rtol=1e-5, atol=0)
 
 
+def test_logsigmoid_is_a_constant_as_it_is_no_multiple_of_its_input() -> None:
+    x = torch.full((1, D), 1e-9, dtype=F64)
+    mu = lch.centroid(lch.detached(lambda t: F.logsigmoid(t) + t), x)
+    torch.testing.assert_close(mu, torch.ones_like(x))
+
+
 def test_weights_that_require_gradients_are_not_taken_for_inputs() -> None:
     x = torch.randn(1, D, dtype=F64, generator=generator())
     gated = lch.centroid(lch.detached(lambda t: t * (1.0 + GAIN)), x)
@@ -235,3 +250,16 @@ def test_through_patterns_all_else_is_held_fixed() -> None:
     cotangent = lch.centroid(lch.detached(after), attention(x))
     torch.testing.assert_close(mu, lch.centroid(attention, x, cotangent))
     assert len(mode.recorded) == 2
+
+
+@pytest.mark.parametrize("name", ["SoLU", "experts"])
+def test_through_patterns_other_softmaxes_are_held_fixed(name: str) -> None:
+    """Of what attention has passed on as well, which is no score for having been contracted."""
+    f = COMPONENTS[name]
+    x = torch.randn(2, 4, D, dtype=F64, generator=generator())
+    with DetachedMode(through_patterns=True) as mode:
+        leaf = mode.follow(x.clone().requires_grad_())
+        total = f(attention(leaf) @ V).sum()
+    (mu,) = torch.autograd.grad(total, leaf)
+    cotangent = lch.centroid(lch.detached(f), attention(x) @ V)
+    torch.testing.assert_close(mu, lch.centroid(attention, x, cotangent @ V.T))

@@ -6,7 +6,7 @@ the node lowers it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.sites import integers
 
 
 def logit_difference(
@@ -31,15 +32,15 @@ def logit_difference(
         position: whose logits count.
 
     Raises:
-        InputError: a prompt without answer or foil, or a token that is both.
+        InputError: a prompt without answer or foil, a token that is both, or no lists of token ids.
     """
+    of_answers, of_foils = _Tokens(answers, "answer"), _Tokens(foils, "foil")
     if len(answers) != len(foils):
         raise InputError(f"{len(answers)} prompts have answers and {len(foils)} have foils.")
     for right, wrong in zip(answers, foils, strict=True):
         both = sorted(set(right) & set(wrong))
         if both:
             raise InputError(f"tokens {both} are both answer and foil: they do not differ.")
-    of_answers, of_foils = _Tokens(answers, "answer"), _Tokens(foils, "foil")
 
     def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         at = _at(logits, position)
@@ -56,7 +57,7 @@ def log_probability(answers: Sequence[Sequence[int]], position: int = -1) -> Met
         position: whose logits count.
 
     Raises:
-        InputError: a prompt without an answer.
+        InputError: a prompt without an answer, or no lists of token ids.
     """
     right = _Tokens(answers, "answer")
 
@@ -84,7 +85,13 @@ def kl_divergence(reference: Float[Tensor, "batch pos d_vocab"], position: int =
 
     def value(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         log_q = _at(logits, position).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+        if log_q.shape != log_p.shape:
+            raise InputError(
+                f"the reference has {tuple(log_p.shape)} logits for prompts and tokens, and the "
+                f"model gave {tuple(log_q.shape)}."
+            )
+        own = log_p.to(log_q.device)
+        return (own.exp() * (own - log_q)).sum(-1)
 
     return Metric(value, "kl_divergence")
 
@@ -98,19 +105,33 @@ def _at(
     return logits[:, position]
 
 
+def _ids(tokens: Sequence[int], role: str) -> list[int]:
+    """The tokens of one prompt, each once: twice would count its probability twice."""
+    found = integers(tokens) if isinstance(tokens, Iterable) else None
+    if found is None:
+        raise InputError(
+            f"each prompt has a list of token ids for its {role}s, as in [[3], [4, 5]]; got "
+            f"{tokens!r} for one."
+        )
+    return list(dict.fromkeys(found))
+
+
 class _Tokens:
     """One or several tokens for each prompt."""
 
     def __init__(self, tokens: Sequence[Sequence[int]], role: str) -> None:
-        if not tokens or not all(len(one) for one in tokens):
-            raise InputError(f"every prompt needs at least one {role}; got {tokens}.")
-        longest = max(map(len, tokens))
+        listed = [_ids(one, role) for one in tokens] if isinstance(tokens, Sequence) else []
+        if not all(listed) or not listed:
+            raise InputError(
+                f"every prompt needs at least one {role}, as in [[3], [4, 5]]; got {tokens}."
+            )
+        longest = max(map(len, listed))
         with torch.inference_mode(False):  # Gradients are computed with them.
             self._ids: Int[Tensor, "batch n"] = torch.tensor(
-                [[*one, *[one[0]] * (longest - len(one))] for one in tokens]
+                [[*one, *[one[0]] * (longest - len(one))] for one in listed]
             )
             self._real: Bool[Tensor, "batch n"] = torch.tensor(
-                [[i < len(one) for i in range(longest)] for one in tokens]
+                [[i < len(one) for i in range(longest)] for one in listed]
             )
 
     def logsumexp(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, " batch"]:

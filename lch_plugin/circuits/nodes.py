@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import NodeKind, NodePoint
@@ -91,10 +91,13 @@ class NodeScores:
     def top(
         self, n: int, *, kind: NodeKind | None = None, by: Literal["score", "magnitude"] = "score"
     ) -> list[ScoredNode]:
-        """The ``n`` nodes that score highest, or of largest magnitude, highest first."""
+        """The ``n`` nodes that score highest, or of largest magnitude, highest first.
+
+        Raises:
+            InputError: another ``by``.
+        """
         nodes = list(all_nodes(self.points))
-        key = self.values if by == "score" else self.values.abs()
-        order = key.argsort(descending=True, stable=True).tolist()
+        order = self._order(by).tolist()
         wanted = [nodes[i] for i in order if kind in (None, nodes[i].kind)]
         return [self.node(node) for node in wanted[:n]]
 
@@ -102,14 +105,20 @@ class NodeScores:
         """The circuit of the ``size`` nodes that score highest, or of largest magnitude.
 
         Raises:
-            InputError: the size is below 1 or above the number of nodes.
+            InputError: the size is below 1 or above the number of nodes, or another ``by``.
         """
         if not 1 <= size <= len(self.values):
             raise InputError(f"size={size}: a circuit has 1 to {len(self.values)} nodes.")
-        key = self.values if by == "score" else self.values.abs()
-        keep = torch.zeros(len(key), dtype=torch.bool)
-        keep[key.cpu().argsort(descending=True, stable=True)[:size]] = True
+        keep = torch.zeros(len(self.values), dtype=torch.bool)
+        keep[self._order(by)[:size]] = True
         return Circuit(self.points, keep)
+
+    def _order(self, by: str) -> Int[Tensor, " node"]:
+        """Places of the nodes, the highest first."""
+        keys = {"score": self.values, "magnitude": self.values.abs()}
+        if by not in keys:
+            raise InputError(f"by={by!r} must be one of {tuple(keys)}.")
+        return keys[by].cpu().argsort(descending=True, stable=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +200,7 @@ class Circuit:
         """
         nodes = []
         for kind, layers in found.items():
-            for layer, indices in layers.items():
+            for layer, indices in layers.items() if isinstance(layers, Mapping) else [("", layers)]:
                 listed = integers(indices)
                 if listed is None or not layer.isdecimal():
                     raise InputError(

@@ -29,7 +29,8 @@ class Prompts:
             are the twin of ``clean``. None if there is none.
 
     Raises:
-        InputError: clean and corrupt differ in shape.
+        InputError: clean prompts that are no batch of token ids, corrupt ones of another shape, or
+            a metric that is no `Metric`.
     """
 
     clean: Int[Tensor, "batch pos"]
@@ -37,6 +38,18 @@ class Prompts:
     corrupt: Int[Tensor, "batch pos"] | None = None
 
     def __post_init__(self) -> None:
+        clean = self.clean
+        if not isinstance(clean, Tensor) or clean.ndim != 2 or clean.numel() == 0:
+            found = tuple(clean.shape) if isinstance(clean, Tensor) else type(clean).__name__
+            raise InputError(
+                f"clean prompts are token ids, shape (batch, pos) with at least one; got {found}. "
+                "For texts, use lch_plugin.circuits.prompts."
+            )
+        if not isinstance(self.metric, Metric):
+            raise InputError(
+                f"metric is a {type(self.metric).__name__}; wrap a function of the logits as "
+                "lch_plugin.cotangents.Metric(fn)."
+            )
         if self.corrupt is not None and self.corrupt.shape != self.clean.shape:
             raise InputError(
                 f"clean prompts have shape {tuple(self.clean.shape)} and corrupt ones "
@@ -84,12 +97,14 @@ def prompts(
         batch_size: prompts in a batch, at most.
 
     Raises:
-        InputError: lists of unequal length, pairs of unequal length in tokens, and answers or foils
-            that are not single tokens of this tokenizer.
+        InputError: batch_size below 1, lists of unequal length, pairs of unequal length in tokens,
+            and answers or foils that are not single tokens of this tokenizer.
     """
     clean = [clean] if isinstance(clean, str) else list(clean)
     twins = clean if corrupt is None else [corrupt] if isinstance(corrupt, str) else list(corrupt)
     right, wrong = ([a] * len(clean) if isinstance(a, str) else list(a) for a in (answers, foils))
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1.")
     counts = {len(clean), len(twins), len(right), len(wrong)}
     if counts == {0} or len(counts) > 1:
         raise InputError(

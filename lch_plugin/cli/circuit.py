@@ -80,6 +80,8 @@ def circuit(
     elif prompt is not None:
         if layer is None:
             raise InputError("--prompt needs a --layer, whose neurons are scored.")
+        if not prompt.strip():
+            raise InputError("--prompt is empty: there is no token to score neurons at.")
         if (answer is None) != (foil is None):
             raise InputError("--answer and --foil go together: their logits are compared.")
         neuron_run.run(bridge(), prompt, out=out, **settings, seed=seed)

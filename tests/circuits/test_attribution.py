@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.tools.analysis import attribution_patch
 
 import lch_plugin as lch
@@ -282,6 +283,27 @@ def test_without_a_twin_a_pattern_scores_as_its_head(backend: str, linearization
     torch.testing.assert_close(patterns.values, heads.values, rtol=1e-5, atol=1e-6)
 
 
+def small(**kw: object) -> HookedTransformer:
+    """One of the models that TransformerLens alone knows."""
+    sizes = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 24, "n_ctx": 8}
+    config = HookedTransformerConfig(
+        **sizes, d_vocab=models.D_VOCAB, seed=0, device="cpu", dtype=F64, **kw
+    )
+    return HookedTransformer(config, models.tokenizer()).to(F64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"act_fn": "solu"}, {"act_fn": "gelu", "num_experts": 4, "experts_per_token": 2}],
+    ids=["SoLU", "mixture of experts"],
+)
+def test_softmaxes_that_are_no_patterns_stay_fixed(options: dict[str, object]) -> None:
+    model = small(**options)
+    patterns = pattern_attribution(model, ALONE)
+    heads = node_attribution(model, ALONE, ("head",))
+    torch.testing.assert_close(patterns.values, heads.values)
+
+
 def test_a_bridge_and_a_hooked_transformer_agree() -> None:
     for options in (
         {},
@@ -393,6 +415,7 @@ def test_bad_input_is_refused() -> None:
     scalar = Metric(lambda logits: logits[:, -1].sum())
     number = Metric(lambda logits: float(logits.detach().sum()))
     infinite = Metric(lambda logits: logits[:, -1, 0] / 0)
+    root = Metric(lambda logits: (logits[:, -1, 0] - logits[:, -1, 0].detach()).sqrt())
     for metric, match in [
         (flat, "constant"),
         (unlinked, "constant"),
@@ -400,12 +423,20 @@ def test_bad_input_is_refused() -> None:
         (scalar, "one number a prompt"),
         (number, "gave float"),
         (infinite, "not finite"),
+        (root, "gradient of metric .* is not finite"),
         (logit_difference([[1]], [[2]]), "made for 1 prompts and got 2"),
         (logit_difference([[1]] * 2, [[2]] * 2, position=9), "position=9"),
         (logit_difference([[1]] * 2, [[models.D_VOCAB]] * 2), "vocabulary"),
     ]:
         with pytest.raises(lch.InputError, match=match):
             node_attribution(model, Prompts(CLEAN, metric, CORRUPT))
+    for tokens, match in [
+        (CLEAN + models.D_VOCAB, "vocabulary, 0 to 49"),
+        (models.tokens(pos=models.N_CTX + 1), "longer than the model's context"),
+        (CLEAN.double(), "integers"),
+    ]:
+        with pytest.raises(lch.InputError, match=match):
+            node_attribution(model, Prompts(tokens, METRIC))
     with pytest.raises(lch.InputError, match="no prompts"):
         node_attribution(model, [])
     with pytest.raises(lch.InputError, match="linearization='linear'"):

@@ -18,6 +18,7 @@ from lch_plugin.circuits import Prompts, logit_difference
 from lch_plugin.circuits.graphs import attribution_graph
 from lch_plugin.circuits.scores.attribution import embedding_name
 from lch_plugin.circuits.scores.features import active_features, feature_attribution
+from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.saes.evaluation.steering import edited_input
@@ -144,6 +145,33 @@ def test_means_over_prompts_ranks_and_percentiles(gpt2: Any) -> None:
     assert first.percentile == pytest.approx(100 * (D_SAE - 1) / D_SAE)
     sizes = [abs(feature.score) for feature in whole.top(5, by="magnitude")]
     assert sizes == whole.values.abs().sort(descending=True).values[:5].tolist()
+
+
+def test_a_metric_is_differentiated_as_it_is(gpt2: Any) -> None:
+    """A softmax that a metric takes is no part of the model to hold fixed."""
+
+    def probability(logits: Tensor) -> Tensor:
+        return logits[:, -1].softmax(-1)[:, 5]
+
+    logits = gpt2(CLEAN, return_type="logits").detach().requires_grad_()
+    (slope,) = torch.autograd.grad(probability(logits).sum(), logits)
+    curved, straight = (
+        feature_attribution(gpt2, Prompts(CLEAN, Metric(fn)), SAE).values
+        for fn in (probability, lambda y: (y * slope).sum((1, 2)))
+    )
+    torch.testing.assert_close(curved, straight)
+
+
+def test_gradient_modes_and_training_make_no_difference() -> None:
+    model = models.bridge("gpt2", torch.float64)  # With dropout, in training.
+    prompts = [Prompts(CLEAN, METRIC, CORRUPT)]
+    expected = feature_attribution(model, prompts, SAE).values
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(feature_attribution(model, prompts, SAE).values, expected)
+    model.train()
+    assert torch.equal(feature_attribution(model, prompts, SAE).values, expected)
+    assert model.training
 
 
 # ------------------------------------------------------------------------ in the graph

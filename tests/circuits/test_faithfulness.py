@@ -31,6 +31,7 @@ from lch_plugin.circuits.evaluation.faithfulness import (
     cpr,
     faithfulness,
     judge,
+    size_of,
     smallest_circuit,
 )
 from lch_plugin.cotangents import Metric
@@ -86,6 +87,12 @@ def test_every_size_is_run_and_set_against_the_full_and_the_empty_circuit(
     assert float(curve.recovered[-1]) == 1
 
 
+def test_a_share_that_is_a_whole_number_of_nodes_is_that_number() -> None:
+    for n_nodes in (100, 1000):
+        assert [size_of(i / n_nodes, n_nodes) for i in range(1, n_nodes)] == list(range(1, n_nodes))
+    assert (size_of(0.0999, 20), size_of(1e-9, 20), size_of(1.0, 20)) == (1, 1, 20)
+
+
 @pytest.mark.parametrize("reference", ["zero", "mean"])
 def test_what_nodes_are_replaced_by_is_a_choice(
     model, prompts: Prompts, scores: NodeScores, reference
@@ -117,14 +124,16 @@ def test_controls_have_as_many_nodes_of_each_kind_in_each_layer(
 
     monkeypatch.setattr(Circuit, "random", spy)
     found = faithfulness(model, prompts, scores, sizes=FEW, n_random=2, generator=seeded())
-    assert len(drawn) == 2 * len(FEW)
+    # The circuit of all nodes has no other beside it.
+    assert len(drawn) == 2 * (len(FEW) - 1)
+    assert found.random[-1].tolist() == [1, 1]
     for circuit, control in drawn:
         for mask, other in zip(circuit.masks().values(), control.masks().values(), strict=True):
             assert int(mask.sum()) == int(other.sum())
     gap = float((found.full - found.empty).mean())
     controls = [run_circuit(model, prompts, control) for _, control in drawn]
-    f = torch.stack([(c - found.empty).mean() / gap for c in controls]).view(len(FEW), 2)
-    assert found.random.allclose(f, rtol=1e-12)
+    f = torch.stack([(c - found.empty).mean() / gap for c in controls]).view(-1, 2)
+    assert found.random[:-1].allclose(f, rtol=1e-12)
     assert not torch.equal(drawn[2][1].keep, drawn[3][1].keep)
     again = faithfulness(model, prompts, scores, sizes=FEW, n_random=2, generator=seeded())
     assert torch.equal(again.random, found.random)
@@ -354,6 +363,7 @@ def test_bad_input_is_refused(model, prompts: Prompts, scores: NodeScores) -> No
         ({"n_random": 0}, "n_random=0"),
         ({"n_bootstrap": 0}, "n_bootstrap=0"),
         ({"confidence": 1.0}, "confidence=1.0"),
+        ({"by": "rank"}, r"by='rank' must be one of \('score', 'magnitude'\)"),
     ]:
         with pytest.raises(lch.InputError, match=match):
             faithfulness(model, prompts, scores, **options)

@@ -23,13 +23,13 @@ NODE = {
     **{"jsNodeId": str, "clerp": str},
 }
 LINK = {"source": str, "target": str, "weight": float}
-# Text that XML cannot hold, or changes.
-AWKWARD = ["\n", "\r", "", " ", "\x00", 'é"<&>', "\u2028"]
+# Text that XML cannot hold, or changes; the last is of a byte that is no UTF-8.
+AWKWARD = ["\n", "\r", "", " ", "\x00", 'é"<&>', "\u2028", "\udc80"]
 
 
 @pytest.fixture(scope="module")
 def graph() -> nx.DiGraph:
-    prompt = Prompts(models.tokens(1, 7), logit_difference([[3]], [[4]]))
+    prompt = Prompts(models.tokens(1, len(AWKWARD)), logit_difference([[3]], [[4]]))
     found = attribution_graph(models.bridge("gpt2", torch.float64), prompt, max_nodes=30)
     found.graph["tokens"] = AWKWARD
     for _, node in found.nodes(data=True):

@@ -110,6 +110,23 @@ def test_no_node_hides_another_and_all_stand_inside(n_neurons: int, seed: int) -
         assert left <= x <= left + width
 
 
+def test_positions_where_little_happens_leave_room_to_those_where_much_does() -> None:
+    graph = small(n_neurons=6, share_of_edges=0)
+    placed = layout(graph)
+    widths = [width for _, width in placed.columns]
+    assert placed.width == pytest.approx(580)
+    assert widths[LAST] > 0.4 * placed.width
+    assert all(15 < width < 60 for width in widths[:3])
+    # Few nodes stand in one line, with room for their names.
+    row = {y for key, (_, y) in placed.nodes.items() if key.startswith("m1.n")}
+    assert len(row) == 1
+    assert all(placed.room[key] > 30 for key in placed.nodes if key.startswith("m1.n"))
+    # Where nothing tells positions apart, they are of one width.
+    for key in [key for key, d in graph.nodes(data=True) if d["kind"] != "embedding"]:
+        graph.remove_node(key)
+    assert len({round(width, 6) for _, width in layout(graph).columns}) == 1
+
+
 def test_layers_go_upward() -> None:
     graph = small()
     placed = layout(graph)
@@ -249,6 +266,11 @@ SCRIPT = """
     const box = m.querySelector(".shape").getBoundingClientRect();
     return [box.x, box.y, box.width, box.height];
   });
+  found.names = marks.filter(m => m.querySelector("text")).map(
+    m => [key(m), m.querySelector("text").textContent]);
+  const [view, drawn] = [".drawing", ".drawing svg:not(.labels)"].map(
+    s => document.querySelector(s).getBoundingClientRect());
+  found.unused = view.right - drawn.right;
   found.stops = stops();
   found.label = head.getAttribute("aria-label");
   found.legend = document.querySelector(".legend").textContent;
@@ -324,6 +346,11 @@ def test_a_browser_draws_every_node_apart(browsed: dict[str, Any]) -> None:
     assert browsed["nodes"] == len(browsed["boxes"]) == len(small())
     assert browsed["requests"] == 0
     assert browsed["fits"]
+    # Named are heads and others with an index; the drawing takes the room there is.
+    assert ["a1.h0@3", "h0"] in browsed["names"]
+    assert ["m0.f7@6", "f7"] in browsed["names"]
+    assert {key for key, _ in browsed["names"]} <= {k for k in small() if "." in k}
+    assert abs(browsed["unused"]) <= 2
     assert "neurons (30)" in browsed["legend"]
     assert "features (1)" in browsed["legend"]
     for (x, y, w, h), (x2, y2, w2, h2) in combinations(browsed["boxes"], 2):

@@ -20,6 +20,7 @@ from lch_plugin.adapters.transformer_lens.reads import components
 from lch_plugin.circuits import Circuit, Node, Prompts, logit_difference
 from lch_plugin.circuits.graphs import attribution_graph, prune
 from lch_plugin.circuits.scores.attribution import activations, contributions, embedding_name
+from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.linearization import DetachedMode
 from tests import models
@@ -377,6 +378,31 @@ def test_the_model_stays_as_it_was(gpt2: Any) -> None:
     assert before[0] == after[0]
     assert torch.equal(before[1], after[1])
     assert before[2] == after[2]
+
+
+def test_a_metric_is_differentiated_as_it_is(gpt2: Any) -> None:
+    """A softmax that a metric takes is no part of the model to hold fixed."""
+
+    def probability(logits: Tensor) -> Tensor:
+        return logits[:, -1].softmax(-1)[:, 5]
+
+    logits = gpt2(CLEAN, return_type="logits").detach().requires_grad_()
+    (slope,) = torch.autograd.grad(probability(logits).sum(), logits)
+    metrics = (Metric(probability), Metric(lambda y: (y * slope).sum((1, 2))))
+    curved, straight = (
+        attribution_graph(gpt2, Prompts(CLEAN, metric), max_nodes=10) for metric in metrics
+    )
+    for source, target, weight in straight.edges(data="weight"):
+        assert curved.edges[source, target]["weight"] == pytest.approx(weight, abs=1e-12)
+
+
+def test_gradient_modes_make_no_difference(gpt2: Any) -> None:
+    expected = attribution_graph(gpt2, PAIR, max_nodes=10)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = attribution_graph(gpt2, replace(PAIR, clean=CLEAN.clone()), max_nodes=10)
+            assert not torch.is_grad_enabled()
+        assert nx.utils.graphs_equal(found, expected)
 
 
 # -------------------------------------------------------------------------------- errors

@@ -38,6 +38,13 @@ def test_several_answers_and_foils_are_compared_by_probability(tokens, data) -> 
         torch.testing.assert_close(share[i], p[i, right].sum().log())
 
 
+def test_a_token_named_twice_counts_once() -> None:
+    twice = logit_difference([[3, 3], [4]], [[5], [6, 7, 6]]).fn(LOGITS)
+    assert torch.equal(twice, logit_difference([[3], [4]], [[5], [6, 7]]).fn(LOGITS))
+    share = log_probability([[3, 3]] * 2).fn(LOGITS)
+    assert torch.equal(share, log_probability([[3]] * 2).fn(LOGITS))
+
+
 def test_kl_divergence_is_torchs() -> None:
     other = LOGITS.flip(0)
     value = kl_divergence(other, position=1).fn(LOGITS)
@@ -62,6 +69,11 @@ def test_bad_input_is_refused() -> None:
         (lambda: logit_difference([[1], []], [[2], [3]]), "at least one answer"),
         (lambda: logit_difference([[1]], [[]]), "at least one foil"),
         (lambda: log_probability([]), "at least one answer"),
+        (lambda: logit_difference(3, 4), "at least one answer"),  # type: ignore[arg-type]
+        (lambda: logit_difference([3], [4]), "list of token ids for its answers.*got 3"),  # type: ignore[list-item]
+        (lambda: log_probability([[1.5]]), r"got \[1\.5\]"),  # type: ignore[list-item]
+        (lambda: kl_divergence(LOGITS[:1]).fn(LOGITS), r"reference has \(1, 12\).*gave \(2, 12\)"),
+        (lambda: kl_divergence(LOGITS[..., 1:]).fn(LOGITS), r"reference has \(2, 11\)"),
         (lambda: log_probability([[1]] * 3).fn(LOGITS), "made for 3 prompts and got 2"),
         (lambda: log_probability([[1]] * 2, position=5).fn(LOGITS), "position=5.*0 to 4"),
         (lambda: log_probability([[1]] * 2, position=-6).fn(LOGITS), "position=-6"),

@@ -67,7 +67,9 @@ def demo() -> TransformerBridge:
 def written(demo: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything, on a neuron that papers are made to speak of."""
     out = tmp_path_factory.mktemp("runs") / "all"
-    published = neuron_run.Published(5, rank=7, percentile=85.5, recovered=0.5, source="A paper.")
+    published = neuron_run.Published(
+        "A text.", 5, rank=7, percentile=85.5, recovered=0.5, source="A paper."
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(neuron_run.PUBLISHED, (Path(demo.cfg.model_name).name, 2), published)
         neuron_run.run(demo, PROMPT, -2, out, **PAIR, **SETTINGS)
@@ -105,12 +107,15 @@ def test_results_are_those_of_the_library(demo: TransformerBridge, written: Path
         assert recovered == pytest.approx((patched - corrupt) / (clean - corrupt), rel=1e-4)
     assert results["neurons"]["5"]["promotes"] == promoted_tokens(demo, 2, [5])[0]
     assert results["published"]["rank"] == 7
+    assert results["published"]["prompt"] == "A text."
 
 
 def test_the_page_says_what_was_published_and_what_was_measured(written: Path) -> None:
     page = (written / "report.html").read_text()
     results = json.loads((written / "results.json").read_text())
     assert "Neuron 5, published and measured" in page
+    assert "<code>A text.</code>: the two rows need not agree" in page
+    assert "targeted score,<br>logits</th>" in page
     for text in ("about 7", "85.5", "about 0.50", "A paper.", PROMPT, TWIN):
         assert text in page
     assert f"{results['neurons']['5']['recovered']['last']:.2f} at the last token" in page

@@ -7,7 +7,9 @@ import torch
 
 import lch_plugin as lch
 from lch_plugin import plots
+from lch_plugin.circuits import neuron_attribution
 from lch_plugin.circuits.scores import neurons
+from lch_plugin.cotangents import Metric
 from lch_plugin.linearization import detached
 from lch_plugin.mlp import centroid_of_neurons
 from tests import models
@@ -224,6 +226,16 @@ def test_a_batch_averages_over_prompts_and_attachment_makes_no_difference() -> N
             for row in ids
         ]
     torch.testing.assert_close(together, torch.stack(apart).mean(0))
+
+
+@pytest.mark.parametrize("metric", [None, METRIC])
+def test_there_is_no_dropout(metric: Metric | None) -> None:
+    model, ids = models.bridge("gpt2"), models.tokens(1)
+    options = {"position": None, "radius": 0.0, "metric": metric}
+    expected = neuron_attribution(model, ids, **options).scores
+    model.train()
+    found = neuron_attribution(model, ids, **options).scores
+    assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
 
 
 def test_ranks_and_percentiles() -> None:

@@ -227,6 +227,11 @@ def test_circuits_of_nothing_and_of_unknown_nodes_are_refused() -> None:
             Circuit.of(POINTS, [node])
         with pytest.raises(lch.SiteError, match="no nodes"):
             circuit_of({1}).without(node)
-    for found in ({"head": {"0": [1.5]}}, {"head": {"first": [1]}}, {"neuron": {"1": "ab"}}):
+    for found in (
+        {"head": {"0": [1.5]}},
+        {"head": {"first": [1]}},
+        {"neuron": {"1": "ab"}},
+        {"head": [1]},
+    ):
         with pytest.raises(lch.InputError, match="should be indices"):
             Circuit.from_dict(POINTS, found)

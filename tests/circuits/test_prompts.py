@@ -81,6 +81,19 @@ def test_bad_input_is_refused(model) -> None:
     ]:
         with pytest.raises(lch.InputError, match=match):
             prompts(model, *args)
+    with pytest.raises(lch.InputError, match="batch_size=0"):
+        prompts(model, [keys], " are", " is", batch_size=0)
+    metric = logit_difference([[1]], [[2]])
+    for clean, match in [
+        (keys, "got str. For texts"),
+        (models.tokens()[0], r"got \(7,\)"),
+        (models.tokens()[:0], r"got \(0, 7\)"),
+        (models.tokens()[:, :0], r"got \(2, 0\)"),
+    ]:
+        with pytest.raises(lch.InputError, match=match):
+            Prompts(clean, metric)  # type: ignore[arg-type]
+    with pytest.raises(lch.InputError, match="metric is a function"):
+        Prompts(models.tokens(), metric.fn)  # type: ignore[arg-type]
     with pytest.raises(lch.InputError, match=r"\(2, 7\) and corrupt ones \(2, 6\)"):
         Prompts(models.tokens(), logit_difference([[1]] * 2, [[2]] * 2), models.tokens(pos=6))
 

@@ -86,6 +86,8 @@ def test_bad_input_is_refused() -> None:
     for kw in ({"radii": []}, {"seeds": []}, {"seeds": [0.5]}, {"n_top": 0}, {"radii": [-1.0]}):
         with pytest.raises(lch.InputError, match=next(iter(kw)).removesuffix("i")):
             stability(model, IDS, 0, **kw)
+    with pytest.raises(lch.InputError, match=f"n_top=49: .* {models.D_MLP} neurons"):
+        stability(model, IDS, 0, n_samples=2, n_top=models.D_MLP + 1)
     metric = lch.circuits.logit_difference([[1]], [[2]])
     with pytest.raises(lch.InputError, match="layer 2 all score the same"):
         stability(

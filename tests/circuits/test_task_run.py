@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 import lch_plugin as lch
 from lch_plugin import plots
 from lch_plugin.circuits import Circuit, NodeScores, graphs
+from lch_plugin.circuits.reports import task_run
 from lch_plugin.cli import app
 from tests.browser import CHROMIUM, browse
 
-N, SHARE, SEED = 6, 0.05, 1
+# Prompts of one length: one forward pass for each circuit.
+N, SHARE, SEED = 5, 0.05, 10
 
 
 @cache
@@ -60,12 +62,12 @@ def test_five_percent_of_the_nodes_recover_four_fifths(made: tuple[Path, str]) -
     assert len(found["random"]) == 20
     assert max(found["random"]) < 0.2
     out, said = made
-    first = f"recovers {100 * found['recovered']:.1f}%"
-    assert first in said
+    low, high = found["interval"]
+    interval = f"95% interval {100 * low:.1f}% to {100 * high:.1f}%"
+    assert f"recovers {100 * found['recovered']:.1f}% ({interval})" in said
     assert f"with {found['n_nodes']} nodes, {100 * found['share']:.1f}% of all" in said
     page = " ".join((out / "report.html").read_text().split())
     assert f"<b>{100 * found['recovered']:.1f} %</b>" in page
-    low, high = found["interval"]
     assert f"[{100 * low:.1f} %, {100 * high:.1f} %]" in page
     assert f"with {found['n_nodes']} nodes, <b>{100 * found['share']:.1f} %</b>" in page
 
@@ -98,8 +100,21 @@ def test_nodes_are_listed_with_rank_and_what_they_are_worth(made: tuple[Path, st
         assert (row["rank"], row["percentile"]) == (one.rank, one.percentile)
         assert row["fall"] == found["circuit"]["falls"][str(one.node)]
         assert len(row["promotes"]) == 5 or row["kind"] == "head"
+    ranked = scores().top(found["circuit"]["n_nodes"])
+    assert found["circuit"]["falls"].keys() == {str(one.node) for one in ranked[:20] + ranked[-20:]}
     smallest = found["smallest"]
     assert 1 <= smallest["n_nodes"] <= found["circuit"]["n_nodes"]
+
+
+def test_areas_and_controls_are_on_the_page(made: tuple[Path, str]) -> None:
+    by_size = results(made)["by_size"]
+    page = " ".join((made[0] / "report.html").read_text().split())
+    for name in ("cpr", "cmd"):
+        low, high = by_size[f"{name}_interval"]
+        random = sum(by_size[f"random_{name}"]) / len(by_size[f"random_{name}"])
+        value = f'<b>{by_size[name]:.3f}</b> <small class="soft">[{low:.3f}, {high:.3f}]</small>'
+        assert f"{value}, random {random:.3f}" in page
+    assert "those that score highest and lowest of the circuit" in page
 
 
 def test_the_graph_is_of_the_circuit_and_of_one_held_out_prompt(made: tuple[Path, str]) -> None:
@@ -187,6 +202,7 @@ def test_neurons_of_a_prompt(tmp_path: Path) -> None:
         (["--task", "an", "--samples", "8"], "--samples has no meaning with --task"),
         (["--prompt", "I", "--layer", "0", "--share", "0.1"], "--share has no meaning"),
         (["--prompt", "I"], "needs a --layer"),
+        (["--prompt", " ", "--layer", "0"], "--prompt is empty"),
         (["--prompt", "I", "--layer", "0", "--answer", " an"], "go together"),
     ],
 )
@@ -197,6 +213,16 @@ def test_mistakes_are_refused_before_a_model_is_loaded(
     with pytest.raises(lch.InputError, match=message):
         invoke(*arguments, "--out", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
+
+
+def test_one_node_is_not_one_nodes() -> None:
+    judged = {"recovered": 0.5, "interval": [0.25, 0.75], "confidence": 0.9, "random": [0.0, 0.5]}
+    run = {"task": "an", "metric": "logit_difference"}
+    one = task_run.summary({"run": run, "circuit": {**judged, "n_nodes": 1, "share": 0.001}})
+    assert "(90% interval 25.0% to 75.0%)" in one
+    assert "with 1 node, 0.1% of" in one
+    assert "2 random circuits" in one
+    assert "recover 25.0% (range 0.0% to 50.0%)" in one
 
 
 def test_a_directory_with_content_is_left_alone(

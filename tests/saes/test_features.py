@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-import shutil
-import subprocess
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,10 +27,10 @@ from lch_plugin.demo.run import pack, to_text
 from lch_plugin.saes import FeatureReport, HookedModel, features
 from lch_plugin.saes.sources.hooks import provenance
 from tests import models
+from tests.browser import CHROMIUM, browse
 
 HOOK = "blocks.2.mlp.hook_centroid"
 D_SAE = 96
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @cache
@@ -485,23 +482,6 @@ def test_tokens_that_are_markup_stay_text(tmp_path: Path) -> None:
     assert results["features"][0]["contexts"][0]["tokens"] == HOSTILE
 
 
-def browse(page: Path, script: str, tmp_path: Path) -> tuple[Any, str]:
-    """What an expression is after the page's own script, and what the browser's console says."""
-    copy = page.with_name("copy.html")
-    tail = f"<script>document.title = JSON.stringify((() => {{ {script} }})());</script></body>"
-    copy.write_text(page.read_text(encoding="utf-8").replace("</body>", tail), encoding="utf-8")
-    command = [
-        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-        *("--disable-background-networking", "--disable-sync", "--enable-logging=stderr", "--v=0"),
-        *(f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
-    assert title is not None
-    said = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return json.loads(title[1].replace("&amp;", "&").replace("&lt;", "<")), said
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_draws_searches_and_sorts(tmp_path: Path) -> None:
     hostile().save(tmp_path / "out")
@@ -519,7 +499,7 @@ def test_a_browser_draws_searches_and_sorts(tmp_path: Path) -> None:
       choose("index"); found.index = visible();
       return found;
     """
-    found, said = browse(tmp_path / "out" / "report.html", script, tmp_path)
+    found, said = browse(tmp_path / "out" / "report.html", script, tmp_path / "profile")
     assert not said
     shown = [f.index for f in report().features]
     assert found["all"] == shown

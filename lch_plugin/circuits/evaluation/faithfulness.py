@@ -11,13 +11,15 @@ above 1, and need not grow with the circuit: nodes may work against the metric.
 `faithfulness` follows f along circuits of growing size, with the two areas of the MIB benchmark
 (Mueller et al., arXiv 2504.13151): CPR, the area under f over the share of nodes kept, and CMD, the
 area under ``|1 - f|``. As in its evaluator, the areas are those of the trapezoid rule over the
-shares, on a linear axis, from the first share to the last; nothing is added at a share of zero. MIB
-ranks nodes by signed score for CPR and by magnitude for CMD.
+shares, on a linear axis, from the first share to the last; nothing is added at a share of zero.
+Where f exceeds 1, CPR may as well. MIB ranks nodes by signed score for CPR and by magnitude for
+CMD.
 
 `judge` tests one circuit against the criteria of Wang et al. (arXiv 2211.00593): faithfulness,
 completeness and minimality; `smallest_circuit` looks for one. Controls are random circuits with as
 many nodes of each kind in each layer, and intervals are those of the percentile bootstrap over
-prompts, which are resampled together in numerator and denominator.
+prompts, which are resampled together in numerator and denominator. They are of this circuit on
+other prompts: what another choice of prompts to find it on would change is not in them.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Faithfulness:
         kept: with each circuit.
         recovered: f of each circuit.
         interval: of f, low and high; NaN if there is one prompt only.
-        random: f of random circuits with as many nodes of each kind in each layer.
+        random: f of random circuits with as many nodes of each kind in each layer; 1 where all
+            nodes are kept, and there is but one circuit.
         cpr_interval, cmd_interval: of the two areas.
         confidence: of all intervals.
     """
@@ -236,13 +239,13 @@ def faithfulness(
     ablation = Ablation(model, prompts, scores.points, reference)
     scale = _Scale.of(ablation)
     n_nodes = len(scores.values)
-    # Of a share such as 0.29 of 100 nodes, binary floating point leaves 28.999...
-    counts = [max(1, math.floor(share * n_nodes + 1e-9)) for share in shares]
+    counts = [size_of(share, n_nodes) for share in shares]
     circuits = {count: scores.circuit(count, by=by) for count in counts}
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found = {n_nodes: (scale.full, torch.ones(n_random, dtype=torch.float64))}
     for count, circuit in track(circuits.items(), "circuits by size", transient=True):
-        controls = [ablation.metric(circuit.random(generator)) for _ in range(n_random)]
-        found[count] = ablation.metric(circuit), scale.recovered(torch.stack(controls))
+        if count < n_nodes:
+            controls = [ablation.metric(circuit.random(generator)) for _ in range(n_random)]
+            found[count] = ablation.metric(circuit), scale.recovered(torch.stack(controls))
     kept = torch.stack([found[count][0] for count in counts])
     # f of every size, and the areas, in each resample of the prompts.
     resampled = scale.resampled(kept, n_bootstrap, generator)
@@ -382,6 +385,16 @@ def smallest_circuit(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return scores.circuit(high, by=by)
+
+
+def size_of(share: float, n_nodes: int) -> int:
+    """A share of the nodes, rounded down to whole nodes, but to no less than one.
+
+    >>> size_of(0.29, 100), size_of(0.001, 20)
+    (29, 1)
+    """
+    # Of 0.29 * 100, binary floating point leaves 28.999...
+    return max(1, math.floor(share * n_nodes + 1e-9))
 
 
 def cpr(shares: Sequence[float], recovered: Float[Tensor, "*n size"]) -> Float[Tensor, "*n"]:

@@ -38,6 +38,7 @@ _NAMES = {
 }
 
 
+@torch.inference_mode(False)  # Experts are differentiated until the last edge is known.
 def attribution_graph(
     model: LensModel,
     prompts: Prompts,

@@ -179,7 +179,7 @@ def freeze(
     """
     wiring = _Wiring(model, points, inputs)
     mode = DetachedMode() if linearization == "detached" else None
-    with evaluating(model), torch.inference_mode(False):
+    with evaluating(model):
         with torch.enable_grad():
             clean = wiring.run(prompt, prompt.clean, mode)
             (cotangent,) = torch.autograd.grad(clean.metric.sum(), clean.final)

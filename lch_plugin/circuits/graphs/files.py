@@ -57,7 +57,7 @@ def save_graph(graph: nx.DiGraph, path: str | Path) -> None:
     data = to_json(graph, slug=path.stem)
     try:
         if path.suffix == ".json":
-            text = json.dumps(data, allow_nan=False, ensure_ascii=False)
+            text = json.dumps(data, allow_nan=False)
         else:
             text = "\n".join(nx.generate_graphml(_carried(graph)))
     except (TypeError, ValueError) as error:
@@ -80,8 +80,7 @@ def load_graph(path: str | Path) -> nx.DiGraph:
         raise
     except Exception as error:  # Of any type, and all of them about the file.
         raise InputError(
-            f"{path} holds no graph that lch_plugin.circuits.graphs.save wrote: "
-            f"{type(error).__name__}: {error}"
+            f"{path} holds no graph that save_graph wrote: {type(error).__name__}: {error}"
         ) from error
 
 

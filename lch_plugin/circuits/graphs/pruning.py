@@ -26,18 +26,20 @@ def prune(
 ) -> nx.DiGraph:
     """Keep the fewest nodes, and between them the fewest edges, that carry most of the influence.
 
-    Embeddings and the metric always stay, and so does nothing else that no path joins to the
-    metric. Weights stay as they are, so what enters a node is no longer its whole contribution.
+    Then nodes that no path joins to the metric any more go as well, and their edges. Embeddings and
+    the metric always stay. Weights stay as they are, so what enters a node is no longer its whole
+    contribution.
 
     Args:
         graph: of `attribution_graph`.
-        node_threshold: share of the influence of all nodes that the kept ones have at least.
+        node_threshold: share of the influence of all nodes that the chosen ones have at least. What
+            goes for want of a path is taken from it afterwards.
         edge_threshold: share of the influence of the edges between them, likewise.
 
     Returns:
         A new graph. Its nodes have an ``influence``, and a ``cumulative_influence``: the share of
         all influence that this node and those of larger influence have together. The graph's
-        attribute ``pruning`` holds the thresholds, the shares that were kept by them, and the
+        attribute ``pruning`` holds the thresholds, the shares that are left in the end, and the
         numbers of nodes and edges before.
 
     Raises:

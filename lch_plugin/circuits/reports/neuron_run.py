@@ -51,12 +51,14 @@ class Published:
     """What is known of a neuron from papers.
 
     Attributes:
+        prompt: what it was measured on.
         neuron: its index.
         rank, percentile: by the paper's score on the paper's prompt.
         recovered: share of the logit difference that patching it alone brings back.
         source: where it is written.
     """
 
+    prompt: str
     neuron: int
     rank: int
     percentile: float
@@ -67,6 +69,8 @@ class Published:
 #: By model, without its owner on the hub, and layer.
 PUBLISHED = {
     ("gpt2-large", 31): Published(
+        prompt="I climbed up the pear tree and picked a pear. I climbed up the apple tree and "
+        "picked",
         neuron=892,
         rank=12,
         percentile=99.8,

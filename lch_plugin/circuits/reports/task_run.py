@@ -30,6 +30,7 @@ from lch_plugin.circuits.evaluation.faithfulness import (
     Judgement,
     faithfulness,
     judge,
+    size_of,
     smallest_circuit,
 )
 from lch_plugin.circuits.evaluation.mib import save_mib
@@ -49,7 +50,8 @@ from lch_plugin.report import write_report
 N_PROMPTS, SHARE = 60, 0.05
 #: Share of the metric that the smallest circuit looked for recovers.
 ENOUGH = 0.8
-# Nodes of the circuit that are listed, and taken out one at a time.
+# Of the circuit, the highest nodes that are listed; these, and as many of the lowest, are taken out
+# one at a time.
 _N_LISTED = 20
 # Random circuits of its size, and of each other size.
 _N_RANDOM, _N_RANDOM_BY_SIZE = 20, 5
@@ -93,14 +95,15 @@ def run(
     console.print(f"scores of all heads and neurons on {n} prompts")
     scores = node_attribution(model, train)
     whole = node_attribution(model, train, ("head", "mlp"))
-    circuit = scores.circuit(max(1, int(share * len(scores.values))))
-    top = scores.top(min(_N_LISTED, len(circuit)))
+    circuit = scores.circuit(size_of(share, len(scores.values)))
+    ranked = scores.top(len(circuit))
+    top = ranked[:_N_LISTED]
     by_size = faithfulness(model, test, scores, n_random=_N_RANDOM_BY_SIZE, generator=generator)
     tested = judge(
         model,
         test,
         circuit,
-        nodes=[one.node for one in top],
+        nodes=[one.node for one in dict.fromkeys((*top, *ranked[-_N_LISTED:]))],
         n_random=_N_RANDOM,
         generator=generator,
     )
@@ -165,16 +168,17 @@ def check(name: str, n: int = N_PROMPTS, share: float = SHARE) -> None:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """What was found, in two sentences."""
+    """What was found, in two sentences; shares lie on the way from no node to all of them."""
     c = results["circuit"]
     low, high = c["interval"]
     random = c["random"]
     return (
         f"The circuit found for {results['run']['task']!r} recovers {c['recovered']:.1%} "
-        f"({low:.1%} to {high:.1%}) of the {results['run']['metric'].replace('_', ' ')} with "
-        f"{c['n_nodes']} nodes, {c['share']:.1%} of all neurons and heads. Random circuits of the "
-        f"same size and layers recover {sum(random) / len(random):.1%} ({min(random):.1%} to "
-        f"{max(random):.1%})."
+        f"({c['confidence']:.0%} interval {low:.1%} to {high:.1%}) of the "
+        f"{results['run']['metric'].replace('_', ' ')} with {c['n_nodes']:,} "
+        f"node{'s' if c['n_nodes'] > 1 else ''}, {c['share']:.1%} of all neurons and heads. "
+        f"{len(random)} random circuits of the same size and layers recover "
+        f"{sum(random) / len(random):.1%} (range {min(random):.1%} to {max(random):.1%})."
     )
 
 

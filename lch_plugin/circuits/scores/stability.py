@@ -111,6 +111,9 @@ def stability(
         return reading.attribution(radius, n_samples, generator)
 
     reference = scored(reference_radius, max(drawn) + 1)
+    fewest = min(map(len, reference.scores.values()))
+    if n_top > fewest:
+        raise InputError(f"n_top={n_top}: a layer scored here has {fewest} neurons.")
     cells = [[scored(radius, seed) for seed in drawn] for radius in radii]
     return Stability(
         radii=tuple(radii),
