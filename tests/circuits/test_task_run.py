@@ -83,6 +83,9 @@ def test_it_is_found_on_one_split_and_tested_on_the_other(made: tuple[Path, str]
     found = results(made)
     assert found["circuit"]["metric_full"] == pytest.approx(float(metric.mean()), rel=1e-5)
     assert found["circuit"]["n_prompts"] == N
+    assert found["run"]["n_right"] == int((metric > 0).sum())
+    page = " ".join((made[0] / "report.html").read_text().split())
+    assert f"the answer ahead on {found['run']['n_right']} of the {N} held-out prompts" in page
     assert saved["seed"] == found["run"]["seed"] == SEED
     assert saved["model"] == found["run"]["model"]
     (at_share,) = [r for r in found["by_size"]["circuits"] if r["share"] == SHARE]

@@ -122,6 +122,7 @@ def run(
             "seed": seed,
             "metric": shown.metric.name,
             "units": units,
+            "n_right": int((tested.full > 0).sum()),
             "n_heads": sum(p.n_nodes for p in scores.points if p.kind == "head"),
             "n_neurons": sum(p.n_nodes for p in scores.points if p.kind == "neuron"),
             "example": _example(model, test),
