@@ -25,7 +25,12 @@ from lch_plugin.circuits.nodes import Circuit, Node, NodeScores, ScoredNode
 from lch_plugin.circuits.prompts import Prompts, prompts
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import write_graph_page
-from lch_plugin.circuits.scores.attribution import node_attribution, pattern_attribution
+from lch_plugin.circuits.scores.attribution import (
+    Contributions,
+    contributions,
+    node_attribution,
+    pattern_attribution,
+)
 from lch_plugin.circuits.scores.features import FeatureScores, feature_attribution
 from lch_plugin.circuits.scores.neurons import Neuron, NeuronAttribution, neuron_attribution
 from lch_plugin.circuits.scores.stability import Stability, stability
@@ -35,6 +40,7 @@ __all__ = [
     "TASKS",
     "AblationCheck",
     "Circuit",
+    "Contributions",
     "Faithfulness",
     "FeatureScores",
     "Judgement",
@@ -47,6 +53,7 @@ __all__ = [
     "Stability",
     "ablation_check",
     "attribution_graph",
+    "contributions",
     "faithfulness",
     "feature_attribution",
     "judge",

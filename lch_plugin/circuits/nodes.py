@@ -85,8 +85,7 @@ class NodeScores:
         score = layer[node.index]
         parts = _parts(self.points, self.values)
         peers = torch.cat([part for point, part in parts if point.kind == node.kind])
-        below = 100 * float((peers < score).double().mean())
-        return ScoredNode(node, float(score), int((peers > score).sum()) + 1, below)
+        return ScoredNode(node, float(score), *place(score, peers))
 
     def top(
         self, n: int, *, kind: NodeKind | None = None, by: Literal["score", "magnitude"] = "score"
@@ -209,6 +208,11 @@ class Circuit:
                     )
                 nodes += [Node(kind, int(layer), index) for index in listed]  # type: ignore[arg-type]
         return cls.of(points, nodes)
+
+
+def place(score: Float[Tensor, ""], peers: Float[Tensor, " n"]) -> tuple[int, float]:
+    """Rank of a score among its peers, 1 for the highest, and its percentile, in percent."""
+    return int((peers > score).sum()) + 1, 100 * float((peers < score).double().mean())
 
 
 def all_nodes(points: Iterable[NodePoint]) -> Iterator[Node]:

@@ -482,6 +482,8 @@ def by_matrices(graph: nx.DiGraph, nodes: float, edges: float) -> tuple[set[str]
         return shares, (np.linalg.inv(np.eye(n) - shares) - np.eye(n))[-1]
 
     def top(values: Any, threshold: float) -> Any:
+        if threshold == 1:
+            return values > 0
         order = np.argsort(-values.ravel(), kind="stable")
         reached = np.cumsum(values.ravel()[order])
         keep = np.zeros(values.size, dtype=bool)

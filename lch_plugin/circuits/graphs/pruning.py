@@ -109,6 +109,8 @@ def _shares(graph: nx.DiGraph, target: str) -> dict[str, float]:
 
 def _top(influence: Mapping[_Key, float], threshold: float) -> set[_Key]:
     """The fewest keys that have a share of all influence together."""
+    if threshold == 1:  # However small, and whatever rounding makes of the sum.
+        return {key for key, value in influence.items() if value > 0}
     order: list[_Key] = _ordered(influence)
     before = [0.0, *accumulate(influence[key] for key in order)]
     n = sum(reached < threshold * before[-1] for reached in before)

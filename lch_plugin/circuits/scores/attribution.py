@@ -168,12 +168,22 @@ def pattern_attribution(
 def contributions(
     model: LensModel,
     batch: Prompts,
-    points: Sequence[NodePoint],
+    points: Sequence[NodePoint] | None = None,
     *,
     linearization: Linearization = "detached",
     through_patterns: bool = False,
 ) -> Contributions:
-    """What each node does for the metric, position by position; arguments as `node_attribution`."""
+    """What each node does for the metric, position by position, and each token embedding.
+
+    Args:
+        model, linearization, through_patterns: as `node_attribution`.
+        batch: prompts of one length.
+        points: where the nodes are; all heads and neurons if None.
+
+    Raises:
+        InputError, SiteError: as `node_attribution`.
+    """
+    points = node_points(model) if points is None else points
     embed = embedding_name(model)
     names = [embed, *(point.name for point in points)]
     found = metric_gradients(

@@ -35,6 +35,7 @@ from lch_plugin.adapters.transformer_lens import (
     mlp_inputs,
     run_edited,
 )
+from lch_plugin.circuits.nodes import place
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
@@ -88,13 +89,8 @@ class FeatureScores:
         if not 0 <= index < len(self.values):
             raise InputError(f"feature {index}: the SAE has features 0 to {len(self.values) - 1}.")
         score = self.values[index]
-        return ScoredFeature(
-            index=index,
-            score=float(score),
-            rank=int((self.values > score).sum()) + 1,
-            percentile=100 * float((self.values < score).double().mean()),
-            n_active=int(self.n_active[index]),
-        )
+        n_active = int(self.n_active[index])
+        return ScoredFeature(index, float(score), *place(score, self.values), n_active)
 
     def top(self, n: int, *, by: Literal["score", "magnitude"] = "score") -> list[ScoredFeature]:
         """The ``n`` features that score highest, or of largest magnitude, highest first."""

@@ -38,6 +38,7 @@ from lch_plugin.adapters.transformer_lens import (
     recorded_mlp_inputs,
 )
 from lch_plugin.centroids import sample_neighbourhood
+from lch_plugin.circuits.nodes import place
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.circuits.scores.attribution import metric_gradients
 from lch_plugin.cotangents import Metric, Vector, evaluate
@@ -97,13 +98,7 @@ class NeuronAttribution:
         if not 0 <= index < len(scores):
             raise SiteError(f"layer {layer} has neurons 0 to {len(scores) - 1}, not {index}.")
         score = scores[index]
-        return Neuron(
-            layer=layer,
-            index=index,
-            score=float(score),
-            rank=int((scores > score).sum()) + 1,
-            percentile=100 * float((scores < score).double().mean()),
-        )
+        return Neuron(layer, index, float(score), *place(score, scores))
 
     def top(
         self,
