@@ -20,7 +20,7 @@ demo: $(VENV)/ready
 	$(BIN)/lch demo --out demo-report
 
 test: $(VENV)/ready check
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadgroup
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -16,6 +16,9 @@ from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.demo.tasks import pear_apple
 from tests import models
 
+# In one process, so that what the fixtures make is made once.
+pytestmark = pytest.mark.xdist_group("neuron_run")
+
 EXAMPLE = pear_apple()
 PROMPT, TWIN = EXAMPLE.prompt, EXAMPLE.corrupt
 SETTINGS: dict[str, Any] = {"n_samples": 8, "seed": 3}

@@ -19,6 +19,9 @@ from lch_plugin.circuits.reports import task_run
 from lch_plugin.cli import app
 from tests.browser import CHROMIUM, browse
 
+# In one process, so that what the fixtures make is made once.
+pytestmark = pytest.mark.xdist_group("task_run")
+
 # Prompts of one length: one forward pass for each circuit.
 N, SHARE, SEED = 5, 0.05, 10
 
