@@ -130,12 +130,12 @@ def hook_points(module: nn.Module) -> Iterator[HookPoint]:
 
 def block_input(block: Any) -> Gate:
     """The residual stream as a block reads it."""
-    return PointGate(block, "hook_resid_pre" if _is_hooked(block) else "hook_in", last=True)
+    return PointGate(block, "hook_resid_pre" if is_hooked(block) else "hook_in", last=True)
 
 
 def block_output(block: Any) -> Gate:
     """The residual stream as a block leaves it."""
-    return PointGate(block, "hook_resid_post" if _is_hooked(block) else "hook_out", last=False)
+    return PointGate(block, "hook_resid_post" if is_hooked(block) else "hook_out", last=False)
 
 
 def attention(block: Any, path: str) -> tuple[Any, str]:
@@ -171,14 +171,14 @@ def check_heads(attn: Any, path: str) -> None:
 
 def attention_input(attn: Any) -> Gate:
     """What attention reads, after the layer norm."""
-    if _is_hooked(attn):
+    if is_hooked(attn):
         return ModuleGate(attn, "input", ("query_input", "key_input", "value_input"))
     return PointGate(attn, "hook_in", last=True)
 
 
 def attention_output(attn: Any) -> Gate:
     """What attention writes."""
-    if _is_hooked(attn):
+    if is_hooked(attn):
         return ModuleGate(attn, "output")
     return PointGate(attn, "hook_out", last=False)
 
@@ -241,7 +241,7 @@ def post_norm(block: Any, kind: str) -> Callable[[Tensor], Tensor] | None:
         "ln1_post" if kind in ("attn", "head") else "ln2_post"
     )
     if norm is not None:
-        return norm.original_component if not _is_hooked(norm) else norm
+        return norm.original_component if not is_hooked(norm) else norm
     scale = getattr(block, "residual_contribution_scale", 1.0)
     if scale != 1.0 or getattr(block, "mlp_reads_resid_directly", False):
         raise SiteError(
@@ -494,6 +494,6 @@ def is_module(component: Any) -> bool:
     return getattr(component, "name", "") is not None
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether this is a component of a HookedTransformer rather than of a bridge."""
     return not hasattr(module, "original_component")

@@ -11,6 +11,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     attention,
     check_model,
+    is_hooked,
     is_module,
     locate_mlp,
     stacks,
@@ -88,13 +89,13 @@ def _norm(block: Any, name: str, layer: int) -> Any:
 
 
 def _input(module: Any) -> Gate:
-    if _is_bridge(module):
-        return PointGate(module, "hook_in", last=True)
-    return ModuleGate(module, "input")
+    if is_hooked(module):
+        return ModuleGate(module, "input")
+    return PointGate(module, "hook_in", last=True)
 
 
 def _write(block: Any, component: Any, kind: str) -> Gate:
-    if not _is_bridge(block):
+    if is_hooked(block):
         return PointGate(block, f"hook_{kind}_out", last=True)
     norm = block._modules.get("ln1_post" if kind == "attn" else "ln2_post")
     if norm is not None:
@@ -102,7 +103,3 @@ def _write(block: Any, component: Any, kind: str) -> Gate:
     if kind == "mlp" and not is_module(component):
         component = component.out
     return PointGate(component, "hook_out", last=True)
-
-
-def _is_bridge(module: Any) -> bool:
-    return hasattr(module, "original_component")

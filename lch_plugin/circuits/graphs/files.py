@@ -136,9 +136,7 @@ def from_json(data: Mapping[str, Any]) -> nx.DiGraph:
         InputError: it is of another format.
         KeyError, TypeError: it is no such data.
     """
-    found = data["lch"]["format"]
-    if found != _FORMAT:
-        raise InputError(f"the graph is of format {found}, and this version reads {_FORMAT}.")
+    _check_format(data["lch"])
     graph = nx.DiGraph()
     graph.graph.update(data["lch"]["graph"])
     names = {}
@@ -206,10 +204,7 @@ def _carried(graph: nx.DiGraph) -> nx.DiGraph:
 def _restored(carried: nx.DiGraph) -> nx.DiGraph:
     """What `_carried` was given."""
     data = json.loads(carried.graph["lch"])
-    if data["format"] != _FORMAT:
-        raise InputError(
-            f"the graph is of format {data['format']}, and this version reads {_FORMAT}."
-        )
+    _check_format(data)
     graph = nx.DiGraph()
     graph.graph.update(data["graph"])
     graph.add_nodes_from(carried.nodes(data=True))
@@ -217,6 +212,12 @@ def _restored(carried: nx.DiGraph) -> nx.DiGraph:
     for name, values in data["nodes"].items():
         graph.nodes[name].update(values)
     return graph
+
+
+def _check_format(data: Mapping[str, Any]) -> None:
+    found = data["format"]
+    if found != _FORMAT:
+        raise InputError(f"the graph is of format {found}, and this version reads {_FORMAT}.")
 
 
 def _is_carried(value: Any) -> bool:

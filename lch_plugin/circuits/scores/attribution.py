@@ -158,9 +158,8 @@ def pattern_attribution(
         found = metric_gradients(
             model, batch, names, linearization=linearization, through_patterns=True, leaves=leaves
         )
-        reference = {} if batch.corrupt is None else activations(model, batch.corrupt, names)
-        worth = (_difference(found, reference, n) * found.gradients[n] for n in names)
-        return torch.cat([value.double().sum((0, 2, 3)) for value in worth])
+        worth = _worth(model, batch, found)
+        return torch.cat([worth[name].double().sum((0, 2, 3)) for name in names])
 
     return _mean_scores(node_points(model, ("head",)), prompts, score)
 
@@ -189,15 +188,11 @@ def contributions(
     found = metric_gradients(
         model, batch, names, linearization=linearization, through_patterns=through_patterns
     )
-    reference = {} if batch.corrupt is None else activations(model, batch.corrupt, names)
-
-    def worth(name: str) -> Tensor:
-        return _difference(found, reference, name) * found.gradients[name]
-
+    worth = _worth(model, batch, found)
     return Contributions(
         metric=found.metric,
-        nodes={point.name: point.split(worth(point.name)).sum(-1) for point in points},
-        embeddings=worth(embed).sum(-1),
+        nodes={point.name: point.split(worth[point.name]).sum(-1) for point in points},
+        embeddings=worth[embed].sum(-1),
     )
 
 
@@ -300,10 +295,15 @@ def _mean_scores(
     return NodeScores(points, (total / n_prompts).float())
 
 
-def _difference(found: Gradients, reference: dict[str, Tensor], name: str) -> Tensor:
-    """Of what passes a hook point from the reference, or from zero if there is none."""
-    a = found.activations[name]
-    return a - reference[name] if reference else a
+def _worth(
+    model: LensModel, batch: Prompts, found: Gradients
+) -> dict[str, Float[Tensor, "batch _ *rest"]]:
+    """By hook name, gradient times the difference to the corrupt twin, or to zero without one."""
+    difference = found.activations
+    if batch.corrupt is not None:
+        reference = activations(model, batch.corrupt, list(difference))
+        difference = {name: a - reference[name] for name, a in difference.items()}
+    return {name: a * found.gradients[name] for name, a in difference.items()}
 
 
 def _wide(value: Tensor) -> Tensor:
