@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +171,9 @@ def test_sharded(saved: Path) -> None:
 
 def test_class_without_architectures(saved: Path) -> None:
     edit_config(saved, architectures=None)
-    assert type(load(saved).model) is transformers.GPT2LMHeadModel
+    model = load(saved).model
+    assert type(model) is transformers.GPT2LMHeadModel
+    assert model.config.architectures == ["GPT2LMHeadModel"]
     edit_config(saved, architectures=["os", "AutoModel", "GPT2Config", "OfItsOwnModel"])
     assert type(load(saved).model) is transformers.GPT2LMHeadModel
 
@@ -178,7 +181,146 @@ def test_class_without_architectures(saved: Path) -> None:
 def test_auto_model_where_there_is_no_language_model(tmp_path: Path) -> None:
     dinov2().save_pretrained(tmp_path)
     edit_config(tmp_path, architectures=None)
-    assert type(load(tmp_path).model) is Dinov2Model
+    model = load(tmp_path).model
+    assert type(model) is Dinov2Model
+    assert model.config.architectures == ["Dinov2Model"]
+
+
+# Code that comes with a checkpoint
+
+OWN_CODE = """
+from pathlib import Path
+
+import transformers
+
+Path(__file__).with_name("ran").touch()
+
+
+class OwnConfig(transformers.GPT2Config):
+    model_type = "{model_type}"
+
+
+class {name}(transformers.GPT2LMHeadModel):
+    config_class = {config}
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+class OwnTokenizer(transformers.PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where transformers copies code to before it runs it; nothing has been run from there."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
+    return tmp_path / "m"
+
+
+def add_code(
+    directory: Path, *, name: str = "OwnModel", model_type: str = "gpt2", **auto_map: Any
+) -> None:
+    """Put code beside a GPT-2, and refer to it in its config."""
+    config = "OwnConfig" if "AutoConfig" in auto_map else "transformers.GPT2Config"
+    code = OWN_CODE.format(name=name, model_type=model_type, config=config)
+    (directory / "modeling_own.py").write_text(code)
+    edit_config(directory, auto_map=auto_map, model_type=model_type, architectures=[name])
+
+
+def ran(modules: Path) -> bool:
+    return any(modules.rglob("ran"))
+
+
+def test_own_code_under_a_known_type_is_refused(saved: Path, modules: Path) -> None:
+    add_code(saved, AutoModelForCausalLM="modeling_own.OwnModel")
+    with pytest.raises(InputError, match=r"modeling_own\.py \(config\.json\).*trust_remote_code"):
+        load(saved)
+    assert not ran(modules)
+
+
+@pytest.mark.parametrize(
+    ("name", "auto_map", "found"),
+    [
+        ("config.json", {"AutoConfig": "configuration_x.C"}, r"configuration_x\.py \(config"),
+        ("config.json", {"AutoModel": "someone/else--code.C"}, r"code\.py of someone/else"),
+        ("tokenizer_config.json", {"AutoTokenizer": ["t.Slow", None]}, r"t\.py \(tokenizer_config"),
+        ("tokenizer_config.json", [None, "t.Fast"], r"t\.py \(tokenizer_config"),
+        ("preprocessor_config.json", {"AutoImageProcessor": {"pil": "p.C"}}, r"p\.py \(prepro"),
+    ],
+)
+def test_every_reference_to_code_is_found(
+    saved: Path, name: str, auto_map: Any, found: str
+) -> None:
+    path = saved / name
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**config, "auto_map": auto_map}))
+    with pytest.raises(InputError, match=f"code of its own, {found}"):
+        load(saved)
+
+
+# A class of the checkpoint's may be called as one of transformers', and is not it.
+@pytest.mark.parametrize("name", ["OwnModel", "GPT2LMHeadModel"])
+def test_own_code_runs_where_it_is_trusted(saved: Path, modules: Path, name: str) -> None:
+    expected = output(load(saved).model)
+    add_code(saved, name=name, AutoModelForCausalLM=f"modeling_own.{name}")
+    loaded = load(saved, trust_remote_code=True)
+    assert ran(modules)
+    assert type(loaded.model).__name__ == name
+    torch.testing.assert_close(output(loaded.model), 2 * expected)
+    wrapper = loaded.nnsight()
+    with wrapper.trace(IDS):
+        logits = wrapper.output.logits.save()
+    torch.testing.assert_close(logits, 2 * expected)
+    with pytest.raises(InputError, match=rf"{name} of its own code.*huggingface\.attach"):
+        loaded.bridge()
+
+
+def test_own_code_that_is_not_trusted_gives_way_to_the_stock_class(
+    saved: Path, modules: Path
+) -> None:
+    expected = output(load(saved).model)
+    add_code(saved, AutoModelForCausalLM="modeling_own.OwnModel")
+    loaded = load(saved, trust_remote_code=False)
+    assert type(loaded.model) is transformers.GPT2LMHeadModel
+    torch.testing.assert_close(output(loaded.model), expected)
+    assert not ran(modules)
+
+
+@pytest.mark.parametrize("architectures", [["OwnModel"], None])
+def test_own_code_of_an_unknown_type(saved: Path, modules: Path, architectures: Any) -> None:
+    expected = output(load(saved).model)
+    add_code(
+        saved,
+        model_type="gpt17",
+        AutoConfig="modeling_own.OwnConfig",
+        AutoModelForCausalLM="modeling_own.OwnModel",
+    )
+    edit_config(saved, architectures=architectures)
+    with pytest.raises(InputError, match=r"'gpt17', which.*trust_remote_code=True runs it"):
+        load(saved, trust_remote_code=False)
+    loaded = load(saved, trust_remote_code=True)
+    torch.testing.assert_close(output(loaded.model), 2 * expected)
+    assert loaded.model.config.architectures == ["OwnModel"]
+
+
+def add_tokenizer_code(directory: Path) -> None:
+    add_code(directory)
+    path = directory / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "modeling_own.OwnTokenizer"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+
+
+def test_own_tokenizer(saved: Path, modules: Path) -> None:
+    add_tokenizer_code(saved)
+    assert type(load(saved, trust_remote_code=True).processor).__name__ == "OwnTokenizer"
+    assert type(load(saved, trust_remote_code=False).processor).__name__ != "OwnTokenizer"
 
 
 # What a directory can lack
@@ -208,7 +350,7 @@ def test_unknown_architecture(saved: Path) -> None:
     with pytest.raises(InputError, match=r"'gpt17', which transformers .* does not know"):
         load(saved)
     edit_config(saved, auto_map={"AutoConfig": "code.Config"})
-    with pytest.raises(InputError, match="code of its own, which is not run"):
+    with pytest.raises(InputError, match=r"code of its own, code\.py"):
         load(saved)
 
 
@@ -335,16 +477,20 @@ def test_not_cached(
 
 
 def test_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    downloads = []
+    downloads, code = [], []
 
     def download(*args: Any, **kwargs: Any) -> str:
         downloads.append((args, kwargs["revision"], kwargs["local_files_only"]))
+        code.append("*.py" in kwargs["allow_patterns"])
         return str(cache / "snapshots" / COMMIT)
 
     monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: None)
     monkeypatch.setattr("lch_plugin.loading.origins.snapshot_download", download)
     assert load("someone/tiny", revision="main").revision == COMMIT
     assert downloads == [(("someone/tiny",), "main", False)]
+    for trust in (False, True):
+        load("someone/tiny", trust_remote_code=trust)
+    assert code == [False, False, True]
 
 
 def test_refused_by_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,6 +649,7 @@ def test_gguf(family: str, tmp_path: Path) -> None:
     assert not loaded.model.training
     assert (loaded.name, loaded.path, loaded.revision) == (str(path), path, None)
     assert loaded.model.dtype == torch.float32
+    assert loaded.model.config.architectures == [type(model).__name__]
     torch.testing.assert_close(output(loaded.model), output(model), atol=1e-5, rtol=1e-5)
     assert loaded.processor.decode(loaded.processor("abc").input_ids) == "abc"
 
@@ -642,8 +789,21 @@ def test_toolkits_of_cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert loaded_images.bridge().processor is not None
 
 
-def test_bridge_of_gguf(llama: Path) -> None:
-    torch.testing.assert_close(load(llama).bridge()(IDS), output(tiny("llama")))
+@pytest.mark.parametrize("family", list(_GGUF))
+def test_bridge_of_gguf(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    path = write_gguf(tmp_path / "model.gguf", model, family.removesuffix("_text"))
+    bridged = load(path).bridge()
+    torch.testing.assert_close(bridged(IDS), output(model), atol=1e-5, rtol=1e-5)
+
+
+def test_code_beside_a_gguf_file_is_not_its_own(llama: Path, modules: Path) -> None:
+    models.huggingface("gpt2").save_pretrained(llama.parent)
+    save_tokenizer(llama.parent)
+    add_tokenizer_code(llama.parent)
+    for trust in (None, False, True):
+        load(llama, trust_remote_code=trust)
+    assert not ran(modules)
 
 
 def test_bridge_of_images(tmp_path: Path) -> None:

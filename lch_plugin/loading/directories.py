@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from lch_plugin.loading.origins import Origin
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "tekken.json")
 _PREPROCESSOR = "preprocessor_config.json"
+# What transformers reads here, and where it may be told to run code.
+_CONFIGS = ("config.json", "tokenizer_config.json", _PREPROCESSOR)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -32,12 +36,46 @@ def load_directory(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrained
     Raises:
         InputError: there is none, it is not whole, or cannot be loaded faithfully.
     """
+    _check_code(origin)
     _check_type(origin)
     config = origin.read(AutoConfig.from_pretrained, "config.json")
     _check_unquantized(origin, config)
     _check_weights(origin)
     model = load_model(origin, config, dtype=dtype, use_safetensors=True)
     return model, _processor(origin, model)
+
+
+def _check_code(origin: Origin) -> None:
+    """Refuse to choose between a checkpoint's own code and transformers' classes in its place."""
+    code = [f"{file} ({name})" for name in _CONFIGS for file in _code(origin.path / name)]
+    if code and origin.trust_remote_code is None:
+        raise InputError(
+            f"{origin.name} comes with code of its own, {', '.join(code)}, and transformers' own "
+            "classes may compute something else. Read the code and pass trust_remote_code=True to "
+            "run it, or trust_remote_code=False to take transformers' own classes in its place."
+        )
+
+
+def _code(path: Path) -> list[str]:
+    """The files of code that the ``auto_map`` of a config refers to."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # Not there, or no JSON, which its reader will say.
+        return []
+    references = _texts(config.get("auto_map")) if isinstance(config, dict) else ()
+    # "module.Class", or "owner/name--module.Class" for code of another repository.
+    parts = [reference.rpartition(".")[0].rpartition("--") for reference in references]
+    files = [f"{module}.py" + (f" of {owner}" if owner else "") for owner, _, module in parts]
+    return list(dict.fromkeys(files))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Texts in lists and dicts within each other: a tokenizer or processor may have several."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _check_type(origin: Origin) -> None:
@@ -52,9 +90,11 @@ def _check_type(origin: Origin) -> None:
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}. Copy or download it again.") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
+    own = isinstance(config, dict) and "AutoConfig" in (config.get("auto_map") or {})
+    if own and origin.trust_remote_code:
+        return
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
-        own = isinstance(config, dict) and "auto_map" in config
-        code = " It comes with code of its own, which is not run here." if own else ""
+        code = " It comes with code of its own; trust_remote_code=True runs it." if own else ""
         raise InputError(
             f"{origin.name} is of model_type {kind!r}, which transformers "
             f"{transformers.__version__} does not know.{code} Give a model that transformers has a "
@@ -123,7 +163,7 @@ def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
         InputError: transformers cannot read it, or weights are missing.
     """
     model, info = origin.read(
-        _model_class(config).from_pretrained,
+        _model_class(config, bool(origin.trust_remote_code)).from_pretrained,
         "weights",
         config=config,
         output_loading_info=True,
@@ -138,16 +178,25 @@ def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
             f"{missing[0]}, which would be random. Give a complete checkpoint, whose config.json "
             "names its class in architectures."
         )
+    if not model.config.architectures:
+        # TransformerLens goes by them, and no .gguf file names any.
+        model.config.architectures = [type(model).__name__]
     return model
 
 
-def _model_class(config: Any) -> Any:
-    """The class the checkpoint was saved as, where transformers has it."""
+def _model_class(config: Any, trusted: bool) -> Any:
+    """The class the checkpoint was saved as: its own if that may be run, or transformers'."""
+    own = (getattr(config, "auto_map", None) or {}) if trusted else {}
     for architecture in config.architectures or []:
+        for auto, reference in own.items():
+            saved_as = any(text.endswith(f".{architecture}") for text in _texts(reference))
+            if saved_as and hasattr(transformers, auto):
+                return getattr(transformers, auto)
         cls = getattr(transformers, architecture, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    causal = AutoModelForCausalLM.__name__ in own
+    if causal or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     return AutoModel
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
+# Where transformers imports code that comes with a checkpoint.
+_OWN_CODE = "transformers_modules."
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A transformers model with what is needed to use it elsewhere.
@@ -46,10 +50,17 @@ class LoadedModel:
         model of your own.
 
         Raises:
-            InputError: TransformerLens lacks the tokenizer, a library or an adapter for it.
+            InputError: TransformerLens lacks the tokenizer, a library or an adapter for it, or the
+                model is of code that came with the checkpoint.
         """
         from transformer_lens.model_bridge import TransformerBridge
 
+        if type(self.model).__module__.startswith(_OWN_CODE):
+            raise InputError(
+                f"{self.name} is a {type(self.model).__name__} of its own code, which "
+                "TransformerLens may take for a class that it knows and compute otherwise. Take "
+                "lch.huggingface.attach or .nnsight(), which run the code as it is."
+            )
         tokenizer = self.processor if _is_tokenizer(self.processor) else None
         config = self.model.config
         more_than_text = hasattr(config, "vision_config") or hasattr(config, "audio_config")
@@ -127,6 +138,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    trust_remote_code: bool | None = None,
 ) -> LoadedModel:
     """Load a model from the hub or its cache, a directory, or a .gguf file.
 
@@ -140,13 +152,17 @@ def load(
             checkpoint says, and for most .gguf files float32.
         device: where to put the model.
         revision: branch, tag or commit on the hub.
+        trust_remote_code: of a checkpoint that comes with code of its own (``auto_map`` in its
+            configs): True to run it, with all that code can do to this machine; False to take
+            transformers' own classes, which may compute something else. Left out, such a checkpoint
+            is refused. Without such code it makes no difference.
 
     Raises:
-        InputError: there is no such model, it cannot be loaded faithfully, or dtype or device
-            does not exist.
+        InputError: there is no such model, it cannot be loaded faithfully, it comes with code and
+            ``trust_remote_code`` is left out, or dtype or device does not exist.
     """
     dtype, device = _dtype(dtype), _device(device)
-    origin = find_origin(source, revision)
+    origin = find_origin(source, revision, trust_remote_code)
     read = load_directory if origin.path.is_dir() else load_gguf
     model, processor = read(origin, dtype)
     return LoadedModel(model.to(device), processor, origin.name, origin.path, origin.revision)

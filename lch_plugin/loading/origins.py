@@ -31,14 +31,16 @@ class Origin:
         name: as the caller gave it.
         path: directory or .gguf file.
         revision: commit, of a model from the hub.
+        trust_remote_code: whether code that comes with it is run; None if the caller did not say.
     """
 
     name: str
     path: Path
     revision: str | None
+    trust_remote_code: bool | None = None
 
     def read(self, reader: Callable[..., T], what: str, **kwargs: Any) -> T:
-        """Call a ``from_pretrained`` so that it neither asks the hub nor runs foreign code."""
+        """Call a ``from_pretrained`` so that it neither asks the hub nor runs untrusted code."""
         if self.revision is not None:
             # Not the path: transformers knows some models of the hub by their names.
             pretrained: str | Path = self.name
@@ -49,7 +51,12 @@ class Origin:
             pretrained = self.path.parent
             kwargs["gguf_file"] = self.path.name
         try:
-            return reader(pretrained, local_files_only=True, trust_remote_code=False, **kwargs)
+            return reader(
+                pretrained,
+                local_files_only=True,
+                trust_remote_code=bool(self.trust_remote_code),
+                **kwargs,
+            )
         except Exception as error:  # Of any type, and all of them about the files.
             raise InputError(
                 f"transformers {transformers.__version__} cannot read the {what} of {self.name}: "
@@ -57,7 +64,9 @@ class Origin:
             ) from error
 
 
-def find_origin(source: str | Path, revision: str | None) -> Origin:
+def find_origin(
+    source: str | Path, revision: str | None, trust_remote_code: bool | None = None
+) -> Origin:
     name, path = str(source), Path(source).expanduser()
     is_path = isinstance(source, Path) or name.startswith(("/", ".", "~"))
     if path.exists():
@@ -68,14 +77,16 @@ def find_origin(source: str | Path, revision: str | None) -> Origin:
                 f"revision={revision!r} picks a commit on the hub, but {name} is a path. Leave "
                 "revision out."
             )
-        return Origin(name, path, None)
+        # No code comes with a .gguf file; what lies beside it belongs to something else.
+        return Origin(name, path, None, trust_remote_code if path.is_dir() else False)
     if is_path or path.suffix == ".gguf":
         raise InputError(f"{name} does not exist. Check the path. {_FORMS}.")
-    snapshot = _snapshot(name, revision)
-    return Origin(name, snapshot, snapshot.name)  # The cache names snapshots after commits.
+    snapshot = _snapshot(name, revision, [*_WANTED, "*.py"] if trust_remote_code else _WANTED)
+    # The cache names snapshots after commits.
+    return Origin(name, snapshot, snapshot.name, trust_remote_code)
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def _snapshot(name: str, revision: str | None, wanted: list[str]) -> Path:
     """Where the cache has a model of the hub, downloaded if need be."""
     refusal: Exception | None = None
     try:
@@ -93,7 +104,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=_WANTED,
+                allow_patterns=wanted,
                 ignore_patterns=["*/*"],
                 local_files_only=refusal is not None,
             )
