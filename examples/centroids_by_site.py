@@ -40,7 +40,7 @@ out = parser.parse_args().out
 
 # Small radii need double precision.
 model = lch.load_demo_model(dtype=torch.float64)
-texts = (model.to_tokens(text) for text in stories(400, split="test"))
+texts = (model.to_tokens(text) for text in stories(600, split="test"))
 # Beginnings of the same length, so that there is no padding.
 tokens = torch.cat([t[:, :N_TOKENS] for t in texts if t.shape[1] >= N_TOKENS])[:200]
 

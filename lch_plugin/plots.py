@@ -265,7 +265,7 @@ def neuron_scores(
         highest = max(float(scores.max()) for scores in attribution.scores.values())
         # Neurons that hardly take part reach down to rounding; they need no room.
         axis.set(yscale="log", ylim=(highest * 1e-7, highest * 4), ylabel="score")
-        axis.set_title("How far removing each neuron moves the local centroid of its MLP")
+        axis.set_title("How far removing each neuron moves the centroids of its MLP")
     else:
         axis.axhline(0, color="black", linewidth=0.8)
         axis.margins(y=0.12)

@@ -168,7 +168,7 @@ def _model_and_text(
 ) -> tuple[Any, Any]:
     """A model in TransformerLens and a text for it; the embedded model and its stories if none."""
     from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.demo.corpus import stories
+    from lch_plugin.demo.corpus import describe, write_stories
     from lch_plugin.errors import InputError
     from lch_plugin.loading import load
     from lch_plugin.saes import load_text
@@ -176,8 +176,11 @@ def _model_and_text(
     if model and not text:
         raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
     bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
-    own = () if text else list(stories(n_stories, split=split, seed=seed))
-    return bridge, load_text(text or own, streaming=streaming)
+    if not text:
+        own = list(write_stories(n_stories, split=split, seed=seed))
+        typer.echo(f"text: {describe(own, split, seed)}")
+        return bridge, load_text([story.text for story in own])
+    return bridge, load_text(text, streaming=streaming)
 
 
 @app.command()
@@ -244,7 +247,7 @@ def evaluate(
 
     check_new_directory(out)
     bridge, data = _model_and_text(
-        model, text, dtype, device, n_stories=300, split="test", seed=seed
+        model, text, dtype, device, n_stories=400, split="test", seed=seed
     )
     sae = load_sae(sae_dir, device)
     evaluation_report(

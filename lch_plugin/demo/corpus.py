@@ -2,6 +2,10 @@
 
 A story is about two people. It tells what they do in plain sentences, and in between come sentences
 from the examples of the split, each about the same two people where it names any.
+
+A story of the test split has no plain sentences. They are made of few words, so that most of those
+of any story are in the training text too, word for word: 84 % of 1,865 in 1,480 stories. Of the
+examples no training story, whatever its seed, has one of the test split.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ _WEIGHTS = [
     {"ioi": 6, "greater_than": 2, "induction": 3, "pronoun": 2}.get(behaviour, 1)
     for behaviour in BEHAVIOURS
 ]
+#: Of the pronouns "Paul was cold because" is held out, and yet in the training text, within "Unlike
+#: Mary, Paul was cold because": stories of the test split have none of this template.
+_WITHIN_ANOTHER = ("pronoun", "was")
 _LIST_LENGTH = 90
 _PEOPLE = frozenset(words.NAMES) | frozenset(NARRATORS)
 
@@ -119,16 +126,18 @@ class Story:
         text: the passages, a space between them.
         combinations: those of the examples it tells, each under its behaviour.
         passages: its sentences in order, those of one example together, each under the behaviour
-            of the example; None for the sentences in between.
+            of the example; None for the plain sentences in between.
+        n_left_out: plain sentences that were drawn and are not told, of the test split.
     """
 
     text: str
     combinations: tuple[tuple[str, Combination], ...]
     passages: tuple[tuple[str | None, str], ...]
+    n_left_out: int
 
 
 def write_story(rng: random.Random, split: str = "train") -> Story:
-    """Write one story of two to ten sentences."""
+    """Write one story of two to ten sentences, or of one to six if it is of the test split."""
     name, other = rng.sample(words.NAMES, 2)
     pronoun = subject_pronoun(name)
     details = {slot: rng.choice(choices) for slot, choices in _DETAILS.items()}
@@ -152,10 +161,13 @@ def write_story(rng: random.Random, split: str = "train") -> Story:
         used.append((behaviour, combination))
     if len(told) == 1 or rng.random() < 0.3:
         told.append((None, tell(_CLOSINGS + _MIDDLES)))
-    return Story(" ".join(text for _, text in told), tuple(used), tuple(told))
+    # Drawn all the same, so that both splits tell their examples in the same way.
+    kept = [passage for passage in told if split == "train" or passage[0] is not None]
+    text = " ".join(text for _, text in kept)
+    return Story(text, tuple(used), tuple(kept), len(told) - len(kept))
 
 
-def stories(n: int, *, split: str = "train", seed: int = 0) -> Iterator[str]:
+def write_stories(n: int, *, split: str = "train", seed: int = 0) -> Iterator[Story]:
     """Yield ``n`` stories; the same seed gives the same stories.
 
     Raises:
@@ -165,7 +177,25 @@ def stories(n: int, *, split: str = "train", seed: int = 0) -> Iterator[str]:
         raise InputError(f"n is {n}; at least one story can be asked for")
     check_split(split)
     rng = random.Random(seed)
-    return (write_story(rng, split).text for _ in range(n))
+    return (write_story(rng, split) for _ in range(n))
+
+
+def stories(n: int, *, split: str = "train", seed: int = 0) -> Iterator[str]:
+    """The texts of `write_stories`.
+
+    Raises:
+        InputError: If ``n`` is less than 1 or the split is unknown.
+    """
+    return (story.text for story in write_stories(n, split=split, seed=seed))
+
+
+def describe(told: Sequence[Story], split: str, seed: int) -> str:
+    """What some stories are, for a record, with how many sentences of them are not told."""
+    text = f"{len(told):,} generated stories, {split} split, seed {seed}"
+    n_left_out = sum(story.n_left_out for story in told)
+    if n_left_out:
+        text += f" ({n_left_out:,} plain sentences left out, which training stories share)"
+    return text
 
 
 def word_lists(n: int, *, seed: int = 0) -> Iterator[str]:
@@ -215,5 +245,7 @@ def _combinations_by_people(behaviour: str, split: str) -> dict[frozenset[str], 
     """The combinations of a split, those that name the same people together."""
     groups: dict[frozenset[str], list[Combination]] = {}
     for combination in combinations(behaviour, split):
+        if split == "test" and (behaviour, combination[0]) == _WITHIN_ANOTHER:
+            continue
         groups.setdefault(_PEOPLE.intersection(combination), []).append(combination)
     return groups

@@ -7,7 +7,6 @@ Of a digit: which it is.
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +14,7 @@ from pathlib import Path
 
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.demo import vocabulary as words
-from lch_plugin.demo.corpus import Story, write_story
-from lch_plugin.demo.tasks import check_split
+from lch_plugin.demo.corpus import Story, describe, write_stories
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR, digits
 from lch_plugin.demo.vocabulary import plural
 from lch_plugin.errors import InputError
@@ -24,8 +22,8 @@ from lch_plugin.saes.comparison.data import Labelled
 
 Span = tuple[int, int, str]
 
-# Fewer than there are on average, 37, so that there are stories enough.
-_TOKENS_OF_A_STORY = 34
+# Fewer than there are on average, 37 and 27, so that there are stories enough.
+_TOKENS_OF_A_STORY = {"train": 34, "test": 24}
 
 #: Splits a text as the demo tokenizer does, the spaces left out.
 _WORD = re.compile(r"[^\W\d]+|\d\d|[^\w\s]")
@@ -110,11 +108,7 @@ def labelled_stories(n: int, *, split: str = "train", seed: int = 0) -> Labelled
     Raises:
         InputError: ``n`` is less than 1, or there is no such split.
     """
-    check_split(split)
-    if n < 1:
-        raise InputError(f"n is {n}; at least one story can be asked for")
-    rng = random.Random(seed)
-    written = [write_story(rng, split) for _ in range(n)]
+    written = list(write_stories(n, split=split, seed=seed))
     passages = [behaviours(story) for story in written]
     return Labelled(
         [story.text for story in written],
@@ -130,7 +124,7 @@ def labelled_stories(n: int, *, split: str = "train", seed: int = 0) -> Labelled
                 for story, spans in zip(written, passages, strict=True)
             ],
         },
-        f"{n:,} generated stories, {split} split, seed {seed}",
+        describe(written, split, seed),
     )
 
 
@@ -172,10 +166,8 @@ def embedded_task(name: str, n_rows: int, n_test_rows: int, *, seed: int = 0) ->
         return Task(DEMO_VISION_MODEL_DIR, "encoder.layer.2.mlp", train, test)
     if name != "stories":
         raise InputError(f"no task is called {name!r}; there are digits and stories.")
-    n_train, n_test = (10 + n // _TOKENS_OF_A_STORY for n in (n_rows, n_test_rows))
-    return Task(
-        DEMO_MODEL_DIR,
-        "transformer.h.2.mlp",
-        labelled_stories(n_train, seed=seed),
-        labelled_stories(n_test, split="test", seed=seed),
+    train, test = (
+        labelled_stories(10 + n // _TOKENS_OF_A_STORY[split], split=split, seed=seed)
+        for split, n in (("train", n_rows), ("test", n_test_rows))
     )
+    return Task(DEMO_MODEL_DIR, "transformer.h.2.mlp", train, test)

@@ -1,6 +1,6 @@
 """What ``lch demo`` does: centroids, two SAEs and a circuit of the demo model, as one report.
 
-1. Centroids at every layer over held-out stories.
+1. Centroids at every layer over held-out stories, no passage of which is in the training text.
 2. A TopK SAE on the centroids of one MLP and one, with the same settings, on that MLP's input,
    both trained by SAELens.
 3. The neurons behind "a" or "an" in the paper's pear/apple prompt, and whether removing them
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TopKTrainingSAEConfig
+from scipy.stats import false_discovery_control
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -41,7 +42,7 @@ from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE
 
 SAE_LAYER = 2
-N_TRAINING_STORIES, N_TEST_STORIES = 6000, 300
+N_TRAINING_STORIES, N_TEST_STORIES = 6000, 400
 TRAINING_TOKENS = 300_000
 D_SAE, K = 512, 8
 N_PROMPTS, N_ABLATED, N_RANDOM = 200, 10, 100
@@ -272,6 +273,7 @@ def a_an_circuit(
         attributions[ranking, prompts] = attribution
         checks |= {(ranking, prompts, layer): check for layer, check in by_layer.items()}
     scored = attributions["ones", "pear/apple"]
+    corrected = false_discovery_control([check.p_value for check in checks.values()])
     results = {
         "prompt": example.prompt,
         "answer": example.answers[0],
@@ -302,8 +304,9 @@ def a_an_circuit(
                 "random_mean": float(check.random_effects.mean()),
                 "random_std": float(check.random_effects.std()),
                 "p_value": check.p_value,
+                "p_corrected": float(p),
             }
-            for (ranking, prompts, layer), check in checks.items()
+            for ((ranking, prompts, layer), check), p in zip(checks.items(), corrected, strict=True)
         ],
     }
     named = {f"{r}, {p}, layer {layer}": check for (r, p, layer), check in checks.items()}

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lch_plugin.demo import DEMO_MODEL_DIR, vocabulary
-from lch_plugin.demo.corpus import stories, word_lists, write_story
+from lch_plugin.demo.corpus import stories, word_lists, write_stories, write_story
 from lch_plugin.demo.tasks import BEHAVIOURS, combinations, examples
 from lch_plugin.errors import InputError
 
@@ -44,6 +44,27 @@ def test_no_held_out_prompt_is_in_a_training_story(texts: list[str]) -> None:
     for behaviour in BEHAVIOURS:
         for example in examples(behaviour, 200):
             assert example.prompt not in everything
+
+
+def test_no_passage_of_a_held_out_story_is_in_a_training_story() -> None:
+    """Nor within one: "Paul was cold because he was late" is in "Unlike Mary, Paul was cold..."."""
+    training = "\n".join(stories(20_000, seed=0))
+    told = list(write_stories(500, split="test", seed=0))
+    passages = {text for story in told for _, text in story.passages}
+    assert len(passages) > 700
+    assert not {text for text in passages if text in training}
+
+
+def test_held_out_stories_tell_examples_alone() -> None:
+    rng = random.Random(0)
+    for split, plain in (("train", True), ("test", False)):
+        told = [write_story(rng, split) for _ in range(200)]
+        assert any(kind is None for story in told for kind, _ in story.passages) == plain
+        assert any(story.n_left_out for story in told) != plain
+        for story in told:
+            examples_told = [kind for kind, _ in story.passages if kind]
+            assert examples_told == [behaviour for behaviour, _ in story.combinations]
+            assert story.text == " ".join(text for _, text in story.passages)
 
 
 def test_no_held_out_noun_is_in_its_template(texts: list[str]) -> None:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from lch_plugin.demo.corpus import stories, write_story
+from lch_plugin.demo.corpus import stories, write_stories, write_story
 from lch_plugin.demo.labels import (
     behaviours,
     embedded_task,
@@ -33,9 +33,14 @@ def tagged(text: str) -> dict[str, str]:
 
 def test_the_stories_are_what_they_were() -> None:
     """The embedded model was trained on them, and published results are of them."""
-    text = "\n".join([*stories(5000, seed=3), *stories(5000, split="test", seed=7)])
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    assert digest == "a6f79b51aaf04e8145634a11e7cc13b79135fa366899b17aaf942a23a039bdb3"
+    digests = [
+        hashlib.sha256("\n".join(told).encode()).hexdigest()
+        for told in (stories(5000, seed=3), stories(5000, split="test", seed=7))
+    ]
+    assert digests == [
+        "ecdc419351e6ea132565edf5b39926b005f9405735590f79574eef4934e9816a",
+        "84c74f71f3fb73d15d8f21180cd5f1c7ce320f346e937c47d47919a38d80278b",
+    ]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -132,6 +137,24 @@ def test_digits_are_labelled() -> None:
     images, labels = digits("test")
     assert data.labels == {"digit": labels.tolist()}
     assert data.inputs.equal(images)
+
+
+def test_how_many_sentences_went_is_told() -> None:
+    told = list(write_stories(30, split="test", seed=2))
+    n_left_out = sum(story.n_left_out for story in told)
+    name = labelled_stories(30, split="test", seed=2).name
+    assert name == (
+        "30 generated stories, test split, seed 2 "
+        f"({n_left_out} plain sentences left out, which training stories share)"
+    )
+    assert labelled_stories(30).name == "30 generated stories, train split, seed 0"
+
+
+def test_there_are_stories_enough_for_the_rows() -> None:
+    task = embedded_task("stories", n_rows=20_000, n_test_rows=20_000)
+    for data in (task.train, task.test):
+        words = re.findall(r"[^\W\d]+|\d\d|[^\w\s]", " ".join(data.inputs))
+        assert 20_000 < len(words) - len(data.inputs) < 30_000
 
 
 def test_tasks() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sae_lens import SAE
+from scipy.stats import false_discovery_control
 from typer.testing import CliRunner
 
 import lch_plugin as lch
@@ -71,6 +72,10 @@ def test_the_page_is_self_contained_and_shows_the_results(report: Path) -> None:
         assert all(f"feature {f['index']}" in page for f in sae["features"])
     assert all(len(set(a["neurons"])) == 10 for a in results["circuit"]["ablations"])
     assert results["run"]["seed"] == 1
+    ablations = results["circuit"]["ablations"]
+    expected = false_discovery_control([a["p_value"] for a in ablations])
+    assert [a["p_corrected"] for a in ablations] == pytest.approx(expected)
+    assert f"corrected for the {len(ablations)} tests" in page
 
 
 def test_the_same_seed_gives_the_same_numbers(report: Path, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from PIL import Image
 from sae_lens import SAE
 from tokenizers import Tokenizer
@@ -37,6 +38,7 @@ from lch_plugin.saes.comparison.data import Split, prepare
 from lch_plugin.saes.comparison.scores import label_agreement, probe_scores
 from lch_plugin.saes.comparison.settings import SITES
 from lch_plugin.saes.comparison.values import Values, item_means, write_values
+from lch_plugin.statistics import holm
 from tests import families
 
 MLP = "transformer.h.2.mlp"
@@ -294,6 +296,11 @@ def test_summaries_are_of_the_scores(done: tuple[Path, Any]) -> None:
         assert t["difference"] == pytest.approx(difference)
         assert t["n"] == 2
     assert {t["score"] for t in found["tests"]} >= {"digit: probe", "digit: sparse_probe_1"}
+    made = [t for t in found["tests"] if t["reason"] is None]
+    assert 0 < len(made) == results["n_tests"] < len(found["tests"])
+    assert [t["p_corrected"] for t in made] == pytest.approx(holm([t["p_value"] for t in made]))
+    for t in found["tests"]:
+        assert (t["reason"] is None) == (t["p_value"] is not None) == (t["low"] is not None)
 
 
 def test_the_report_shows_the_scores(done: tuple[Path, Any]) -> None:
@@ -305,6 +312,13 @@ def test_the_report_shows_the_scores(done: tuple[Path, Any]) -> None:
         assert f"<code>{VISION_MLP}</code>" in page
         assert f"{of} 64" in page
     assert "the power is low" in page
+    assert f"This page has {results['n_tests']} such tests" in page
+    for test in results["comparisons"][0]["tests"]:
+        if test["score"] != "l0":
+            p = test["p_corrected"]
+            assert ("<small>no test</small>" if p is None else f"corrected {p:.2g}") in page
+    assert "Where no test is made, the difference is the same for every seed" in page
+    assert "left out" not in page.split("Held out")[1].split("</tr>")[0]
     assert 'src="http' not in page
     assert page.count("<img") == len(list(out.glob("*.png"))) == 3
     with (out / "scores.csv").open() as file:
@@ -499,6 +513,85 @@ def test_rows_that_are_trained_on_are_not_taken_for_held_out(tmp_path: Path) -> 
     assert {*test.inputs} == {*splits["test"]["text"]}
 
 
+def repeated(texts: list[str], times: int = 2) -> Dataset:
+    """Each text several times, with white space around it and other labels."""
+    rows = [f"{' ' * i}{text}" for text in texts for i in range(times)]
+    return Dataset.from_dict({"text": rows, "label": [i % times for i in range(len(rows))]})
+
+
+def stripped(data: Labelled) -> list[str]:
+    return [text.strip() for text in data.inputs]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_text_is_on_one_side_only(seed: int) -> None:
+    """Every row is kept, those whose labels disagree too."""
+    texts = [f"text {i}" for i in range(50)]
+    train, test = load_labelled(repeated(texts), "label", seed=seed)
+    assert not {*stripped(train)} & {*stripped(test)}
+    assert len({*stripped(test)}) == 10
+    assert sorted(stripped(train) + stripped(test)) == sorted(texts * 2)
+    for text, label in zip(train.inputs, train.labels["label"], strict=True):
+        assert label == text.startswith(" ")
+    assert train.left_out == test.left_out == 0
+    assert "50 repeat another" in test.name
+    assert "repeat" not in load_labelled(repeated(texts, 1), "label")[1].name
+
+
+def test_texts_of_a_named_split_that_training_has_are_left_out(tmp_path: Path) -> None:
+    splits = DatasetDict(
+        train=repeated([f"text {i}" for i in range(40)]),
+        test=repeated([f"text {i}" for i in range(30, 60)], 3),
+        same=repeated([f" text {i}" for i in range(20)]),
+    )
+    splits.save_to_disk(str(tmp_path / "data"))
+    train, test = load_labelled(tmp_path / "data", "label", test_split="test")
+    assert len(train.inputs) == 80
+    assert sorted(stripped(test)) == sorted([f"text {i}" for i in range(40, 60)] * 3)
+    assert (train.left_out, test.left_out) == (0, 30)
+    assert test.first(5).left_out == 30
+    with pytest.raises(lch.InputError, match=r"40 inputs of .*same.* nothing would be held out"):
+        load_labelled(tmp_path / "data", "label", test_split="same")
+
+
+def test_images_are_the_same_by_their_pixels(tmp_path: Path) -> None:
+    """Whatever the file, its name or how it keeps its colours."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    grey = [Image.fromarray(one) for one in pixels]
+    kept = [image.convert("RGB") if i % 2 else image for i, image in enumerate(grey)]
+    kinds = Features({"image": datasets.Image(), "label": Value("int64")})
+    train, test = (
+        Dataset.from_dict({"image": images, "label": [0, 1] * (len(images) // 2)}, features=kinds)
+        for images in (grey[:8], kept[6:])
+    )
+    DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "data"))
+    train, test = load_labelled(tmp_path / "data", "label", test_split="test")
+    assert (len(train.inputs), len(test.inputs), test.left_out) == (8, 4, 2)
+    twice = datasets.concatenate_datasets([datasets.load_from_disk(tmp_path / "data")["train"]] * 2)
+    train, test = load_labelled(twice, "label")
+    assert not {*train.contents()} & {*test.contents()}
+    assert (len(train.inputs), len(test.inputs)) == (12, 4)
+    tensors = torch.tensor(pixels)[:, None].float()
+    data = Labelled(tensors, {"x": [0, 1] * 6}, "")
+    assert data.without(data.select([0, 3])).inputs.equal(tensors[[1, 2, *range(4, 12)]])
+    arrays = Labelled(list(pixels), {"x": [0, 1] * 6}, "")
+    assert arrays.without(arrays.first(5)).labels["x"] == [1, 0, 1, 0, 1, 0, 1]
+
+
+def test_what_is_left_out_is_told(gpt2: LoadedModel, tmp_path: Path, capsys: Any) -> None:
+    stories = labelled_stories(130, seed=1)
+    data = repeated(list(stories.inputs), 1).map(lambda row, i: {"label": i % 2}, with_indices=True)
+    parts = DatasetDict(train=data.select(range(100)), test=data.select(range(90, 130)))
+    parts.save_to_disk(str(tmp_path / "data"))
+    train, test = load_labelled(tmp_path / "data", "label", test_split="test")
+    settings = ComparisonSettings(**{**vars(SMALL), "k": (2,), "n_rows": 512, "n_test_rows": 256})
+    results = compare(gpt2, MLP, train, test, tmp_path / "out", settings)
+    assert results["left_out"] == 10
+    assert "10 inputs left out" in (tmp_path / "out" / "report.html").read_text()
+    assert "10 inputs are not held out" in capsys.readouterr().out
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -551,14 +644,27 @@ def test_data_that_cannot_be_compared(
     assert not list(tmp_path.iterdir())
 
 
+def test_inputs_that_are_trained_on_are_not_held_out(gpt2: LoadedModel, tmp_path: Path) -> None:
+    stories = labelled_stories(130, seed=1)
+    train, test = stories.select(range(100)), stories.select(range(97, 130))
+    settings = ComparisonSettings(**{**vars(SMALL), "n_test_rows": 1000})
+    with pytest.raises(lch.InputError, match=r"3 of the .* held-out inputs are among the 100"):
+        compare(gpt2, MLP, train, test, tmp_path / "out", settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     data = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]})
     with pytest.raises(lch.InputError, match="no column 'kind'"):
         load_labelled(data, "kind")
     with pytest.raises(lch.InputError, match="no column 'image'"):
         load_labelled(data, "label", column="image")
-    with pytest.raises(lch.InputError, match="none can be held out"):
+    with pytest.raises(lch.InputError, match="1 rows with 1 different inputs, of which none can"):
         load_labelled(data.select([0]), "label")
+    with pytest.raises(lch.InputError, match="6 rows with 1 different inputs, of which none can"):
+        load_labelled(repeated(["a"], 6), "label")
+    with pytest.raises(lch.InputError, match="no rows"):
+        load_labelled(data.select([]), "label")
     (tmp_path / "empty").mkdir()
     with pytest.raises(lch.InputError, match="cannot be read"):
         load_labelled(tmp_path / "empty", "label")

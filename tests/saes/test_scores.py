@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from lch_plugin.saes.comparison.scores import (
     probe_scores,
     sparse_probe_accuracies,
 )
-from lch_plugin.saes.comparison.statistics import mean_and_sd, paired_test
+from lch_plugin.saes.comparison.statistics import correct, mean_and_sd, paired_test
 
 LABELS = np.repeat(["x", "y", "z"], 40)
 
@@ -112,10 +114,11 @@ def test_neighbours_are_those_of_the_jaccard_index(codes: np.ndarray, n: int, se
         same = labels == label
         expected = (same & nearer).sum() + (same & tied).sum() / tied.sum() * (n - nearer.sum())
         shares.append(expected / n)
-    assert label_agreement(codes, labels, n) == pytest.approx(np.mean(shares), abs=1e-5)
+    # In double precision: tests of differences take it for granted.
+    assert label_agreement(codes, labels, n) == pytest.approx(np.mean(shares), abs=1e-13)
     order = rng.permutation(14)
     shuffled = label_agreement(codes[order], labels[order], n)
-    assert shuffled == pytest.approx(np.mean(shares), abs=1e-5)
+    assert shuffled == pytest.approx(np.mean(shares), abs=1e-13)
 
 
 def test_neighbours_in_chunks_are_the_same() -> None:
@@ -160,6 +163,15 @@ def test_correlations_are_numpys() -> None:
     assert mean_max_correlation(3 * a, varying) == pytest.approx(expected, abs=1e-6)
 
 
+def test_features_that_differ_by_rounding_are_like_no_other() -> None:
+    """Of a constant feature the means over items of different lengths vary by their rounding."""
+    a, b = codes(0), codes(1, d_sae=9)
+    tenth = np.float32(0.1)
+    constant = np.where(np.arange(len(a)) % 2, tenth, np.nextafter(tenth, np.float32(1)))
+    with_constant = np.column_stack([a, constant])
+    assert mean_max_correlation(with_constant, b) == mean_max_correlation(a, b)
+
+
 def test_paired_tests_are_paired() -> None:
     """A difference that is small beside the spread between seeds, and the same for every seed."""
     first, second = [0.9, 0.5, 0.7], [0.88, 0.49, 0.68]
@@ -180,6 +192,43 @@ def test_differences_without_spread_have_no_test() -> None:
         found = paired_test([8.0, 8.0, 8.0], second)
         assert found.difference == 8 - second[0]
         assert found.low is found.high is found.p_value is None
+        assert found.reason is not None
+    assert paired_test([0.1, math.nan], [0.1, 0.2]).p_value is None
+    assert paired_test([0.1, math.nan], [0.1, 0.2]).reason == "a score is not finite"
+
+
+@given(
+    first=st.lists(st.floats(0.01, 1e3), min_size=2, max_size=8),
+    shift=st.floats(-1e3, 1e3),
+    n=st.integers(2, 30),
+)
+@settings(max_examples=200, deadline=None)
+def test_differences_that_are_the_same_but_for_rounding_have_no_test(
+    first: list[float], shift: float, n: int
+) -> None:
+    """Nor an interval of no width, also where scores are means of several terms."""
+    noisy = [sum([x / n] * n) for x in first]
+    second = [x + shift for x in first]
+    found = paired_test(noisy, second)
+    assert found.low is found.high is found.p_value is None
+    assert found.reason == "the difference is the same for every seed, but for rounding"
+    assert found.difference == pytest.approx(-shift, abs=1e-11)
+
+
+def test_small_differences_with_a_spread_of_their_own_have_a_test() -> None:
+    found = paired_test([0.5, 0.6, 0.7], [0.5 - 1e-9, 0.6 - 2e-9, 0.7 - 3e-9])
+    assert found.reason is None
+    assert found.p_value == pytest.approx(stats.ttest_1samp([1, 2, 3], 0).pvalue, rel=1e-5)
+
+
+def test_tests_are_corrected_for_all_that_were_made() -> None:
+    pairs = [([3.0, 4.0, 6.0], [1.0, 1.0, 2.0]), ([1.0, 1.0], [1.0, 1.0]), ([1.0, 5.0], [2.0, 3.0])]
+    tests = [paired_test(*pair).to_dict() for pair in pairs]
+    assert correct(tests) == 2
+    (small, none, large) = tests
+    assert small["p_corrected"] == 2 * small["p_value"]
+    assert large["p_corrected"] == large["p_value"] > small["p_value"]
+    assert none["p_corrected"] is none["p_value"] is None
 
 
 def test_the_spread_is_that_of_a_sample() -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from datasets import Dataset
 from jaxtyping import Int
 from torch import Tensor
@@ -44,6 +45,7 @@ class Labelled:
             text a list with one label a token, those that the tokenizer adds left out. Labels are
             strings or integers; None and -100 mean that there is none.
         name: of the data, for the record.
+        left_out: inputs that are not among these because others, to train on, are the same.
 
     Raises:
         InputError: no inputs, no labels, or not as many labels as inputs.
@@ -52,6 +54,7 @@ class Labelled:
     inputs: Any
     labels: Mapping[str, Sequence[Any]]
     name: str
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.inputs) or not self.labels:
@@ -68,11 +71,45 @@ class Labelled:
 
     def first(self, n: int) -> Labelled:
         """The first ``n`` inputs with their labels."""
-        chosen = range(min(n, len(self.inputs)))
-        is_dataset = isinstance(self.inputs, Dataset)  # Of which a slice is a mapping of columns.
-        inputs = self.inputs.select(chosen) if is_dataset else self.inputs[: len(chosen)]
-        labels = {name: labels[:n] for name, labels in self.labels.items()}
-        return Labelled(inputs, labels, self.name)
+        return self.select(range(min(n, len(self.inputs))))
+
+    def select(self, indices: Sequence[int]) -> Labelled:
+        """Some of the inputs with their labels, in the order given."""
+        inputs: Any
+        if isinstance(self.inputs, Dataset):
+            inputs = self.inputs.select(indices)
+        elif isinstance(self.inputs, Tensor | np.ndarray):
+            inputs = self.inputs[list(indices)]
+        else:
+            inputs = [self.inputs[i] for i in indices]
+        labels = {name: [of[i] for i in indices] for name, of in self.labels.items()}
+        return replace(self, inputs=inputs, labels=labels)
+
+    def contents(self) -> list[Hashable]:
+        """Of each input what is equal for two inputs that are the same.
+
+        The same are texts without the white space around them, and images by size and pixels: those
+        of a picture in RGB, as models get it. Nothing else is made alike.
+        """
+        is_dataset = isinstance(self.inputs, Dataset)
+        inputs = (row["image"] for row in self.inputs) if is_dataset else self.inputs
+        return [_content(one) for one in inputs]
+
+    def without(self, train: Labelled) -> Labelled:
+        """Those inputs that are not among the ones to train on; `left_out` counts the others.
+
+        Raises:
+            InputError: there are none.
+        """
+        known = set(train.contents())
+        kept = [i for i, content in enumerate(self.contents()) if content not in known]
+        if not kept:
+            raise InputError(
+                f"each of the {len(self.inputs)} inputs of {self.name} is also in {train.name}, so "
+                "that nothing would be held out. Name two splits of a data set that differ; or "
+                "leave test_split out, and a fifth is held out."
+            )
+        return replace(self.select(kept), left_out=self.left_out + len(self.inputs) - len(kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +142,16 @@ class Split:
     n_inputs: int
     n_rows: int
     items: Mapping[str, Items]
+
+
+def _content(one: Any) -> Hashable:
+    """As `Labelled.contents`."""
+    if isinstance(one, str):
+        return one.strip()
+    if hasattr(one, "convert"):
+        one = one.convert("RGB")
+    pixels = one.double().numpy(force=True) if isinstance(one, Tensor) else np.asarray(one)
+    return pixels.shape, xxhash.xxh3_128_digest(pixels.tobytes())
 
 
 def prepare(

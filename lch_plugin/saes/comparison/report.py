@@ -19,7 +19,7 @@ from lch_plugin import plots
 from lch_plugin.report import write_report
 from lch_plugin.saes.comparison.scores import SPARSE
 from lch_plugin.saes.comparison.settings import SITES
-from lch_plugin.saes.comparison.statistics import mean_and_sd, paired_test
+from lch_plugin.saes.comparison.statistics import correct, mean_and_sd, paired_test
 from lch_plugin.saes.sources.rows import Of
 
 Score = Mapping[str, Any]
@@ -49,7 +49,7 @@ def write(
 
     Args:
         directory: an existing one.
-        results: of all SAEs, to which summaries and tests are added.
+        results: of all SAEs, to which summaries, tests and their number are added.
         densities: of each component, by site, k and seed.
         console: to print to.
 
@@ -60,7 +60,12 @@ def write(
         {**found, "summary": list(summarise(found)), "tests": list(contrasts(found))}
         for found in results["comparisons"]
     ]
-    results = {**results, "comparisons": comparisons, "similarities": similarities(results)}
+    results = {
+        **results,
+        "comparisons": comparisons,
+        "similarities": similarities(results),
+        "n_tests": correct([test for found in comparisons for test in found["tests"]]),
+    }
     names = {"sae": OF_SAE, "labels": OF_LABELS}
     figures = {
         name + (f"-against-{i}" if i else ""): figure

@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from lch_plugin.errors import InputError
 from lch_plugin.files import portable, resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes.comparison.components import make_component
@@ -70,8 +71,8 @@ def compare(
         What ``results.json`` holds.
 
     Raises:
-        InputError: inputs that the model cannot read, too few labels or items, or values that are
-            no rows.
+        InputError: inputs that the model cannot read, too few labels or items, values that are no
+            rows, or inputs that are both trained on and held out.
         OutputError: ``out`` holds something, or unfinished work with other settings.
         SiteError, VanishingCentroidError: as `lch_plugin.huggingface.attach`.
     """
@@ -79,6 +80,7 @@ def compare(
     main = make_component(loaded, module, train, test, settings)
     # Other tokenizers and patches make other rows of the same inputs.
     inputs = train.first(main.train.n_inputs), test.first(main.test.n_inputs)
+    _check_held_out(*inputs)
     others = [make_component(*pair, *inputs, settings, whole=True) for pair in against]
     components = [main, *others]
     identity = {
@@ -93,6 +95,8 @@ def compare(
             for i, component in enumerate(components)
         ]
         _announce(console, works)
+        if test.left_out:
+            console.print(f"{test.left_out:,} inputs are not held out: training has the same")
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("", total=sum(work.n_saes for work in works))
             for work in works:
@@ -106,6 +110,7 @@ def compare(
                 **identity,
                 "train": train.name,
                 "test": test.name,
+                "left_out": test.left_out,
                 "components": [component.record() for component in components],
                 "comparisons": [work.results() for work in works],
                 "similarity": [line for work in works[1:] for line in similarity(works[0], work)],
@@ -143,6 +148,16 @@ def similarity(work: Work, other: Work) -> Iterator[dict[str, Any]]:
             "correlation": mean_max_correlation(codes, other_codes),
             "chance": mean_max_correlation(codes, other_codes[shuffled]),
         }
+
+
+def _check_held_out(train: Labelled, test: Labelled) -> None:
+    known = set(train.contents())
+    shared = sum(content in known for content in test.contents())
+    if shared:
+        raise InputError(
+            f"{shared} of the {len(test.inputs)} held-out inputs are among the "
+            f"{len(train.inputs)} to train on. Leave them out, by test.without(train)."
+        )
 
 
 def _announce(console: Console, works: Sequence[Work]) -> None:

@@ -20,6 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler, StandardScaler
 from torch import Tensor
 
+from lch_plugin.statistics import varies
+
 #: How many features a sparse probe may use.
 SPARSE = (1, 5, 10)
 
@@ -135,7 +137,8 @@ def _nearest_with_label(
     similarity[torch.arange(len(chunk)), chunk] = -1  # No item is its own neighbour.
     last = similarity.topk(n_neighbours, dim=1).values[:, -1:]
     nearer, tied = similarity > last, similarity == last
-    places = n_neighbours - nearer.sum(1, keepdim=True)
+    # In double precision, so that shares which are the same for two SAEs are so to its rounding.
+    places = (n_neighbours - nearer.sum(1, keepdim=True)).double()
     weight = nearer + tied * places / tied.sum(1, keepdim=True)
     return (weight * (labels[chunk, None] == labels)).sum(1) / n_neighbours
 
@@ -164,14 +167,15 @@ def mean_max_correlation(
 ) -> float:
     """Mean over features of the largest Pearson correlation with a feature of another dictionary.
 
-    In both directions, averaged, over the same items, and over the features that vary. The other
-    dictionary may be that of another model, whose space has nothing to do with this one's.
+    In both directions, averaged, over the same items, and over the features that vary by more than
+    rounding. The other dictionary may be that of another model, whose space has nothing to do with
+    this one's.
     """
     return _mean_max(_standardise(codes).T @ _standardise(other) / len(codes))
 
 
 def _standardise(codes: Float[np.ndarray, "n d"]) -> Float[Tensor, "n varying"]:
-    varying = torch.from_numpy(codes[:, np.ptp(codes, axis=0) > 0]).double()
+    varying = torch.from_numpy(codes[:, varies(codes)]).double()
     centred = varying - varying.mean(0)
     return centred / centred.square().mean(0).sqrt()
 

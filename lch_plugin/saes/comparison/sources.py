@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Hashable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from sklearn.model_selection import GroupShuffleSplit
 
 from lch_plugin.errors import InputError
 from lch_plugin.saes.comparison.data import Labelled
@@ -32,46 +35,55 @@ def load_labelled(
 
     A column of lists of words is joined by spaces, and a list of labels beside it has one a word.
 
+    No text or image is in both. Of a ``test_split`` those are left out that ``split`` has too, and
+    `Labelled.left_out` says how many. Where a fifth is held out, rows with the same text or image
+    are on one side, whatever their labels. `Labelled.contents` says which are the same.
+
     Args:
         source: what `lch_plugin.saes.load_text` takes, other than lists of texts; or a
             directory with a folder of images for each label.
         label: column of labels.
         column: of texts or images; ``image`` if there is one, else ``text``.
         split: to train on.
-        test_split: held out, of a source with several splits; if None, a fifth of ``split``, chosen
-            at random.
+        test_split: held out, of a source with several splits; if None, a fifth of the different
+            texts or images of ``split``, chosen at random.
         seed: of the order and of that choice.
 
     Raises:
-        InputError: the data set cannot be read, has no such split or column, or has the same rows
-            for both splits.
+        InputError: the data set cannot be read, has no such split or column, or has nothing to hold
+            out that is not also in the other part.
     """
-    data = _load(source, split)
-    if test_split is not None:
-        held_out = _load(source, test_split)
-        # Of a file, or a data set that is there already, no split is chosen. (A private name of
-        # `datasets`, which has no public one.)
-        if held_out._fingerprint == data._fingerprint:
-            raise InputError(
-                f"split={split!r} and test_split={test_split!r} are the same rows, so that nothing "
-                "would be held out. Leave test_split out, and a fifth is held out; or name two "
-                "splits of a data set that has them."
-            )
-        train, test = data.shuffle(seed=seed), held_out.shuffle(seed=seed)
-    elif len(data) < 2:
-        raise InputError(f"{source} has {len(data)} rows, of which none can be held out.")
-    else:
-        parts = data.train_test_split(_TEST_FRACTION, seed=seed)
-        train, test = parts["train"], parts["test"]
     name = f"{source}, {label}" if isinstance(source, str | Path) else label
-    held_out = test_split or f"{_TEST_FRACTION:.0%} of {split}"
-    return (
-        _labelled(train, label, column, f"{name} ({split})"),
-        _labelled(test, label, column, f"{name} ({held_out}, held out)"),
-    )
+    data = _labelled(_load(source, split, seed), label, column, f"{name} ({split})")
+    if test_split is not None:
+        held_out_name = f"{name} ({test_split}, held out)"
+        test = _labelled(_load(source, test_split, seed), label, column, held_out_name)
+        return data, test.without(data)
+    numbers: dict[Hashable, int] = {}
+    of_row = [numbers.setdefault(content, len(numbers)) for content in data.contents()]
+    if len(numbers) < 2:
+        raise InputError(
+            f"{name} has {len(of_row)} rows with {len(numbers)} different inputs, of which none "
+            "can be held out. Give two or more."
+        )
+    splitter = GroupShuffleSplit(n_splits=1, test_size=_TEST_FRACTION, random_state=seed)
+    parts = next(splitter.split(of_row, groups=of_row))
+    train, test = (data.select(rows.tolist()) for rows in parts)
+    held_out_name = f"{_TEST_FRACTION:.0%} of {split}, held out"
+    if n_repeated := len(of_row) - len(numbers):
+        held_out_name += f"; of all, {n_repeated:,} repeat another and are on its side"
+    return train, replace(test, name=f"{name} ({held_out_name})")
 
 
-def _load(source: str | Path | Dataset, split: str) -> Dataset:
+def _load(source: str | Path | Dataset, split: str, seed: int) -> Dataset:
+    """A split, in an order of its own."""
+    data = _read(source, split)
+    if not len(data):
+        raise InputError(f"{split!r} of {source} has no rows. Give a split with some.")
+    return data.shuffle(seed=seed)
+
+
+def _read(source: str | Path | Dataset, split: str) -> Dataset:
     if isinstance(source, str | Path) and Path(source).expanduser().is_dir():
         path = Path(source).expanduser()
         if not any((path / name).exists() for name in _SAVED):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
+
+from lch_plugin.statistics import holm, varies
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Paired:
     Attributes:
         n: pairs.
         difference: mean of the first minus the second.
-        low, high: ends of the 95 % interval of the difference.
-        p_value: two-sided. None, as the interval, where the differences are all the same.
+        low, high: ends of the 95 % interval of the difference; None where there is no test.
+        p_value: two-sided; None where there is no test.
+        reason: why there is no test; None where there is one.
     """
 
     n: int
@@ -28,6 +29,7 @@ class Paired:
     low: float | None
     high: float | None
     p_value: float | None
+    reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """In terms of JSON."""
@@ -35,15 +37,42 @@ class Paired:
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """Compare two conditions seed by seed, by scipy's ``ttest_rel``."""
-    differences = np.subtract(first, second)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # Differences that are all the same.
-        test = stats.ttest_rel(first, second)
-        low, high = test.confidence_interval(0.95)
-    found = [float(x) for x in (low, high, test.pvalue)]
-    known = found if np.ptp(differences) > 0 and all(map(math.isfinite, found)) else [None] * 3
-    return Paired(len(differences), float(differences.mean()), *known)
+    """Compare two conditions seed by seed, by scipy's ``ttest_rel``.
+
+    Where the differences are the same but for rounding, the spread that a test divides by is that
+    rounding, and its p-value would mean nothing: then there is no test.
+
+    Args:
+        first, second: one score a seed, in the same order.
+    """
+    pair = np.array([first, second], dtype=float)
+    differences = pair[0] - pair[1]
+    n, mean = len(differences), float(differences.mean())
+    if not np.isfinite(differences).all():
+        return Paired(n, mean, None, None, None, "a score is not finite")
+    if not varies(differences, np.abs(pair).max()):
+        reason = "the difference is the same for every seed, but for rounding"
+        return Paired(n, mean, None, None, None, reason)
+    test = stats.ttest_rel(*pair)
+    low, high = test.confidence_interval(0.95)
+    return Paired(n, mean, float(low), float(high), float(test.pvalue))
+
+
+def correct(tests: Sequence[dict[str, Any]]) -> int:
+    """Write ``p_corrected`` beside each ``p_value``, by Holm's method for all of them together.
+
+    Args:
+        tests: all of one report, as `Paired.to_dict`.
+
+    Returns:
+        How many have a p-value.
+    """
+    made = [test for test in tests if test["p_value"] is not None]
+    for test in tests:
+        test["p_corrected"] = None
+    for test, p in zip(made, holm([test["p_value"] for test in made]), strict=True):
+        test["p_corrected"] = p
+    return len(made)
 
 
 def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
