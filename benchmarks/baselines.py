@@ -79,7 +79,7 @@ def transformer_lens_patching(model: TransformerBridge, batches: list[Prompts]) 
         for i, (clean, corrupt) in enumerate(pairs):
 
             def metric(logits: Tensor, batch: Prompts = batch, i: int = i) -> Tensor:
-                return batch.metric.fn(logits.expand(len(batch), -1, -1))[i]
+                return batch.metric.of(logits.expand(len(batch), -1, -1))[i]
 
             for node, value in attribution_patch(model, clean, corrupt, metric).node_scores.items():
                 if node.layer is not None:

@@ -28,6 +28,7 @@ from lch_plugin.errors import (
     NonFiniteError,
     NotDifferentiableError,
     OutputError,
+    PaddingWarning,
     SiteError,
     VanishingCentroidError,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "NonFiniteError",
     "NotDifferentiableError",
     "OutputError",
+    "PaddingWarning",
     "Site",
     "SiteError",
     "VanishingCentroidError",

@@ -137,9 +137,11 @@ def local_centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     *,
-    radius: float,
+    radius: float | None = None,
+    sigma: float | Float[Tensor, ...] | None = None,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
+    centre: bool = False,
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: Literal[False] = False,
@@ -151,9 +153,11 @@ def local_centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     *,
-    radius: float,
+    radius: float | None = None,
+    sigma: float | Float[Tensor, ...] | None = None,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
+    centre: bool = False,
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: Literal[True],
@@ -165,9 +169,11 @@ def local_centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     *,
-    radius: float,
+    radius: float | None = None,
+    sigma: float | Float[Tensor, ...] | None = None,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
+    centre: bool = False,
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: bool,
@@ -178,9 +184,11 @@ def local_centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     *,
-    radius: float,
+    radius: float | None = None,
+    sigma: float | Float[Tensor, ...] | None = None,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
+    centre: bool = False,
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: bool = False,
@@ -193,11 +201,9 @@ def local_centroid(
     Args:
         fn: a callable that treats leading dimensions of its input as a batch.
         x: input, floating point.
-        radius: radius of the ball, or root-mean-square norm of the Gaussian noise.
-        n_samples: points drawn around each row; at least 2 with ``statistics``.
-        neighbourhood: ``"ball"`` (uniform in the ball) or ``"gaussian"``.
+        radius, sigma, neighbourhood, centre, generator: as `sample_neighbourhood`.
+        n_samples: points around each row; at least 2 with ``statistics``.
         cotangent: as `centroid`.
-        generator: source of the randomness, on the device of ``x``.
         statistics: also return the variance of the sampled centroids and the standard error of
             their mean, from the same samples.
 
@@ -217,8 +223,10 @@ def local_centroid(
         lambda samples: centroid(fn, samples, cotangent),
         x,
         radius=radius,
+        sigma=sigma,
         n_samples=n_samples,
         neighbourhood=neighbourhood,
+        centre=centre,
         generator=generator,
     )
     return local if statistics else local.mean
@@ -228,22 +236,24 @@ def mean_over_neighbourhood(
     mu: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     *,
-    radius: float,
+    radius: float | None = None,
+    sigma: float | Float[Tensor, ...] | None = None,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
+    centre: bool = False,
     generator: torch.Generator | None = None,
 ) -> LocalCentroid:
     """Mean and spread of centroids over a neighbourhood, however they are computed.
 
     Args:
         mu: centroids at points of shape ``(n, *batch, d_in)``, a chunk at a time.
-        x, radius, n_samples, neighbourhood, generator: as `local_centroid`; of a single sample the
-            variance is zero.
+        x, radius, sigma, n_samples, neighbourhood, centre, generator: as `sample_neighbourhood`; of
+            a single sample the variance is zero.
 
     Raises:
         InputError: as `sample_neighbourhood`.
     """
-    _check_neighbourhood(x, radius, n_samples, neighbourhood)
+    _check_sampling(x, radius, sigma, n_samples, neighbourhood)
     # In half precision a long sum would stop growing.
     total = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     spread = Spread()
@@ -252,8 +262,10 @@ def mean_over_neighbourhood(
         samples = sample_neighbourhood(
             x,
             radius=radius,
+            sigma=sigma,
             n_samples=min(chunk, n_samples - start),
             neighbourhood=neighbourhood,
+            centre=centre and start == 0,
             generator=generator,
         )
         at_samples = mu(samples)
@@ -270,31 +282,50 @@ def mean_over_neighbourhood(
 def sample_neighbourhood(
     x: Float[Tensor, "*batch d_in"],
     *,
-    radius: float,
+    radius: float | None = None,
+    sigma: float | Float[Tensor, ...] | None = None,
     n_samples: int,
     neighbourhood: Neighbourhood = "ball",
+    centre: bool = False,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "n_samples *batch d_in"]:
-    """Draw points around each row of ``x``.
+    """Points around each row of ``x``.
 
-    ``"ball"`` is uniform in the ball of that radius. ``"gaussian"`` has standard deviation
-    ``radius / sqrt(d_in)`` in each coordinate, so both put points at comparable distances.
+    ``"ball"`` is uniform in the ball of a radius. ``"gaussian"`` adds noise of standard deviation
+    ``sigma`` in each coordinate. With a radius that is ``radius / sqrt(d_in)``, so that both put
+    points at comparable distances. `docs/conventions.md` says which of these the paper's code uses.
+
+    Args:
+        x: input, floating point.
+        radius: of the ball, or root-mean-square norm of the Gaussian noise.
+        sigma: of the Gaussian noise, in place of a radius: a number, or a tensor that broadcasts to
+            ``x``.
+        n_samples: points around each row.
+        neighbourhood: ``"ball"`` or ``"gaussian"``.
+        centre: make ``x`` itself the first of the points, and draw one fewer.
+        generator: source of the randomness, on the device of ``x``.
 
     Raises:
-        InputError: radius negative or not finite, ``n_samples`` below 1, or the
-            neighbourhood is not one of the two.
+        InputError: radius and sigma both given or neither, a sigma of a ball or one that does not
+            broadcast to ``x``, either of them negative or not finite, ``n_samples`` below 1, or a
+            neighbourhood that is not one of the two.
     """
-    _check_neighbourhood(x, radius, n_samples, neighbourhood)
-    shape = (n_samples, *x.shape)
+    _check_sampling(x, radius, sigma, n_samples, neighbourhood)
+    shape = (n_samples - centre, *x.shape)
     options: Any = {"dtype": x.dtype, "device": x.device, "generator": generator}
     noise = torch.randn(shape, **options)
     d_in = x.shape[-1]
-    if neighbourhood == "gaussian":
-        return x + noise * (radius / math.sqrt(d_in))
-    # Uniform in a ball: a uniform direction, and a distance whose d-th power is uniform.
-    direction = noise / noise.norm(dim=-1, keepdim=True)
-    distance = radius * torch.rand((*shape[:-1], 1), **options) ** (1 / d_in)
-    return x + direction * distance
+    if radius is None:
+        assert sigma is not None  # There is the one or the other.
+        points = x + noise * (sigma.detach().to(x) if isinstance(sigma, Tensor) else sigma)
+    elif neighbourhood == "gaussian":
+        points = x + noise * (radius / math.sqrt(d_in))
+    else:
+        # Uniform in a ball: a uniform direction, and a distance whose d-th power is uniform.
+        direction = noise / noise.norm(dim=-1, keepdim=True)
+        distance = radius * torch.rand((*shape[:-1], 1), **options) ** (1 / d_in)
+        points = x + direction * distance
+    return torch.cat([x[None], points]) if centre else points
 
 
 class Spread:
@@ -328,16 +359,57 @@ def check_input(x: Tensor) -> None:
         )
 
 
-def _check_neighbourhood(x: Tensor, radius: float, n_samples: int, neighbourhood: str) -> None:
-    check_input(x)
-    if not (math.isfinite(radius) and radius >= 0):
-        raise InputError(f"radius={radius} must be a finite number, zero or more.")
-    if n_samples < 1:
-        raise InputError(f"n_samples={n_samples} must be at least 1.")
+def check_neighbourhood(
+    radius: float | None, sigma: float | Tensor | None, neighbourhood: str
+) -> None:
+    """Refuse a neighbourhood that is none, or not said in one way.
+
+    Raises:
+        InputError: as `sample_neighbourhood`.
+    """
     if neighbourhood not in get_args(Neighbourhood):
         raise InputError(
             f"neighbourhood={neighbourhood!r} is not known; use one of {get_args(Neighbourhood)}."
         )
+    if (radius is None) == (sigma is None):
+        raise InputError(
+            f"radius={radius} and sigma={sigma}: a neighbourhood has the one or the other. Give a "
+            "radius, or with neighbourhood='gaussian' the sigma of each coordinate."
+        )
+    if sigma is not None and neighbourhood != "gaussian":
+        raise InputError(
+            f"sigma={sigma} is of Gaussian noise, which neighbourhood={neighbourhood!r} has not. "
+            "Pass neighbourhood='gaussian', or a radius in its place."
+        )
+    for name, value in (("radius", radius), ("sigma", sigma)):
+        if value is None:
+            continue
+        size = torch.as_tensor(value)
+        if not bool((size.isfinite() & (size >= 0)).all()):
+            raise InputError(f"{name}={value} must be a finite number, zero or more.")
+
+
+def _check_sampling(
+    x: Tensor,
+    radius: float | None,
+    sigma: float | Tensor | None,
+    n_samples: int,
+    neighbourhood: str,
+) -> None:
+    check_input(x)
+    check_neighbourhood(radius, sigma, neighbourhood)
+    if n_samples < 1:
+        raise InputError(f"n_samples={n_samples} must be at least 1.")
+    if isinstance(sigma, Tensor):
+        try:
+            fits = torch.broadcast_shapes(sigma.shape, x.shape) == x.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise InputError(
+                f"sigma has shape {tuple(sigma.shape)} and x {tuple(x.shape)}: sigma has to "
+                "broadcast to x. Give a number, or one for each coordinate."
+            )
 
 
 def _vjp(

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lch_plugin.errors import InputError
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.padding import token_index
 
 
 @runtime_checkable
@@ -112,7 +113,8 @@ class Logit:
     Attributes:
         token: id of the token.
         foil: id of the token to compare it with; none if None.
-        position: the sequence position whose logits count; None for each position's own.
+        position: whose logits count, among each prompt's own tokens, padding left out: -1 is the
+            last; None for each position's own.
 
     Raises:
         InputError: the foil is the token itself.
@@ -142,22 +144,55 @@ class Metric:
     Attributes:
         fn: from logits, ``(batch, pos, d_vocab)``, to one number a sequence, ``(batch,)``, or one.
         name: for hook names and records.
+        position: if given, ``fn`` gets the logits of this position alone, ``(batch, 1, d_vocab)``.
+            It is counted among each prompt's own tokens, padding left out: -1 is the last.
     """
 
     fn: Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]]
     name: str = "metric"
+    position: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise InputError(f"a Metric takes a function of the logits, not {self.fn!r}.")
+        position = self.position
+        if isinstance(position, bool) or not (position is None or hasattr(position, "__index__")):
+            raise InputError(f"position={position!r} must be an integer, or None for all logits.")
 
-    def value(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, ""]:
+    def of(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "*batch"]:
+        """The metric of each sequence.
+
+        Args:
+            logits: of the model.
+            tokens: which positions are tokens and not padding; all if None.
+
+        Raises:
+            InputError: a prompt has no such position.
+        """
+        if self.position is None:
+            return self.fn(logits)
+        try:
+            index = token_index(self.position, logits.shape[1], tokens).to(logits.device)
+        except SiteError as error:
+            raise InputError(f"metric {self.name!r}: {error}") from error
+        return self.fn(logits[torch.arange(len(logits), device=logits.device), index][:, None])
+
+    def value(
+        self,
+        logits: Float[Tensor, "batch pos d_vocab"],
+        tokens: Bool[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, ""]:
         """The metric summed over sequences, which are independent of each other.
 
         Raises:
-            InputError: the function gives something else, or nothing differentiable.
+            InputError: the function gives something else, or nothing differentiable, or a prompt
+                has no such position.
         """
-        value = self.fn(logits)
+        value = self.of(logits, tokens)
         if not isinstance(value, Tensor) or value.ndim > 1 or not value.requires_grad:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
@@ -170,15 +205,19 @@ class Metric:
 def logit_difference(answer: int, foil: int, position: int = -1) -> Metric:
     """Logit of ``answer`` minus logit of ``foil`` at a position, as a `Metric`.
 
+    Args:
+        answer, foil: ids of tokens.
+        position: among each prompt's own tokens, padding left out; the last if not given.
+
     Raises:
         InputError: the foil is the answer itself.
     """
     _check_foil(answer, foil)
 
     def difference(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        return logits[:, position, answer] - logits[:, position, foil]
+        return logits[:, -1, answer] - logits[:, -1, foil]
 
-    return Metric(difference, f"{answer}_minus_{foil}")
+    return Metric(difference, f"{answer}_minus_{foil}", position)
 
 
 def decoder_row(sae: Any, feature: int) -> Vector:

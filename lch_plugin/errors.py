@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose.
+"""Every error this package raises on purpose, and the one warning.
 
 Each message names the offending value, the reason it cannot work and the cure.
 """
@@ -36,3 +36,7 @@ class OutputError(LCHError, OSError):
 
 class NonFiniteError(LCHError):
     """A centroid came out with NaN or infinite values."""
+
+
+class PaddingWarning(UserWarning):
+    """Whether a position is a token or padding was not said, or the model reads padding as text."""

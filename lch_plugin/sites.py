@@ -15,7 +15,6 @@ Every centroid has the shape of its input, ``(batch, pos, d_model)``.
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lch_plugin.centroids import Neighbourhood
+from lch_plugin.centroids import Neighbourhood, check_neighbourhood
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric, as_cotangent
 from lch_plugin.errors import InputError, SiteError
 
@@ -52,18 +51,22 @@ class Site:
         index: the neuron or head, or several that count as one group.
         cotangent: ``v`` of the centroid ``J^T v``, a tensor of shape ``(d_out,)`` or anything from
             `lch_plugin.cotangents`; all ones if None.
-        output_positions: of a component that mixes positions, those outputs that count; all (but
-            padding) if None. Negative count from the end.
+        output_positions: of a component that mixes positions, those outputs that count, among each
+            prompt's own tokens: 0 is its first, -1 its last, wherever padding lies. All if None.
         linearization: ``"jacobian"``, or ``"detached"`` for the exact affine map of
-            `lch_plugin.linearization`.
+            `lch_plugin.linearization`. Of a head the Jacobian goes through its values and through
+            where it looks; detached, its pattern is held, and the centroid has a closed form.
         expert: also give the affine expert: hook points ``..._offset``, ``..._radius`` and
             ``..._alignment`` (`lch_plugin.AffineExpert`), and of an MLP ``..._region``, which of
             its neurons are on (pre-activation above zero).
         radius: take the local centroid, the mean over a neighbourhood of this radius; with hook
             points ``..._variance`` and ``..._standard_error`` beside it.
-        n_samples, neighbourhood, generator: as `lch_plugin.local_centroid`. Without a generator
-            every forward pass draws the same points, and the global random state is not used.
-        compute_dtype: of closed forms (`mlp`, `neuron`, `head`); at least float32 if None.
+        sigma: in place of a radius, the standard deviation of Gaussian noise in each coordinate.
+        n_samples, neighbourhood, centre, generator: as `lch_plugin.sample_neighbourhood`. Without a
+            generator every forward pass draws the same points, and the global random state is not
+            used.
+        compute_dtype: of closed forms (`mlp`, `neuron`, a detached `head`); at least float32 if
+            None.
         stack: of an encoder-decoder, ``"encoder_blocks"`` or ``"decoder_blocks"``; both if None.
             Hook names begin with it.
         label: ends the hook names. Two sites that differ in nothing but the cotangent need it.
@@ -81,8 +84,10 @@ class Site:
     linearization: Linearization = "jacobian"
     expert: bool = False
     radius: float | None = None
+    sigma: float | None = None
     n_samples: int = 256
     neighbourhood: Neighbourhood = "ball"
+    centre: bool = False
     generator: torch.Generator | None = None
     compute_dtype: torch.dtype | None = None
     stack: str | None = None
@@ -109,6 +114,11 @@ class Site:
         )
 
     @property
+    def is_local(self) -> bool:
+        """Whether it is the mean over a neighbourhood."""
+        return self.radius is not None or self.sigma is not None
+
+    @property
     def mixes_positions(self) -> bool:
         """Whether outputs at one position depend on inputs at others."""
         return self.kind in _MIXES_POSITIONS
@@ -129,7 +139,7 @@ class Site:
     @property
     def outputs(self) -> tuple[str, ...]:
         """Endings of the site's hook points; that of the centroid itself is empty."""
-        if self.radius is not None:
+        if self.is_local:
             return ("", "_variance", "_standard_error")
         if not self.expert:
             return ("",)
@@ -168,13 +178,15 @@ class Site:
     def _check_types(self) -> None:
         for name, value, kinds in (
             ("radius", self.radius, (int, float, type(None))),
+            ("sigma", self.sigma, (int, float, type(None))),
             ("n_samples", self.n_samples, (int,)),
+            ("centre", self.centre, (bool,)),
             ("generator", self.generator, (torch.Generator, type(None))),
             ("compute_dtype", self.compute_dtype, (torch.dtype, type(None))),
             ("label", self.label, (str,)),
             ("stack", self.stack, (str, type(None))),
         ):
-            if not isinstance(value, kinds) or isinstance(value, bool):
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join(k.__name__ for k in kinds)
                 raise InputError(f"{name}={value!r} must be {wanted}.")
 
@@ -184,13 +196,15 @@ class Site:
                 f"linearization={self.linearization!r} is not known; use one of "
                 f"{get_args(Linearization)}."
             )
-        if self.linearization == "detached" and self.is_late and isinstance(self.v, Metric):
+        # Of a head the detached linearisation has a closed form, which leaves the pass alone.
+        is_detached = self.linearization == "detached"
+        if is_detached and self.kind != "head" and self.is_late and isinstance(self.v, Metric):
             raise InputError(
                 f"cotangent {self.v.name!r} is a gradient through everything downstream, in the "
                 "same pass, which 'detached' would change as well: use the Jacobian, or a Logit."
             )
-        if self.linearization == "detached" and self.kind in _INDEXED:
-            raise InputError(f"a {self.kind} has one linearisation: leave it at 'jacobian'.")
+        if is_detached and self.kind == "neuron":
+            raise InputError("a neuron has one linearisation: leave it at 'jacobian'.")
         if not re.fullmatch(r"\w*", self.label, re.ASCII) or _RESERVED.search(self.label):
             raise InputError(
                 f"label={self.label!r} must be letters, digits and underscores, without parts "
@@ -198,31 +212,27 @@ class Site:
             )
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise InputError(f"compute_dtype={self.compute_dtype} must be floating point.")
-        if self.compute_dtype is not None and self.kind not in ("mlp", *_INDEXED):
+        in_closed_form = self.kind in ("mlp", "neuron") or (self.kind == "head" and is_detached)
+        if self.compute_dtype is not None and not in_closed_form:
             raise InputError(
                 f"compute_dtype={self.compute_dtype}: a {self.kind} is differentiated as the model "
                 "runs it, in the model's dtype. Load the model in the dtype you want."
             )
-        if self.radius is None:
+        if not self.is_local:
             return
-        if not (math.isfinite(self.radius) and self.radius >= 0):
-            raise InputError(f"radius={self.radius} must be a finite number, zero or more.")
+        check_neighbourhood(self.radius, self.sigma, self.neighbourhood)
         if self.n_samples < 2:
             raise InputError(f"n_samples={self.n_samples} must be at least 2.")
-        if self.neighbourhood not in get_args(Neighbourhood):
+        size = f"radius={self.radius}" if self.sigma is None else f"sigma={self.sigma}"
+        if self.kind in ("head", "span", "model") or is_detached:
             raise InputError(
-                f"neighbourhood={self.neighbourhood!r} is not known; use one of "
-                f"{get_args(Neighbourhood)}."
-            )
-        if self.kind in ("head", "span", "model") or self.linearization == "detached":
-            raise InputError(
-                f"radius={self.radius}: a local centroid is offered for mlp, neuron, attn and block"
-                " with the Jacobian. For others use lch_plugin.local_centroid on a callable."
+                f"{size}: a local centroid is offered for mlp, neuron, attn and block with the "
+                "Jacobian. For others use lch_plugin.local_centroid on a callable."
             )
         if self.expert or self.is_late:
             raise InputError(
-                f"radius={self.radius} goes with neither expert=True nor a cotangent that is known "
-                "only from the logits."
+                f"{size} goes with neither expert=True nor a cotangent that is known only from the "
+                "logits."
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
@@ -85,9 +86,10 @@ _DIRECTORY = tempfile.TemporaryDirectory(prefix="lch-tokenizer-")
 
 @cache
 def _tokenizer_directory() -> str:
-    words = {f"w{i}": i for i in range(D_VOCAB)}
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(D_VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")),
+        tokenizer_object=words,
         bos_token="w0",
         eos_token="w0",
         pad_token="w0",

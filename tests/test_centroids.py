@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,6 +102,57 @@ def test_samples_keep_to_their_neighbourhood(neighbourhood: str) -> None:
         assert abs(distance.square().mean().sqrt() - 0.5) < 0.01
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1)])
+def test_a_sigma_is_of_each_coordinate(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, dtype=torch.float64)
+    sigma = 0.1 + torch.rand(shape, dtype=torch.float64)
+    options = {"n_samples": 20_000, "neighbourhood": "gaussian"}
+    samples = lch.sample_neighbourhood(
+        x, sigma=sigma, generator=torch.Generator().manual_seed(0), **options
+    )
+    spread = (samples - x).square().mean(0).sqrt()
+    torch.testing.assert_close(spread, sigma.expand(2, 3), rtol=0.03, atol=0)
+
+
+def test_a_gaussian_of_a_radius_is_one_of_a_sigma() -> None:
+    x = torch.randn(2, 16, dtype=torch.float64)
+    of_radius, of_sigma, of_tensor = (
+        lch.sample_neighbourhood(
+            x,
+            n_samples=3,
+            neighbourhood="gaussian",
+            generator=torch.Generator().manual_seed(0),
+            **size,
+        )
+        for size in (
+            {"radius": 0.1},
+            {"sigma": 0.1 / 4},
+            {"sigma": torch.tensor(0.1 / 4, dtype=torch.float64, requires_grad=True)},
+        )
+    )
+    torch.testing.assert_close(of_sigma, of_radius, rtol=1e-14, atol=1e-14)
+    assert torch.equal(of_tensor, of_sigma)
+    assert not of_tensor.requires_grad
+
+
+@pytest.mark.parametrize("neighbourhood", ["ball", "gaussian"])
+def test_the_centre_is_the_first_point_in_the_place_of_one_drawn(neighbourhood: str) -> None:
+    x = torch.randn(2, 5, dtype=torch.float64)
+
+    def points(n_samples: int, centre: bool) -> torch.Tensor:
+        return lch.sample_neighbourhood(
+            x,
+            radius=0.3,
+            n_samples=n_samples,
+            neighbourhood=neighbourhood,
+            centre=centre,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    assert torch.equal(points(4, True), torch.cat([x[None], points(3, False)]))
+    assert torch.equal(points(1, True), x[None])
+
+
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 2**31))
 def test_local_centroid_tends_to_the_plain_one(seed: int) -> None:
@@ -137,9 +190,10 @@ def test_local_centroids_in_half_precision_do_not_drift() -> None:
     n_samples=st.integers(2, 12),
     max_rows=st.integers(1, 20),
     neighbourhood=st.sampled_from(["ball", "gaussian"]),
+    centre=st.booleans(),
 )
 def test_statistics_are_those_of_the_samples_whatever_the_chunks(
-    seed: int, rows: int, n_samples: int, max_rows: int, neighbourhood: str
+    seed: int, rows: int, n_samples: int, max_rows: int, neighbourhood: str, centre: bool
 ) -> None:
     torch.manual_seed(seed)
     fn, x = _network(), torch.randn(rows, 5, dtype=torch.float64)
@@ -155,6 +209,7 @@ def test_statistics_are_those_of_the_samples_whatever_the_chunks(
                 cotangent=v,
                 generator=torch.Generator().manual_seed(seed),
                 statistics=statistics,
+                centre=centre,
                 **options,
             )
             for statistics in (True, False)
@@ -165,7 +220,11 @@ def test_statistics_are_those_of_the_samples_whatever_the_chunks(
     samples = torch.cat(
         [
             lch.sample_neighbourhood(
-                x, n_samples=min(chunk, n_samples - start), generator=again, **options
+                x,
+                n_samples=min(chunk, n_samples - start),
+                centre=centre and start == 0,  # Once, whatever the chunks.
+                generator=again,
+                **options,
             )
             for start in range(0, n_samples, chunk)
         ]
@@ -291,6 +350,23 @@ def test_bad_input_is_refused_with_the_reason() -> None:
     for bad in ({"radius": -1.0}, {"radius": float("nan")}, {"n_samples": 0}):
         with pytest.raises(lch.InputError, match=next(iter(bad))):
             lch.local_centroid(fn, x, **{"radius": 0.1, "n_samples": 2, **bad})
+    sigma = torch.ones(3)
+    for bad, match in [
+        ({}, "radius=None and sigma=None: .* has the one or the other"),
+        ({"radius": 0.1, "sigma": 0.1, "neighbourhood": "gaussian"}, "radius=0.1 and sigma=0.1"),
+        ({"sigma": 0.1}, r"sigma=0\.1 is of Gaussian noise, which neighbourhood='ball' has not"),
+        ({"sigma": -0.1, "neighbourhood": "gaussian"}, r"sigma=-0\.1 must be a finite number"),
+        (
+            {"sigma": -sigma, "neighbourhood": "gaussian"},
+            r"sigma=tensor\(.*must be a finite number",
+        ),
+        ({"sigma": sigma / 0, "neighbourhood": "gaussian"}, "must be a finite number"),
+        ({"sigma": sigma, "neighbourhood": "gaussian"}, r"sigma has shape \(3,\) and x \(2, 5\)"),
+        ({"sigma": torch.ones(4, 2, 5), "neighbourhood": "gaussian"}, r"sigma has shape \(4, 2, 5"),
+    ]:
+        for draw in (lch.sample_neighbourhood, partial(lch.local_centroid, fn)):
+            with pytest.raises(lch.InputError, match=match):
+                draw(x, n_samples=2, **bad)
     with pytest.raises(lch.InputError, match="cube"):
         lch.local_centroid(fn, x, radius=0.1, n_samples=2, neighbourhood="cube")
     with pytest.raises(lch.InputError, match="n_samples=1 has no variance"):

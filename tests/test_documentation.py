@@ -20,7 +20,13 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 @pytest.mark.parametrize(
     ("page", "n_blocks"),
-    [("README.md", 6), ("docs/adapters.md", 5), ("docs/saes.md", 5), ("docs/circuits.md", 5)],
+    [
+        ("README.md", 6),
+        ("docs/adapters.md", 5),
+        ("docs/saes.md", 5),
+        ("docs/circuits.md", 5),
+        ("docs/conventions.md", 2),
+    ],
 )
 def test_the_pages_python_runs(
     page: str, n_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from lch_plugin.errors import InputError
+from lch_plugin.padding import tokens_in_mask
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -17,9 +19,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 _OUTPUTS = ("logits", "last_hidden_state")
 # Of its arguments, what says which of the positions it reads are tokens. T5's attention has "mask".
 _MASKS = ("attention_mask", "mask")
-# Masks that are added to attention have this or less (or -inf) where attention must not go; biases
-# by distance, which may be added to them, are zero where a token attends to itself.
-_BLOCKED = -1e4
 
 
 def input_of(call: Call, name: str) -> tuple[Tensor, Callable[[Tensor], Call]]:
@@ -72,11 +71,10 @@ def output_of(output: Any, name: str) -> Tensor:
 
 
 def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
-    """Which positions are tokens and not padding, from the attention mask; None without one.
+    """Which positions are tokens and not padding, from the mask among a module's arguments.
 
-    Of a mask ``(batch, head, query, key)`` a token is a key that some query attends to. It may
-    cover keys of earlier passes as well, so the last ``n_pos`` of those that exist count. Masks of
-    what a module attends to besides (the encoder's tokens, in a decoder) are not meant.
+    Masks of what a module attends to besides (the encoder's tokens, in a decoder) are not meant.
+    None without one.
     """
     args, kwargs = call
     others = (kwargs.get(key) for key in ("key_value_states", "encoder_hidden_states"))
@@ -89,31 +87,20 @@ def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
     # The encoder's hidden states come before the encoder's mask.
     own = itertools.takewhile(lambda a: not (_is_float(a) and a.ndim == 3), args[1:])
     masks = (*named, *(a for a in own if isinstance(a, Tensor) and a.ndim == 4))
-    for mask in masks:
-        if not isinstance(mask, Tensor) or mask.ndim not in (2, 4) or mask.shape[-1] < n_pos:
-            continue
-        if mask.ndim == 2:
-            return (mask != 0)[:, -n_pos:]
-        tokens = mask > _BLOCKED if mask.is_floating_point() else mask != 0
-        tokens = tokens.any(dim=(1, 2))
-        # Keys that a static cache has yet to write come after the tokens.
-        written = tokens.any(dim=0).nonzero()
-        end = max(n_pos, int(written[-1]) + 1) if len(written) else tokens.shape[-1]
-        return tokens[:, end - n_pos : end]
-    return None
+    found = (tokens_in_mask(mask, n_pos) for mask in masks)
+    return next((tokens for tokens in found if tokens is not None), None)
 
 
-def without_padding(
-    v: Float[Tensor, ...], y: Float[Tensor, ...], mask: Bool[Tensor, "batch pos"] | None
-) -> Float[Tensor, ...]:
-    """A cotangent spread over an output, with zeros at padding."""
-    v = v.to(y).expand_as(y)
-    if mask is None or y.ndim != 3 or mask.shape[-1] < y.shape[1]:
-        return v
-    mask = mask[:, -y.shape[1] :].to(y.device)
-    if bool(mask.all()) or mask.shape[0] != y.shape[0]:
-        return v
-    return v * mask[..., None].to(y.dtype)
+def arguments_of(forward: Callable[..., Any], call: Call) -> dict[str, Any]:
+    """The arguments of a model's call by name; only those given by name if they do not fit."""
+    args, kwargs = call
+    if not args:
+        return kwargs
+    try:
+        bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return kwargs
+    return {**bound, **kwargs}
 
 
 def caches(values: Iterable[Any]) -> Iterator[Any]:
@@ -127,6 +114,14 @@ def caches(values: Iterable[Any]) -> Iterator[Any]:
 def is_cache(value: Any) -> bool:
     """Whether it is a key-value cache of transformers."""
     return hasattr(value, "get_seq_length")
+
+
+def holds_tokens(value: Any) -> bool:
+    """Whether it is a key-value cache, TransformerLens' too, with earlier tokens in it."""
+    if is_cache(value):
+        return int(value.get_seq_length()) > 0
+    entries: Any = getattr(value, "entries", None)
+    return bool(entries) and entries[0].past_keys.shape[1] > 0
 
 
 def _is_float(value: Any) -> bool:

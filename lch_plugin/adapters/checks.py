@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lch_plugin.cotangents import (
@@ -155,6 +155,34 @@ def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
             f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite{place}. Look "
             "at the activations there (half precision overflows at 65504: load the model in "
             "float32), and at masked rows, whose gradients may be NaN where their values are not."
+        )
+
+
+def check_no_padding(
+    metric: Metric,
+    gradient: Float[Tensor, "batch pos d_vocab"] | None,
+    tokens: Bool[Tensor, "batch pos"] | None,
+) -> None:
+    """Refuse a metric that reads logits at padding.
+
+    Args:
+        metric: which.
+        gradient: its gradient in the logits, if it depends on them.
+        tokens: which positions are tokens; all if None.
+
+    Raises:
+        InputError: it does.
+    """
+    if tokens is None or gradient is None:
+        return
+    padding = ~tokens.to(gradient.device)[:, -gradient.shape[1] :]
+    read = gradient.ne(0).any(-1) & padding
+    if bool(read.any()):
+        row, position = read.nonzero()[0].tolist()
+        raise InputError(
+            f"metric {metric.name!r} reads logits at padding (row {row}, position {position}), "
+            "which are no prompt's. Give it the position it is about, as in Metric(fn, "
+            "position=-1), and it is given the logits of each prompt's own last token."
         )
 
 

@@ -38,12 +38,12 @@ from torch._guards import detect_fake_mode
 
 from lch_plugin.adapters.arguments import (
     Call,
+    arguments_of,
     caches,
     input_of,
     is_cache,
     output_of,
     token_mask,
-    without_padding,
 )
 from lch_plugin.adapters.checks import (
     check_cotangent,
@@ -64,11 +64,16 @@ from lch_plugin.cotangents import (
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.memo import Memo
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
+from lch_plugin.padding import Finder, PadToken, blank, spread
 
 # Each beside the ids of the modules it was recognised in.
 _structures: Memo[tuple[tuple[int, ...], Structure | None]] = Memo()
 # Names of cotangents, by module.
 _seen: Memo[set[str]] = Memo()
+# What finds the padding of a model's inputs, by model.
+_finders: Memo[Finder] = Memo()
+# Which positions of the whole batch are tokens, by the batcher of a trace.
+_tokens_of: Memo[Bool[Tensor, "batch pos"] | None] = Memo()
 
 
 def centroid(
@@ -85,7 +90,7 @@ def centroid(
 
     Of a module that runs several times (tied layers, generation) it is the first call's, or the one
     that ``tracer.iter`` is at. Each invoke gets its own rows, padding included; outputs at padding
-    do not count where positions mix.
+    do not count, and centroids there are zero.
 
     Args:
         envoy: of the module, as in ``model.transformer.h[5].mlp``.
@@ -180,7 +185,9 @@ def _structure_of(envoy: Envoy) -> Structure | None:
     modules = list(envoy._module.modules())
     ids = tuple(map(id, modules))
     if _structures.get(envoy._module, (None, None))[0] != ids:
-        _structures[envoy._module] = ids, recognise(envoy._module, call=envoy)
+        # Aside, so that no module or activation within counts as called by the model.
+        found = _aside(envoy, recognise, envoy._module, at_once=True)
+        _structures[envoy._module] = ids, found
     for m in modules:
         if m.training and isinstance(m, nn.Dropout) and m.p > 0:
             return None
@@ -204,7 +211,7 @@ def _in_closed_form(envoy: Envoy, structure: Structure, v: Cotangent) -> Tensor:
     else:  # It depends on what the module writes, and waits for it.
         y = output_of(envoy.output, envoy.path)
         w = evaluate(v, y).to(y).expand_as(y)
-    mu = _aside(envoy, _closed_form, mlp, pre, w)
+    mu = blank(_aside(envoy, _closed_form, mlp, pre, w), _tokens(envoy))
     if is_new and not is_fixed(v):
         assert w is not None
         check_cotangent(
@@ -221,7 +228,7 @@ def _closed_form(mlp: MLP, pre: tuple[Tensor, ...], w: Tensor | None) -> Tensor:
 
 def _by_vjp(envoy: Envoy, v: Cotangent) -> Tensor:
     component = _Component(envoy)
-    weighed = _Weighed(v, component.mask)
+    weighed = _Weighed(v, component.tokens)
     # Running statistics count the model's own call, not ours.
     counted = envoy._module.buffers() if _is_training(envoy) else ()
     buffers = [(b, b.clone()) for b in counted]
@@ -246,7 +253,7 @@ class _Component:
 
     Attributes:
         x: what it reads in the model's own call.
-        mask: which positions are tokens.
+        tokens: which positions are tokens; None if all are, or nothing says.
         backward: context for a gradient through it.
     """
 
@@ -254,7 +261,9 @@ class _Component:
         self._envoy = envoy
         call: Call = envoy.inputs
         self.x, self._call_with = input_of(call, envoy.path)
-        self.mask = token_mask(call, self.x.shape[1]) if self.x.ndim == 3 else None
+        self.tokens = _tokens(envoy)
+        if self.tokens is None and self.x.ndim == 3:
+            self.tokens = token_mask(call, self.x.shape[1])
         # Linear attention writes to states in place that its gradient needs.
         in_place = any(
             hasattr(layer, "recurrent_states")
@@ -288,14 +297,47 @@ class _Weighed:
         v: as it was last evaluated, in the shape of the output.
     """
 
-    def __init__(self, cotangent: Cotangent, mask: Bool[Tensor, "batch pos"] | None) -> None:
+    def __init__(self, cotangent: Cotangent, tokens: Bool[Tensor, "batch pos"] | None) -> None:
         self.name = cotangent.name
         self.v: Tensor | None = None
-        self._cotangent, self._mask = cotangent, mask
+        self._cotangent, self._tokens = cotangent, tokens
 
     def at(self, y: Tensor) -> Tensor:
-        self.v = without_padding(evaluate(self._cotangent, y), y, self._mask)
+        self.v = spread(evaluate(self._cotangent, y), y, self._tokens)
         return self.v
+
+
+def _tokens(envoy: Envoy) -> Bool[Tensor, "batch pos"] | None:
+    """Which positions of our rows are tokens; None if all are, or nothing says.
+
+    The model may have read its inputs already, so the trace is asked to put them together again.
+    """
+    batcher = envoy.interleaver.batcher
+    if batcher is None:
+        return None
+    model = batcher.envoy._module
+    config = getattr(model, "config", None)
+    reads_ids = getattr(model, "main_input_name", None) == "input_ids"
+    # Of the two sequences of an encoder-decoder the modules' own arguments say which is which.
+    if not reads_ids or getattr(config, "is_encoder_decoder", False):
+        return None
+    if batcher not in _tokens_of:
+        if model not in _finders:
+            causal = any(getattr(module, "is_causal", False) for module in model.modules())
+            _finders[model] = Finder(PadToken.of(config), is_causal=causal)
+        args, kwargs = batcher.assemble("forward")
+        named = arguments_of(type(model).forward, ((model, *args), kwargs))
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        _tokens_of[batcher] = _finders[model].tokens(
+            embeds if ids is None else ids, named.get("attention_mask")
+        )
+    tokens = _tokens_of[batcher]
+    return None if tokens is None else batcher.narrow(tokens, _group(envoy))
+
+
+def _group(envoy: Envoy) -> Any:
+    """Which rows of the batch are of our invoke."""
+    return Mediator.current(envoy.path).batch_group
 
 
 def _is_training(envoy: Envoy) -> bool:
@@ -365,7 +407,7 @@ def _copy_of_cache(envoy: Envoy, cache: Any, layers: set[int | None]) -> Any:
 
 def _copy_of_layer(envoy: Envoy, layer: Any) -> Any:
     batcher = envoy.interleaver.batcher
-    group = Mediator.current(envoy.path).batch_group
+    group = _group(envoy)
 
     # No annotations: see above.
     def of_our_rows(tensor):  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lch_plugin.adapters.arguments import without_padding
+from lch_plugin.adapters.states import without_autocast
 from lch_plugin.errors import NotDifferentiableError, SiteError
 from lch_plugin.linearization import DetachedMode
 
@@ -40,7 +40,7 @@ class Pass:
     """State of one forward pass.
 
     Attributes:
-        masks: by list of blocks, which positions are tokens and not padding, if the model was told.
+        masks: by list of blocks that read padding, which positions are tokens.
         inputs: by reader, what its component has read and not yet turned into an output.
         captured: by reader, tensors it has put aside.
         late: by reader, centroids that wait for a cotangent.
@@ -130,7 +130,7 @@ class Pass:
     @contextmanager
     def outside(self) -> Iterator[None]:
         """As if no stretch were open: for what is not the component's own computation."""
-        with torch.set_grad_enabled(self.caller_grad):
+        with torch.set_grad_enabled(self.caller_grad), without_autocast():
             if self._mode is None:
                 yield
             else:
@@ -145,40 +145,6 @@ class Pass:
             self._mode.follow(x)
         # A copy, so that a hook of the user's may write to it in place.
         return x, x.clone()
-
-    def weigh(
-        self, v: Tensor, y: Tensor, positions: list[int] | None, stack: str = "blocks"
-    ) -> Tensor:
-        """A cotangent spread over the output positions that count.
-
-        Args:
-            v: broadcasts to ``y``.
-            y: output, of shape ``(batch, pos, d_out)``.
-            positions: those that count; all but padding if None.
-            stack: list of blocks that ``y`` comes from.
-
-        Raises:
-            SiteError: no such position.
-        """
-        v = at_positions(v.to(y).expand_as(y), positions)
-        return without_padding(v, y, self.masks.get(stack))
-
-
-def at_positions(v: Tensor, positions: list[int] | None) -> Tensor:
-    """A cotangent with zeros at the positions that do not count.
-
-    Raises:
-        SiteError: no such position.
-    """
-    if positions is None:
-        return v
-    n_pos = v.shape[-2]
-    outside = [p for p in positions if not -n_pos <= p < n_pos]
-    if outside:
-        raise SiteError(f"positions {outside} do not exist among {n_pos}.")
-    chosen = torch.zeros(n_pos, 1, dtype=v.dtype, device=v.device)
-    chosen[positions] = 1
-    return v * chosen
 
 
 def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bool) -> list[Tensor]:
@@ -197,7 +163,8 @@ def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bo
     mus: Sequence[Tensor | None] = ()
     try:
         if y.requires_grad:
-            mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+            with without_autocast():  # Of the forward pass alone: each operation has its dtype.
+                mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise

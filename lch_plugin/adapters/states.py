@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+_AUTOCASTING = ("cpu", "cuda", "xpu", "mps")
 
 
 @contextmanager
@@ -22,6 +25,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """No autocast on any device: what the model computes may be cast, what is made of it is not."""
+    with ExitStack() as stack:
+        for device in _AUTOCASTING:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def without_graph(output: Any) -> Any:

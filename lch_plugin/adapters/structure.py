@@ -95,7 +95,7 @@ class Structure:
 
 
 def recognise(
-    first: nn.Module, last: nn.Module | None = None, call: Callable[[Tensor], Any] | None = None
+    first: nn.Module, last: nn.Module | None = None, *, at_once: bool = False
 ) -> Structure | None:
     """How a module is an MLP with a closed form; None if it is not.
 
@@ -103,7 +103,8 @@ def recognise(
         first: the module, or the first of two of which the second reads what the first gives
             (BERT's ``intermediate`` and ``output.dense``).
         last: the second.
-        call: runs the two, if calling the modules would not do.
+        at_once: whether readers get what a projection gives when it returns, as in a trace. A
+            watched module waits for its end, and what is written in place until then is part of it.
 
     Raises:
         SiteError: weights that are not loaded, or quantised.
@@ -115,15 +116,13 @@ def recognise(
         return None
     for module in modules:
         check_loaded(module, type(module).__name__)
-    run = call or (first if last is None else lambda x: last(first(x)))
+    run = first if last is None else lambda x: last(first(x))
     ran: dict[nn.Module, Tensor] = {}
     with _Laboratory(modules):
         x = _random_input(linear[0])
 
         def note(m, _args, output):  # type: ignore[no-untyped-def]
-            # As readers get it. In a trace (`call`) that is when the projection returns; a watched
-            # module waits for its end, and what is written in place until then is part of it.
-            ran[m] = output.detach().clone() if call else output.detach()
+            ran[m] = output.detach().clone() if at_once else output.detach()
 
         hooks = [m.register_forward_hook(note) for m in linear]
         try:

@@ -20,7 +20,12 @@ from lch_plugin.circuits.evaluation.faithfulness import (
 )
 from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, load_graph, prune, save_graph
-from lch_plugin.circuits.metrics import kl_divergence, log_probability, logit_difference
+from lch_plugin.circuits.metrics import (
+    kl_divergence,
+    log_odds,
+    log_probability,
+    logit_difference,
+)
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores, ScoredNode
 from lch_plugin.circuits.prompts import Prompts, prompts
 from lch_plugin.circuits.reports.graph_details import node_details
@@ -59,6 +64,7 @@ __all__ = [
     "judge",
     "kl_divergence",
     "load_graph",
+    "log_odds",
     "log_probability",
     "logit_difference",
     "neuron_attribution",

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
-from lch_plugin.circuits.metrics import logit_difference
+from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
@@ -65,7 +65,7 @@ class Prompts:
         Raises:
             InputError: the metric gives anything but one number a prompt, or not a finite one.
         """
-        value = self.metric.fn(logits.to(at_least_float32(logits)))
+        value = self.metric.of(logits.to(at_least_float32(logits)))
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != (len(self),):
             raise InputError(
@@ -84,9 +84,10 @@ def prompts(
     foils: str | Sequence[str | Sequence[str]],
     corrupt: str | Sequence[str] | None = None,
     *,
+    metric: Comparison = logit_difference,
     batch_size: int = 32,
 ) -> list[Prompts]:
-    """Prompts with their logit difference as the metric, in batches of one length.
+    """Prompts with a metric that compares answers with foils, in batches of one length.
 
     Args:
         model: whose tokenizer is used.
@@ -94,6 +95,8 @@ def prompts(
         answers: what is right after each: one token or several; one for all if a string.
         foils: what to compare with, likewise.
         corrupt: the twin of each text, with as many tokens.
+        metric: `lch_plugin.circuits.logit_difference`, which is linear, or another function of the
+            ids of answers and foils, such as `lch_plugin.circuits.log_odds`.
         batch_size: prompts in a batch, at most.
 
     Raises:
@@ -129,9 +132,9 @@ def prompts(
     for same in rows.values():
         for start in range(0, len(same), batch_size):
             chosen = same[start : start + batch_size]
-            metric = logit_difference([row[2] for row in chosen], [row[3] for row in chosen])
+            measured = metric([row[2] for row in chosen], [row[3] for row in chosen])
             paired = None if corrupt is None else torch.cat([row[1] for row in chosen])
-            batches.append(Prompts(torch.cat([row[0] for row in chosen]), metric, paired))
+            batches.append(Prompts(torch.cat([row[0] for row in chosen]), measured, paired))
     return batches
 
 

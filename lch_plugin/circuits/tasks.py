@@ -26,6 +26,7 @@ import itertools
 import random
 
 from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.circuits.prompts import Prompts, prompts, single_token
 from lch_plugin.demo import vocabulary
 from lch_plugin.demo.tasks import Example, askable, check_split, examples, is_held_out
@@ -47,15 +48,22 @@ _LAST_YEAR_OF_TWIN = 31
 
 
 def task(
-    model: LensModel, name: str, n: int = 60, *, split: str = "test", seed: int = 0
+    model: LensModel,
+    name: str,
+    n: int = 60,
+    *,
+    split: str = "test",
+    metric: Comparison = logit_difference,
+    seed: int = 0,
 ) -> list[Prompts]:
-    """Clean and corrupt prompts of one behaviour, with the logit difference as the metric.
+    """Clean and corrupt prompts of one behaviour, with a metric that compares answers with foils.
 
     Args:
         model: whose tokenizer reads them.
         name: one of `TASKS`.
         n: pairs.
         split: ``"train"`` to find a circuit on and ``"test"`` to judge it by share no example.
+        metric: as `lch_plugin.circuits.prompts`.
         seed: of the choice.
 
     Raises:
@@ -75,6 +83,7 @@ def task(
         [e.answers for e in usable],
         [e.foils for e in usable],
         [e.corrupt for e in usable],
+        metric=metric,
     )
 
 

@@ -23,6 +23,13 @@ def circuit(
     share: Annotated[
         float | None, typer.Option(help="Of all heads and neurons that make it up; 0.05.")
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Found and tested by: logit_difference (of means, in logits; the default) or "
+            "log_odds (in nats)."
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="In place of a task: score the neurons of one layer on it.")
     ] = None,
@@ -49,7 +56,7 @@ def circuit(
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
-    of_task: dict[str, Any] = {"n": n, "share": share}
+    of_task: dict[str, Any] = {"n": n, "share": share, "metric": metric}
     of_prompt: dict[str, Any] = {
         "layer": layer,
         "answer": answer,

@@ -230,6 +230,25 @@ def test_values_next_to_a_centroid_are_as_without_it() -> None:
     assert down.shape[-1] == models.D_MLP
 
 
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_the_first_centroid_of_a_model_leaves_every_call_to_the_trace(family: str) -> None:
+    """It is found out what a module is while the trace stands down, its activation included."""
+    hf = models.huggingface(family, torch.float64)
+    model, name = NNsight(hf), site(family, "mlp")
+    mlp = model.get(name)
+    act = {"gpt2": "act", "phi3": "activation_fn"}[family]
+    ids = models.tokens(2, 6)
+    with model.trace(ids):
+        alone = getattr(mlp, act).output.save()
+    fresh = NNsight(models.huggingface(family, torch.float64))
+    mlp = fresh.get(name)
+    with fresh.trace(ids):
+        mu = lch.nnsight.centroid(mlp).save()
+        beside = getattr(mlp, act).output.save()
+    assert torch.equal(beside, alone)
+    assert mu.any()
+
+
 def test_cotangents_do_not_disturb_an_activation_without_a_kernel() -> None:
     class Squared(nn.Module):
         def forward(self, z: Tensor) -> Tensor:

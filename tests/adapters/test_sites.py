@@ -7,6 +7,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,6 +105,11 @@ def tolerance(model: Any) -> float:
     return 1e-6 if "RMS" in type(getattr(model, "ln_final", None)).__name__ else 1e-10
 
 
+def held(layers: Any = None, index: Any = 0, **kw: Any) -> Site:
+    """Heads with their patterns held."""
+    return Site("head", layers, index, linearization="detached", **kw)
+
+
 # ---------------------------------------------------------------- the numbers
 
 
@@ -184,11 +190,56 @@ def test_all_neurons_and_all_heads_make_the_whole(family: str) -> None:
     s = model.blocks[1].mlp.W_out.sum(-1).detach()
     group = Site("neuron", 1, range(d_mlp), s, label="all")
     heads = [Site("head", 1, h) for h in range(n_heads)]
-    mus = read(model, group, Site("mlp", 1), Site("head", 1, (0, 1, 2, 3)), *heads)
+    fixed = [held(1, h, label="held") for h in range(n_heads)]
+    together = Site("head", 1, (0, 1, 2, 3)), held(1, (0, 1, 2, 3), label="held")
+    mus = read(model, group, Site("mlp", 1), Site("attn", 1), *together, *heads, *fixed)
     whole = mus["blocks.1.mlp.hook_centroid"]
     assert_close(mus["blocks.1.mlp.hook_centroid_neurons_all"], whole)
-    parts = sum(mus[f"blocks.1.attn.hook_centroid_head_{h}"] for h in range(n_heads))
-    assert_close(mus["blocks.1.attn.hook_centroid_head_0_1_2_3"], parts)
+    name = "blocks.1.attn.hook_centroid"
+    for tail in ("", "_held"):
+        parts = sum(mus[f"{name}_head_{h}{tail}"] for h in range(n_heads))
+        assert_close(mus[f"{name}_head_0_1_2_3{tail}"], parts)
+    assert_close(mus[f"{name}_head_0_1_2_3"], mus[name])  # Attention is its heads, and a bias.
+    assert models.relative_error(mus[f"{name}_head_0_1_2_3_held"], mus[name]) > 0.01
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("cotangent", [None, "logit", "metric", "own"])
+def test_heads_equal_autograd_through_their_patterns(family: str, cotangent: Any) -> None:
+    """For each kind of cotangent: of the residual stream, a head is its write, `W_O` included."""
+
+    class Itself:
+        name = "itself"
+
+        def at(self, y: Tensor) -> Tensor:
+            return y
+
+    model = models.bridge(family, F64)
+    given = {"logit": Logit(3, 4), "metric": logit_difference(3, 4), "own": Itself()}.get(cotangent)
+    sites = [Site("head", 1, h, cotangent=given) for h in (0, 3)]
+    tail = (
+        "hook_centroid_head_1_{}"
+        if cotangent in ("logit", "metric")
+        else ("blocks.1.attn.hook_centroid_head_{}")
+    )
+    mus = read(model, *sites)
+    values, logits = graph(model)
+    x, z = values["blocks.1.attn.hook_in"], values["blocks.1.attn.o.hook_in"]
+    W_O = model.blocks[1].attn.W_O
+    for h in (0, 3):
+        y = z.reshape(*z.shape[:2], 4, 8)[:, :, h] @ W_O[h]
+        if cotangent == "metric":
+            (v,) = torch.autograd.grad(
+                (logits[:, -1, 3] - logits[:, -1, 4]).sum(),
+                values["blocks.1.attn.hook_out"],
+                retain_graph=True,
+            )
+        elif cotangent == "logit":
+            end = values["ln_final.hook_in"]
+            v = gradient(values["ln_final.hook_out"], end, model.W_U[:, 3] - model.W_U[:, 4])
+        else:
+            v = y.detach() if cotangent == "own" else torch.ones_like(y)
+        assert_close(mus[tail.format(h)], gradient(y, x, v.detach()), tolerance(model))
 
 
 def test_heads_equal_autograd_with_the_pattern_fixed() -> None:
@@ -199,7 +250,7 @@ def test_heads_equal_autograd_with_the_pattern_fixed() -> None:
     x = cache["blocks.1.attn.hook_in"].clone().requires_grad_()
     pattern = cache["blocks.1.attn.hook_pattern"]
     values = attn.v_proj(x).view(*x.shape[:2], 2, 8)
-    mus = read(model, *(Site("head", 1, h) for h in range(4)))
+    mus = read(model, *(held(1, h) for h in range(4)))
     for h in range(4):
         z = torch.einsum("bts,bse->bte", pattern[:, h], values[:, :, h // 2])
         y = z @ attn.o_proj.weight[:, 8 * h : 8 * h + 8].T
@@ -256,7 +307,7 @@ def test_compute_dtype_is_that_of_the_centroid() -> None:
         Site("mlp", compute_dtype=torch.bfloat16, label="half"),
         Site("mlp", compute_dtype=F64, label="double"),
         Site("mlp"),
-        Site("head", index=0, compute_dtype=F64),
+        held(compute_dtype=F64),
     )
     assert mus["blocks.0.mlp.hook_centroid_half"].dtype == torch.bfloat16
     assert mus["blocks.0.mlp.hook_centroid_double"].dtype == F64
@@ -442,8 +493,8 @@ def test_output_positions_choose_what_counts(model: Any) -> None:
         model,
         Site("block", 1, output_positions=-1, label="last"),
         Site("block", 1, output_positions=[0, 3], label="two"),
-        Site("head", 1, 0, output_positions=-1, label="last"),
-        Site("head", 1, 0),
+        held(1, output_positions=-1, label="last"),
+        held(1),
     )
     truth = gradient(y[:, -1], x)
     assert_close(mus["blocks.1.hook_centroid_last"], truth, tolerance(model))
@@ -579,7 +630,7 @@ def test_local_centroids_equal_those_of_a_callable(gpt2: Any, kind: str) -> None
     with lch.attach(gpt2, site=site) as handle:
         with torch.no_grad():
             _, cache = gpt2.run_with_cache(IDS, names_filter=lambda n: "centroid" in n)
-    (name,) = handle.hook_names
+    (name,) = handle.centroid_names
     assert_close(cache[name], truth.mean)
     assert_close(cache[name + "_variance"], truth.variance, 1e-9)
     assert_close(cache[name + "_standard_error"], truth.standard_error, 1e-9)
@@ -644,7 +695,7 @@ def test_local_centroids_see_interventions_before_and_run_no_hook_twice(gpt2: An
         lch.attach(gpt2, site=Site("block", 1, radius=0.0, n_samples=2)) as handle,
         torch.no_grad(),
     ):
-        (name,) = handle.hook_names
+        (name,) = handle.centroid_names
         inner = ("blocks.1.ln1.hook_in", lambda x, hook: calls.append(hook.name))
         with gpt2.hooks([("blocks.1.hook_in", scale), inner]):
             local = gpt2.run_with_cache(IDS, names_filter=name)[1][name]
@@ -680,10 +731,48 @@ def test_experts_reproduce_the_output(model: Any) -> None:
             x, y = cache["blocks.1.mlp.hook_in"], cache["blocks.1.mlp.hook_out"]
         else:
             x, y = cache[at["resid_pre"].format(1)], cache[at["resid_post"].format(1)]
-        dims = -1 if kind == "mlp" else (-2, -1)
-        torch.testing.assert_close((mu * x).sum(dims) + offset, (v * y).sum(dims))
-        torch.testing.assert_close(radius, mu.square().sum(dims) + 2 * offset)
-        torch.testing.assert_close(alignment, torch.cosine_similarity(mu, x, dim=-1))
+        total = partial(
+            torch.sum, **({"dim": -1, "keepdim": True} if kind == "mlp" else {"dim": (-2, -1)})
+        )
+        torch.testing.assert_close(total(mu * x) + offset, total(v * y))
+        torch.testing.assert_close(radius, total(mu.square()) + 2 * offset)
+        torch.testing.assert_close(alignment[..., 0], torch.cosine_similarity(mu, x, dim=-1))
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-gpt2", "opt"])
+def test_values_beside_a_centroid_are_sliced_as_transformer_lens_slices(name: str) -> None:
+    """Positions are the last dimension but one of whatever has them; a sequence's number has none.
+
+    OPT joins batch and position where its MLPs are.
+    """
+    model = models.bridge("opt", F64) if name == "opt" else BUILDS[name]()
+    ids = models.tokens(3, 5, seed=2)
+    site = [Site(k, 1, expert=True) for k in ("mlp", "block")]
+    with lch.attach(model, site=site) as handle, torch.no_grad():
+        names = handle.hook_names
+        whole = model.run_with_cache(ids, names_filter=names)[1]
+        last = model.run_with_cache(ids, names_filter=names, pos_slice=-1)[1]
+        alone = model.run_with_cache(ids[:1], names_filter=names)[1]
+        flat = model.run_with_cache(ids[:1], names_filter=names, remove_batch_dim=True)[1]
+    assert sorted(whole) == sorted(names)
+    for point, value in whole.items():
+        of_sequence = point in ("blocks.1.hook_centroid_offset", "blocks.1.hook_centroid_radius")
+        assert value.shape[:2] == ((3,) if of_sequence else (3, 5))
+        torch.testing.assert_close(last[point], value if of_sequence else value[:, -1:])
+        assert torch.equal(flat[point], alone[point][0])
+
+
+def test_names_of_all_hook_points_and_of_the_centroids_alone(gpt2: Any) -> None:
+    site = [Site("mlp", 1, expert=True), Site("block", 1, radius=0.1, n_samples=2)]
+    with lch.attach(gpt2, site=site) as handle:
+        assert handle.centroid_names == ["blocks.1.mlp.hook_centroid", "blocks.1.hook_centroid"]
+        endings = ("", "_offset", "_radius", "_alignment"), ("", "_variance", "_standard_error")
+        assert handle.hook_names == [
+            name + ending
+            for name, own in zip(handle.centroid_names, endings, strict=True)
+            for ending in own
+        ]
+        assert handle.methods.keys() == set(handle.centroid_names)
 
 
 def relu_model() -> HookedTransformer:
@@ -713,7 +802,9 @@ def test_a_relu_mlp_is_its_expert_within_a_region() -> None:
     with torch.no_grad():
         total = mlp(moved).sum(-1)
     # b_out is part of the module's output, and of the offset.
-    torch.testing.assert_close(total, (mus[name] * moved).sum(-1) + mus[name + "_offset"])
+    torch.testing.assert_close(
+        total, (mus[name] * moved).sum(-1) + mus[name + "_offset"].squeeze(-1)
+    )
 
 
 def test_smooth_activations_have_no_region_code(gpt2: Any) -> None:
@@ -1150,7 +1241,12 @@ def test_hidden_graphs_do_not_leak_into_a_cache_of_keys_and_values(gpt2: Any) ->
         (
             lch.InputError,
             "one linearisation",
-            {"kind": "head", "index": 0, "linearization": "detached"},
+            {"kind": "neuron", "index": 0, "linearization": "detached"},
+        ),
+        (
+            lch.InputError,
+            "a head is differentiated",
+            {"kind": "head", "index": 0, "compute_dtype": torch.float64},
         ),
         (lch.InputError, "label='a b'", {"label": "a b"}),
         (lch.InputError, "label='x_input'", {"label": "x_input"}),
@@ -1214,7 +1310,7 @@ def test_sites_that_do_not_fit_a_model_are_refused(gpt2: Any) -> None:
         lch.attach(gpt2, layers=1, site=Site("attn"))
     with pytest.raises(lch.InputError, match="names no component"):
         lch.attach(gpt2, site=[])
-    with pytest.raises(lch.SiteError, match=r"\[6\]"):
+    with pytest.raises(lch.SiteError, match=r"position 6 .* 6 tokens"):
         read(gpt2, Site("block", 1, output_positions=6), ids=IDS)
     assert set(gpt2.hook_dict) == before
 
@@ -1261,8 +1357,8 @@ def test_hooks_that_break_the_graph_in_place_are_named(gpt2: Any) -> None:
                 gpt2.run_with_cache(IDS, names_filter=handle.hook_names)
 
 
-def test_heads_under_a_cache_have_no_offset(gpt2: Any) -> None:
-    with lch.attach(gpt2, site=Site("head", 1, 0, expert=True)) as handle:
+def test_heads_with_held_patterns_have_no_offset_under_a_cache(gpt2: Any) -> None:
+    with lch.attach(gpt2, site=held(1, expert=True)) as handle:
         with gpt2.hooks([(handle.hook_names[0], lambda value, hook: None)]):
             with pytest.raises(lch.SiteError, match="key-value cache"):
                 gpt2.generate(IDS[:1], max_new_tokens=2, verbose=False, do_sample=False)

@@ -26,10 +26,12 @@ from lch_plugin.circuits import (
     Node,
     Prompts,
     kl_divergence,
+    log_odds,
     log_probability,
     logit_difference,
     node_attribution,
     pattern_attribution,
+    task,
 )
 from lch_plugin.circuits.scores.attribution import (
     activations,
@@ -44,7 +46,8 @@ from tests import models
 F64 = torch.float64
 Edit = Callable[[Tensor], Tensor]
 CLEAN, CORRUPT = models.tokens(seed=1), models.tokens(seed=2)
-METRIC = logit_difference([[1], [2]], [[3], [4]])
+SEVERAL = ([[1, 5], [2]], [[3], [4, 6, 7]])  # Answers and foils.
+METRIC = logit_difference(*SEVERAL)
 PAIR, ALONE = Prompts(CLEAN, METRIC, CORRUPT), Prompts(CLEAN, METRIC)
 # Two kinds of attention (GQA in llama, soft caps in gemma2), of MLP (gated in both) and of block
 # (parallel in gpt_neox); biases in gpt2, gpt_neox and qwen2.
@@ -134,6 +137,56 @@ def test_removing_a_node_from_the_frozen_model_is_worth_its_score(
         torch.testing.assert_close(score, removed, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["greater_than", "agreement", "induction"])
+def test_with_several_answers_or_foils_scores_are_exact_for_the_logit_difference(name: str) -> None:
+    model = lch.load_demo_model(dtype=F64)
+    points = node_points(model)
+    errors = {}
+    for metric in (logit_difference, log_odds):
+        (batch, *_) = task(model, name, 2, metric=metric)
+        assert batch.metric.name == metric.__name__
+        found = contributions(model, batch, points)
+        twin = activations(model, batch.corrupt, [p.name for p in points])
+        worth = {
+            (point, i): found.nodes[point.name][..., i].sum()
+            for point in points
+            for i in range(point.n_nodes)
+        }
+        top = sorted(worth, key=lambda node: -abs(worth[node]))[:4]
+        removed = [
+            found.metric.sum() - frozen(model, batch, {p.name: replaced(p, i, twin[p.name])})
+            for p, i in top
+        ]
+        errors[metric] = max(
+            abs(float(worth[node] / value) - 1) for node, value in zip(top, removed, strict=True)
+        )
+    assert errors[logit_difference] < 1e-9
+    if name == "induction":
+        assert errors[log_odds] > 0.1
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("make", [log_odds, lambda answers, _: log_probability(answers)])
+def test_of_a_metric_that_is_not_linear_a_score_is_the_change_to_first_order(make) -> None:
+    model, step = model_of("llama"), 1e-5
+    batch = Prompts(CLEAN, make(*SEVERAL), CORRUPT)
+    points = node_points(model)
+    found = contributions(model, batch, points)
+    twin = activations(model, CORRUPT, [p.name for p in points])
+    for point, index in ((points[0], 1), (points[3], 5)):
+
+        def taken(share: float, point=point, index=index) -> Tensor:
+            """By a part of the way to the twin, for a whole one."""
+            target = twin[point.name]
+            edit = replaced(point, index, target)
+            moved = {point.name: lambda value: value + share * (edit(value) - value)}
+            return (found.metric.sum() - frozen(model, batch, moved)) / share
+
+        score = found.nodes[point.name][..., index].sum()
+        torch.testing.assert_close(score, (taken(step) + taken(-step)) / 2, rtol=1e-6, atol=1e-9)
+        assert abs(taken(1) / score - 1) > 1e-3
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whole_mlps_are_the_sum_of_their_neurons(backend: str) -> None:
     model = model_of(backend)
@@ -184,7 +237,7 @@ def test_the_last_layer_and_the_direct_paths_account_for_the_metric() -> None:
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_jacobian_is_what_a_small_step_towards_the_reference_costs(backend: str) -> None:
-    model, step = model_of(backend), 1e-4
+    model, step = model_of(backend), 1e-5
     points = node_points(model)
     found = contributions(model, PAIR, points, linearization="jacobian")
     twin = activations(model, CORRUPT, [p.name for p in points])
@@ -425,7 +478,7 @@ def test_bad_input_is_refused() -> None:
         (infinite, "not finite"),
         (root, "gradient of metric .* is not finite"),
         (logit_difference([[1]], [[2]]), "made for 1 prompts and got 2"),
-        (logit_difference([[1]] * 2, [[2]] * 2, position=9), "position=9"),
+        (logit_difference([[1]] * 2, [[2]] * 2, position=9), "position 9"),
         (logit_difference([[1]] * 2, [[models.D_VOCAB]] * 2), "vocabulary"),
     ]:
         with pytest.raises(lch.InputError, match=match):

@@ -33,7 +33,8 @@ BACKENDS: dict[str, Callable[[], Any]] = {
 # HuggingFace's RMS norm computes in float32, whatever the model does.
 EXACT = {"qwen2": 1e-5}
 CLEAN, CORRUPT = models.tokens(2, 6), models.tokens(2, 6, seed=5)
-METRIC = logit_difference([[3], [5]], [[4], [6]])
+ANSWERS, FOILS = [[3, 7], [5]], [[4], [6, 8]]
+METRIC = logit_difference(ANSWERS, FOILS)
 D_SAE, HOOK = 24, "blocks.1.mlp.hook_centroid"
 
 
@@ -135,7 +136,8 @@ def test_features_count_where_they_are_active_on_the_centroid(backend: tuple[str
 def test_means_over_prompts_ranks_and_percentiles(gpt2: Any) -> None:
     whole = feature_attribution(gpt2, Prompts(CLEAN, METRIC), SAE)
     halves = [
-        Prompts(CLEAN[i : i + 1], logit_difference([[3 + 2 * i]], [[4 + 2 * i]])) for i in range(2)
+        Prompts(CLEAN[i : i + 1], logit_difference(ANSWERS[i : i + 1], FOILS[i : i + 1]))
+        for i in range(2)
     ]
     assert torch.allclose(whole.values, feature_attribution(gpt2, halves, SAE).values, atol=1e-6)
     order = [feature.index for feature in whole.top(D_SAE)]

@@ -171,7 +171,12 @@ def test_numbers_are_those_of_the_graph() -> None:
 
 @pytest.mark.parametrize(
     ("metric", "units"),
-    [("logit_difference", "logits"), ("kl_divergence", "nats"), ("mine", "units of the metric")],
+    [
+        ("logit_difference", "logits"),
+        ("log_odds", "nats"),
+        ("kl_divergence", "nats"),
+        ("mine", "units of the metric"),
+    ],
 )
 def test_units_follow_the_metric(metric: str, units: str) -> None:
     graph = small()

@@ -35,7 +35,7 @@ BACKENDS: dict[str, Callable[[], Any]] = {
 # HuggingFace's RMS norm computes in float32, whatever the model does.
 EXACT = {"llama": 1e-5}
 CLEAN, CORRUPT = models.tokens(1, 6), models.tokens(1, 6, seed=5)
-METRIC = logit_difference([[3]], [[4]])
+METRIC = logit_difference([[3, 5]], [[4, 6, 7]])
 PROMPT = Prompts(CLEAN, METRIC)
 PAIR = Prompts(CLEAN, METRIC, CORRUPT)
 
@@ -394,6 +394,21 @@ def test_a_metric_is_differentiated_as_it_is(gpt2: Any) -> None:
     )
     for source, target, weight in straight.edges(data="weight"):
         assert curved.edges[source, target]["weight"] == pytest.approx(weight, abs=1e-12)
+
+
+def test_what_a_metric_differs_by_from_its_tangent_is_its_own_offset(gpt2: Any) -> None:
+    straight = attribution_graph(gpt2, PROMPT, max_nodes=10)
+    bent = Metric(lambda logits: METRIC.fn(logits) + METRIC.fn(logits).square())
+    graph = attribution_graph(gpt2, Prompts(CLEAN, bent), max_nodes=10)
+    value, offset = (straight.nodes["metric"][name] for name in ("contribution", "offset"))
+    slope = 1 + 2 * value
+    assert graph.edges["rest m2@5", "metric"]["weight"] == pytest.approx(
+        slope * straight.edges["rest m2@5", "metric"]["weight"], rel=1e-9
+    )
+    left = value + value**2 - slope * (value - offset)
+    assert graph.nodes["metric"]["offset"] == pytest.approx(left, rel=1e-9)
+    for error in flows(graph):
+        assert error < 1e-9
 
 
 def test_gradient_modes_make_no_difference(gpt2: Any) -> None:

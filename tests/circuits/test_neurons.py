@@ -67,6 +67,32 @@ def test_scores_equal_removing_neurons_one_at_a_time(family: str, own_cotangent:
         torch.testing.assert_close(result.scores[layer], truth, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("metric", [None, METRIC])
+def test_the_centre_may_be_one_of_the_samples(metric: Metric | None) -> None:
+    """Of two samples, the one drawn and the point itself: the mean of both, on their own."""
+    model, common = models.bridge("gpt2", torch.float64), {"layers": 1, "metric": metric}
+    draw = torch.Generator()
+    both, drawn = (
+        neuron_attribution(
+            model, IDS, n_samples=n, centre=n == 2, generator=draw.manual_seed(0), **common
+        ).scores[1]
+        for n in (2, 1)
+    )
+    point = neuron_attribution(model, IDS, radius=0.0, **common).scores[1]
+    if metric is not None:
+        torch.testing.assert_close(both, (drawn + point) / 2)
+        return
+    # Squared moves are averaged, and so are squared norms: the score is over their root.
+    (x,) = [x[0, -1] for x in models.mlp_inputs("gpt2", IDS)[1:2]]
+    sample = lch.sample_neighbourhood(
+        x[None], radius=0.25, n_samples=1, generator=draw.manual_seed(0)
+    )[0]
+    mlp, _ = huggingface_mlp("gpt2", 1)
+    norms = [lch.centroid(mlp, at).norm() for at in (sample, x[None])]
+    total = torch.stack(norms).norm()
+    torch.testing.assert_close(both, (drawn * norms[0] + point * norms[1]) / 2 / total)
+
+
 def target_by_autograd(family: str, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What HuggingFace's own MLP reads, and the metric's gradient in what it writes."""
     model, seen = models.huggingface(family, torch.float64), {}

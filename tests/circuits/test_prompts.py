@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lch_plugin as lch
-from lch_plugin.circuits import Prompts, logit_difference, prompts
+from lch_plugin.circuits import Prompts, log_odds, logit_difference, prompts
 from lch_plugin.circuits.prompts import single_token
 from lch_plugin.cotangents import Metric
 from tests import models
@@ -25,10 +25,12 @@ TEXTS = {
 }
 
 
-def test_batches_have_one_length_and_keep_pairs_and_answers_together(model) -> None:
+@pytest.mark.parametrize("metric", [logit_difference, log_odds])
+def test_batches_have_one_length_and_keep_pairs_and_answers_together(model, metric) -> None:
     answers = [[" are"], [" is"], [" she"], [" are", " were"]]
     foils = [[" is"], [" are"], [" he"], [" is"]]
-    batches = prompts(model, list(TEXTS), answers, foils, list(TEXTS.values()), batch_size=2)
+    twins = list(TEXTS.values())
+    batches = prompts(model, list(TEXTS), answers, foils, twins, metric=metric, batch_size=2)
     assert [len(batch) for batch in batches] == [2, 1, 1]
     seen = set()
     with torch.no_grad():
@@ -44,7 +46,8 @@ def test_batches_have_one_length_and_keep_pairs_and_answers_together(model) -> N
                 right, wrong = (
                     [single_token(model, word) for word in side[i]] for side in (answers, foils)
                 )
-                expected = logits[right].logsumexp(-1) - logits[wrong].logsumexp(-1)
+                one = torch.Tensor.mean if metric is logit_difference else torch.logsumexp
+                expected = one(logits[right], -1) - one(logits[wrong], -1)
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
                 seen.add(text)
     assert seen == set(TEXTS)
@@ -53,6 +56,7 @@ def test_batches_have_one_length_and_keep_pairs_and_answers_together(model) -> N
 def test_one_text_one_answer_and_no_twin(model) -> None:
     (batch,) = prompts(model, "The keys to the cabinet", " are", " is")
     assert batch.corrupt is None
+    assert batch.metric.name == "logit_difference"
     assert len(batch) == 1
     assert torch.equal(batch.clean, model.to_tokens("The keys to the cabinet"))
 

@@ -86,9 +86,9 @@ def test_it_is_found_on_one_split_and_tested_on_the_other(made: tuple[Path, str]
     found = results(made)
     assert found["circuit"]["metric_full"] == pytest.approx(float(metric.mean()), rel=1e-5)
     assert found["circuit"]["n_prompts"] == N
-    assert found["run"]["n_right"] == int((metric > 0).sum())
+    assert found["run"]["n_positive"] == int((metric > 0).sum())
     page = " ".join((made[0] / "report.html").read_text().split())
-    assert f"the answer ahead on {found['run']['n_right']} of the {N} held-out prompts" in page
+    assert f"above zero on {found['run']['n_positive']} of the {N} held-out prompts" in page
     assert saved["seed"] == found["run"]["seed"] == SEED
     assert saved["model"] == found["run"]["model"]
     (at_share,) = [r for r in found["by_size"]["circuits"] if r["share"] == SHARE]
@@ -184,6 +184,22 @@ def test_the_plot_has_every_node_and_names_the_largest() -> None:
     assert names == [str(one.node) for one in scores().top(5, by="magnitude")]
 
 
+def test_another_metric(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--n", "2", "--share", "0.01", "--seed", "3", "--out", str(out))
+    said = invoke("--task", "agreement", "--metric", "log_odds", *arguments)
+    assert "of the log odds with 20 nodes" in said
+    found = json.loads((out / "results.json").read_text())
+    assert (found["run"]["metric"], found["run"]["units"]) == ("log_odds", "nats")
+    batches = lch.circuits.task(model(), "agreement", 2, metric=lch.circuits.log_odds, seed=3)
+    with torch.no_grad():
+        metric = torch.cat([batch.measure(model()(batch.clean)) for batch in batches])
+    assert found["circuit"]["metric_full"] == pytest.approx(float(metric.mean()), rel=1e-5)
+    assert graphs.load_graph(out / "graph.json").graph["metric"]["name"] == "log_odds"
+    page = " ".join((out / "report.html").read_text().split())
+    assert "to first order at the logits of the prompt" in page
+
+
 def test_neurons_of_a_prompt(tmp_path: Path) -> None:
     settings = ("--radius", "0.5", "--samples", "8", "--seed", "3", "--out", str(tmp_path / "out"))
     said = invoke("--prompt", "I climbed up the apple tree and picked", "--layer", "2", *settings)
@@ -204,6 +220,7 @@ def test_neurons_of_a_prompt(tmp_path: Path) -> None:
         (["--task", "an", "--n", "1"], "n=1"),
         (["--task", "an", "--share", "0"], "share=0.0"),
         (["--task", "an", "--share", "1"], "share=1.0"),
+        (["--task", "an", "--metric", "odds"], "no metric of tasks is called 'odds'"),
         (["--task", "an", "--layer", "0"], "--layer has no meaning with --task"),
         (["--task", "an", "--samples", "8"], "--samples has no meaning with --task"),
         (["--prompt", "I", "--layer", "0", "--share", "0.1"], "--share has no meaning"),

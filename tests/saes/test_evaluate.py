@@ -12,18 +12,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import (
+    SAE,
     BatchTopKTrainingSAEConfig,
     JumpReLUTranscoder,
     JumpReLUTranscoderConfig,
+    StandardSAE,
+    StandardSAEConfig,
     TopKSAE,
     TopKSAEConfig,
     TopKTrainingSAEConfig,
     TrainingSAE,
 )
+from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
 import lch_plugin as lch
 from lch_plugin.saes.evaluation.evaluate import DENSE, decoder_cosines, evaluate
+from tests import models
 
 D_IN, D_SAE, K = 16, 40, 4
 
@@ -159,6 +164,7 @@ def transcoder() -> Any:
         (lambda: evaluate(topk(), [rows()[None]]), r"\(n, 16\)"),
         (lambda: evaluate(topk(), [torch.ones(4, D_IN, dtype=torch.long)]), "floating-point"),
         (lambda: evaluate(topk(), [torch.ones(4, D_IN)]), "no variance"),
+        (lambda: evaluate(topk(), [1 + 1e-7 * rows()]), "the same but for rounding"),
         (lambda: evaluate(topk(), [rows(), rows() / 0]), "rows 100 to 199"),
         (lambda: evaluate(transcoder(), [rows()]), "Pass an SAE"),
     ],
@@ -166,3 +172,66 @@ def transcoder() -> Any:
 def test_bad_input_is_refused(make: Callable[[], Any], message: str, as_users_run: None) -> None:
     with pytest.raises(lch.LCHError, match=message):
         make()
+
+
+# ---------------------------------------------------------------- a model and texts
+
+
+def on_model(hook: str) -> SAE[Any]:
+    config = StandardSAEConfig(
+        d_in=models.D_MODEL, d_sae=D_SAE, metadata=SAEMetadata(hook_name=hook)
+    )
+    sae = StandardSAE(config)
+    for weight in (sae.W_enc, sae.W_dec):
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    return sae
+
+
+TEXTS = ["w2 w3 w4 w5 w6", "w7", "w8 w9 w10", "w11 w0 w12"]
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.mlp.hook_centroid", "blocks.1.attn.hook_centroid"])
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("as_tokens", [False, True])
+def test_a_model_and_texts(hook: str, special: bool, as_tokens: bool) -> None:
+    """Every token of every text once, whatever it is batched with; no padding."""
+    model, sae = models.bridge("gpt2"), on_model(hook)
+    rows = []
+    with lch.attach(model, site=["mlp", "attn"]):
+        texts = model.to_tokens(TEXTS) if as_tokens else TEXTS
+        for text in TEXTS:
+            ids = model.to_tokens(text)
+            value = model.run_with_cache(ids, names_filter=hook)[1][hook]
+            rows.append(value[torch.ones_like(ids).bool() if special else ids != 0])
+    found = evaluate(sae, model, texts, special_tokens=special, batch_size=2)
+    expected = evaluate(sae, [torch.cat(rows)])
+    assert found.n_rows == expected.n_rows == (4 + 12 if special else 12 - 1)
+    assert found.explained_variance == pytest.approx(expected.explained_variance, rel=1e-5)
+    torch.testing.assert_close(found.density, expected.density)
+    assert not any("hook_centroid" in name for name in model.hook_dict)
+
+
+def test_a_wrapped_huggingface_model_and_texts() -> None:
+    name = "transformer.h.1.mlp"
+    with lch.saes.HookedModel(models.huggingface("gpt2"), models.tokenizer(), name) as model:
+        sae = on_model(f"{name}.hook_centroid")
+        assert evaluate(sae, model, TEXTS).n_rows == 11
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, s: evaluate(s, m), "texts are not: pass batches"),
+        (lambda m, s: evaluate(s, [rows()], TEXTS), "texts are given: pass batches"),
+        (lambda m, s: evaluate(s, m, []), "no text"),
+        (lambda m, s: evaluate(s, m, [3]), r"texts hold \['int'\]"),
+        (lambda m, s: evaluate(s, m, torch.zeros(2, 3)), "integers of shape"),
+        (lambda m, s: evaluate(s, m, TEXTS, batch_size=0), "batch_size=0"),
+        (lambda m, s: evaluate(s, m, ["w0"]), "no rows"),
+        (lambda m, s: evaluate(topk(), m, TEXTS), "say nothing of the hook"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run")
+def test_a_model_and_texts_that_do_not_fit(call: Callable[..., Any], message: str) -> None:
+    with pytest.raises(lch.InputError, match=message):
+        call(models.bridge("gpt2"), on_model("blocks.1.mlp.hook_centroid"))

@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sae_lens import TopKTrainingSAEConfig, TrainingSAE
+from scipy.stats import false_discovery_control
 from typer.testing import CliRunner
 
 import lch_plugin as lch
@@ -60,6 +62,21 @@ def test_the_page_is_self_contained_and_shows_the_results(report: Path) -> None:
         assert f"<td>{feature['index']}</td>" in page
     assert len(results["steering"]["features"]) == 3
     assert results["run"]["hooks"][CENTROID]["centroid"]["cotangent"] == "ones"
+
+
+def test_p_values_are_corrected_for_features_and_strengths(report: Path) -> None:
+    steered = json.loads((report / "results.json").read_text())["steering"]
+    raw, corrected = (
+        np.array([f[name] for f in steered["features"]]) for name in ("p_value", "p_corrected")
+    )
+    assert steered["n_tests"] == raw.size == 3 * 3
+    expected = false_discovery_control(raw.ravel())
+    assert corrected.ravel() == pytest.approx(expected)
+    assert expected != pytest.approx(raw.ravel())
+    page = (report / "report.html").read_text()
+    assert "corrected for the\n9 tests made here" in page
+    for value in corrected[:, -1]:
+        assert f"<td>{value:.3f}</td>" in page
 
 
 def test_the_results_are_those_of_the_functions(tmp_path: Path) -> None:

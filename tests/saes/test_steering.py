@@ -317,6 +317,37 @@ def test_ratios_and_p_values() -> None:
     torch.testing.assert_close(effects.p_values, torch.tensor([[0.25], [1.0]]))
 
 
+def effects_of(kl: Tensor, random: Tensor) -> SteeringEffects:
+    """With these means over one sequence, ``(n_directions or n_random, n_strengths)``."""
+    rest = torch.zeros_like(kl), torch.zeros_like(random), kl[..., None]
+    strengths = tuple(float(i) for i in range(kl.shape[1]))
+    return SteeringEffects(strengths, 1.0, kl[..., None], random[..., None], *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_smaller_by_rounding_is_as_large(dtype: torch.dtype) -> None:
+    own = torch.tensor([[0.3, 0.3, 0.0]], dtype=dtype)
+    below = torch.nextafter(own, torch.zeros_like(own))
+    random = torch.cat([below, below, own * 0.99])
+    assert effects_of(own, random).p_values[0].tolist() == pytest.approx([0.75, 0.75, 1.0])
+
+
+def test_what_is_no_number_is_not_larger_than_random() -> None:
+    own, random = torch.tensor([[torch.nan, 1.0]]), torch.tensor([[0.5, torch.nan], [0.5, 0.5]])
+    assert effects_of(own, random).p_values[0].tolist() == pytest.approx([1, 2 / 3])
+
+
+def test_p_values_are_corrected_for_directions_and_strengths() -> None:
+    """Benjamini and Hochberg's: p times the number of tests, over how many are at most p."""
+    random = torch.arange(1.0, 20)[:, None].expand(19, 2)
+    kl = torch.tensor([[20.0, 20.0], [19.5, 10.5], [0.5, 18.5]])
+    effects = effects_of(kl, random)
+    p = [[1 / 20, 1 / 20], [1 / 20, 10 / 20], [1, 2 / 20]]
+    torch.testing.assert_close(effects.p_values, torch.tensor(p))
+    corrected = [[2 / 20, 2 / 20], [2 / 20, 12 / 20], [1, 3 / 20]]
+    torch.testing.assert_close(effects.corrected_p_values, torch.tensor(corrected))
+
+
 def test_padding_does_not_count() -> None:
     model, ids = models.huggingface("gpt2", torch.float64), models.tokens()
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])

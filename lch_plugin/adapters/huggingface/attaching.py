@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lch_plugin.adapters.arguments import Call
 from lch_plugin.adapters.checks import check_loaded, known_at_once
@@ -29,10 +31,28 @@ class CentroidCache(Mapping[str, Tensor]):
 
     ``cache[name]`` is a tensor of the shape of what the component reads. Of one that was called
     several times in the pass (tied layers, recurrence), ``cache[name, i]`` is that of call ``i``.
+    A thread sees its own last pass; one that has run none, the last of any.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._values: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._names = list(names)
+        self._own = threading.local()
+        self._last: dict[str, list[Tensor]] = {name: [] for name in self._names}
+
+    @property
+    def _values(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = getattr(self._own, "values", self._last)
+        return found
+
+    def begin(self) -> dict[str, list[Tensor]]:
+        """A pass of this thread begins, with no centroids yet."""
+        self._own.values = self._last = {name: [] for name in self._names}
+        return self._last
+
+    def keep(self, name: str, mu: Float[Tensor, ...], *, alone: bool) -> None:
+        """Add a centroid; of a component that was called on its own, in place of its earlier."""
+        values = getattr(self._own, "values", None) or self.begin()
+        values[name] = [mu] if alone else [*values[name], mu]
 
     def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, ...]:
         """The centroid of a component.
@@ -92,8 +112,7 @@ class CentroidCache(Mapping[str, Tensor]):
 
     def clear(self) -> None:
         """Forget every centroid."""
-        for values in self._values.values():
-            values.clear()
+        self.begin()
 
 
 class Handle:
@@ -116,7 +135,7 @@ class Handle:
             cotangent,
             lambda target: (lambda mu: self._keep(target.name, mu), lambda: True),
         )
-        watch(self, model, model, model)
+        watch(self, model, model, model, self._graph.turn)
         for reader in self._readers:
             reader.install()
 
@@ -158,10 +177,7 @@ class Handle:
         return f"Handle({state} {type(self.model).__name__}: {self.names})"
 
     def _keep(self, name: str, mu: Tensor) -> None:
-        values = self.cache._values[name]
-        if not self._depth:  # Called on its own, which ends no pass.
-            values.clear()
-        values.append(mu)
+        self.cache.keep(name, mu, alone=not self._depth)
 
     # The model's own calls, as `calls.Watcher`.
 
@@ -170,7 +186,7 @@ class Handle:
 
     def begin(self, call: Call) -> Call:
         if self._depth == 1:
-            self.cache.clear()
+            self.cache.begin()
         return call
 
     def pass_on(self, output: Any) -> None:
@@ -199,6 +215,8 @@ def attach(
     Hooks that edit what a component reads, or values within it, are seen: of an MLP with a closed
     form, those on the outputs of its input projections. What comes after these (dropout, hooks on
     the activation) is no part of a closed form, and edits of what a component writes are of none.
+    Padding counts nowhere: outputs there do not, and centroids there are zero
+    (`lch_plugin.padding`). Threads that share the model take turns.
 
     Args:
         model: HuggingFace's or any other.
@@ -283,8 +301,13 @@ def make_readers(
         publish, is_wanted = sink(target)
         modules = (first, last, _around(model, target))
         is_within = first is not last and (first in {*last.modules()} or last in {*first.modules()})
-        structure = None if is_within else recognise(first, None if last is first else last)
-        options: dict[str, Any] = {"publish": publish, "is_wanted": is_wanted}
+        with graph.turn:  # Its weights are converted for as long as it is tried out.
+            structure = None if is_within else recognise(first, None if last is first else last)
+        options: dict[str, Any] = {
+            "model": _model_around(model, target),
+            "publish": publish,
+            "is_wanted": is_wanted,
+        }
         if structure is None:
             readers.append(VJPReader(target, modules, cotangent, graph, **options))
         else:
@@ -315,6 +338,15 @@ def _around(model: nn.Module, target: Target) -> nn.Module:
         shared -= 1
         module = model.get_submodule(".".join(ends[0][:shared]))
     return module
+
+
+def _model_around(model: nn.Module, target: Target) -> PreTrainedModel | None:
+    """The innermost model of transformers that a component is a part of, or is itself."""
+    names = [target.first]
+    while names[-1]:
+        names.append(names[-1].rpartition(".")[0])
+    around = (model.get_submodule(name) for name in names)
+    return next((module for module in around if isinstance(module, PreTrainedModel)), None)
 
 
 def _is_container(module: nn.Module) -> bool:

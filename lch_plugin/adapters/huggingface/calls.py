@@ -3,6 +3,9 @@
 A module is watched through its ``forward``, put before its class's own as an attribute, and not by
 torch hooks: it begins after every hook that edits the input, ends before every hook that edits the
 output, and closes whatever it opened when the call fails, on Ctrl-C too.
+
+Private attributes used, for want of a public way:
+    ``torch._C._current_graph_task_id``, which tells whether a backward pass is under way.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import functools
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
 from lch_plugin.adapters.arguments import Call
 from lch_plugin.adapters.structure import stand_ins
+from lch_plugin.adapters.turns import Turn
 
 
 @runtime_checkable
@@ -45,7 +50,8 @@ class WatchedForward:
 
     is_asleep = False
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, turn: Turn) -> None:
+        self.turn = turn
         self.original = module.forward
         self.was_attribute = "forward" in vars(module)
         self.enclosing: list[Watcher] = []
@@ -59,14 +65,19 @@ class WatchedForward:
         return _itself, (self.original,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_asleep:
+        # Gradient checkpointing runs modules again within a backward pass, perhaps in a thread of
+        # autograd's own, and these runs are not the model's.
+        if self.is_asleep or torch._C._current_graph_task_id() != -1:
             return self.original(*args, **kwargs)
+        with self.turn:
+            return self._watch_call((args, kwargs))
+
+    def _watch_call(self, call: Call) -> Any:
         # As they are now: detaching within the call is allowed.
         enclosing, starting, ending = [*self.enclosing], [*self.starting], [*self.ending]
         try:
             for watcher in enclosing:
                 watcher.open()
-            call: Call = (args, kwargs)
             for watcher in starting:
                 call = watcher.begin(call)
             output = self.original(*call[0], **call[1])
@@ -81,11 +92,13 @@ class WatchedForward:
                 watcher.close()
 
 
-def watch(watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module) -> None:
-    """Have a watcher see the calls of modules."""
-    _watched(around).enclosing.append(watcher)
-    _watched(first).starting.append(watcher)
-    _watched(last).ending.append(watcher)
+def watch(
+    watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module, turn: Turn
+) -> None:
+    """Have a watcher see the calls of modules, which wait for their model's turn."""
+    _watched(around, turn).enclosing.append(watcher)
+    _watched(first, turn).starting.append(watcher)
+    _watched(last, turn).ending.append(watcher)
 
 
 def unwatch(watcher: Watcher, first: nn.Module, last: nn.Module, around: nn.Module) -> None:
@@ -108,9 +121,9 @@ def _itself(forward: Any) -> Any:
     return forward
 
 
-def _watched(module: nn.Module) -> WatchedForward:
+def _watched(module: nn.Module, turn: Turn) -> WatchedForward:
     forward = module.forward
     if not isinstance(forward, WatchedForward):
-        forward = WatchedForward(module)
+        forward = WatchedForward(module, turn)
         module.forward = forward
     return forward

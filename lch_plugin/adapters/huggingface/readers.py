@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from lch_plugin.adapters.arguments import (
     Call,
+    arguments_of,
     caches,
+    holds_tokens,
     input_of,
     output_of,
     token_mask,
-    without_padding,
 )
 from lch_plugin.adapters.checks import check_cotangent, check_finite, check_mlp_cotangent
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
@@ -25,9 +27,12 @@ from lch_plugin.adapters.huggingface.names import Target
 from lch_plugin.adapters.passes import Pass, gradients
 from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Structure
+from lch_plugin.adapters.turns import Turn
 from lch_plugin.cotangents import Cotangent, Ones, Vector, evaluate, is_fixed
 from lch_plugin.errors import SiteError
+from lch_plugin.memo import Memo
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
+from lch_plugin.padding import Finder, PadToken, blank, spread
 
 
 @dataclass(eq=False)
@@ -37,7 +42,7 @@ class Running:
     Attributes:
         name: of the component, for messages.
         x: what it reads, with a graph behind or before it.
-        mask: which positions are tokens.
+        tokens: which of the positions it reads are tokens, if its own arguments say.
         caches: key-value caches it was called with.
         outputs: what its input projections gave.
         between: what its first module returned.
@@ -46,7 +51,7 @@ class Running:
 
     name: str
     x: Float[Tensor, ...] | None = None
-    mask: Bool[Tensor, "batch pos"] | None = None
+    tokens: Bool[Tensor, "batch pos"] | None = None
     caches: list[Any] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     between: Any = None
@@ -60,19 +65,17 @@ class Graph(Pass):
     """That of one model.
 
     Attributes:
-        is_asked: whether it is being differentiated. Gradient checkpointing runs modules again to
-            that end, and these runs are not the model's.
+        turn: passes take turns, whichever threads they are of.
     """
 
-    is_asked = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = Turn()
+        self._models: Memo[ModelCall] = Memo()
 
-    def gradient(self, name: str, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
-        """Gradient of ``v . y`` by ``x``, which may be asked for again; raises as `gradients`."""
-        self.is_asked = True
-        try:
-            return gradients(name, y, [x], v, keep=True)[0]
-        finally:
-            self.is_asked = False
+    def model_call(self, model: PreTrainedModel) -> ModelCall:
+        """What watches the calls of a model, or of one within: the same for all its readers."""
+        return self._models.setdefault(model, ModelCall(model))
 
     def drop(self, output: Any, caches_called_with: list[Any]) -> Any:
         """What a module has returned, without a graph that nobody but centroids wants."""
@@ -83,6 +86,68 @@ class Graph(Pass):
         for cache in (*caches_called_with, *caches(results)):
             detach_cache(cache)
         return without_graph(output)
+
+
+class ModelCall:
+    """A model whose calls say which positions its components read are tokens.
+
+    Attributes:
+        finder: of padding in its inputs.
+        tokens: in the call under way; None if all are, or nothing says.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        causal = any(getattr(module, "is_causal", False) for module in model.modules())
+        self.finder = Finder(PadToken.of(model.config), is_causal=causal)
+        self._forward = type(model).forward
+        self._users = 0
+        # One for each call under way: a model may call itself.
+        self._calls: list[Bool[Tensor, "batch pos"] | None] = []
+
+    @property
+    def tokens(self) -> Bool[Tensor, "batch pos"] | None:
+        return self._calls[-1] if self._calls else None
+
+    def install(self, model: nn.Module, turn: Turn) -> None:
+        """Start watching, with the first that asks."""
+        self._users += 1
+        if self._users == 1:
+            watch(self, model, model, model, turn)
+
+    def remove(self, model: nn.Module) -> None:
+        """Stop watching, with the last."""
+        self._users -= 1
+        if not self._users:
+            unwatch(self, model, model, model)
+            self._calls.clear()
+
+    def open(self) -> None:
+        self._calls.append(None)
+
+    def begin(self, call: Call) -> Call:
+        if self._calls:
+            named = arguments_of(self._forward, ((None, *call[0]), call[1]))
+            # A model that writes at other positions than it reads.
+            writes = any(k.startswith("decoder_") and isinstance(named[k], Tensor) for k in named)
+            prefix = "decoder_" if writes else ""
+            ids = named.get(f"{prefix}input_ids")
+            embeds = named.get(f"{prefix}inputs_embeds")
+            self._calls[-1] = self.finder.tokens(
+                embeds if ids is None else ids,
+                named.get(f"{prefix}attention_mask"),
+                is_continued=any(map(holds_tokens, named.values())),
+            )
+        return call
+
+    def pass_on(self, output: Any) -> None:
+        """Nothing of ours."""
+
+    def end(self, _call: Call, output: Any) -> Any:
+        return output
+
+    def close(self) -> None:
+        if self._calls:
+            self._calls.pop()
 
 
 class Reader:
@@ -104,6 +169,7 @@ class Reader:
         cotangent: Cotangent,
         graph: Graph,
         *,
+        model: PreTrainedModel | None,
         publish: Callable[[Tensor], None],
         is_wanted: Callable[[], bool],
     ) -> None:
@@ -112,6 +178,8 @@ class Reader:
         self.publish, self.is_wanted = publish, is_wanted
         self._modules = modules
         self._graph = graph
+        self._model = model
+        self._model_call = None if model is None else graph.model_call(model)
         # One for each call of the enclosing module: a model may call itself.
         self._calls: list[Running | None] = []
 
@@ -119,6 +187,11 @@ class Reader:
     def name(self) -> str:
         """Of the component."""
         return self.target.name
+
+    @property
+    def padding(self) -> Finder | None:
+        """What finds the padding of the inputs of the model around it."""
+        return None if self._model_call is None else self._model_call.finder
 
     @property
     def label(self) -> str:
@@ -136,11 +209,15 @@ class Reader:
 
     def install(self) -> None:
         """Start watching the model."""
-        watch(self, *self._modules)
+        if self._model is not None and self._model_call is not None:
+            self._model_call.install(self._model, self._graph.turn)
+        watch(self, *self._modules, self._graph.turn)
 
     def remove(self) -> None:
         """Stop watching it."""
         unwatch(self, *self._modules)
+        if self._model is not None and self._model_call is not None:
+            self._model_call.remove(self._model)
         while self._calls:
             self.close()
 
@@ -148,7 +225,7 @@ class Reader:
         self._calls.append(None)
 
     def begin(self, call: Call) -> Call:
-        if not self._calls or self._graph.is_asked or not self.is_wanted():
+        if not self._calls or not self.is_wanted():
             return call
         before, running = self._calls[-1], Running(self.label)
         self._calls[-1] = running
@@ -162,7 +239,7 @@ class Reader:
 
     def end(self, call: Call, output: Any) -> Any:
         running = self._calls[-1] if self._calls else None
-        if running is None or self._graph.is_asked:
+        if running is None:
             return output
         self._calls[-1] = None
         try:
@@ -179,6 +256,14 @@ class Reader:
         running = self._calls.pop() if self._calls else None
         if running is not None:
             self._stop(running)
+
+    def _tokens(self, call: Call, running: Running, y: Tensor) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions of an output are tokens, as the model says, or the component's call."""
+        tokens = None if self._model_call is None else self._model_call.tokens
+        if tokens is None and y.ndim == 3:
+            tokens = token_mask(call, y.shape[1])
+        # A last module without a mask, as a norm, has that of the first.
+        return running.tokens if tokens is None else tokens
 
     def _start(self, running: Running, call: Call) -> Call:
         raise NotImplementedError
@@ -233,7 +318,8 @@ class ClosedFormReader(Reader):
         with torch.no_grad():
             mlp, pre = structure.weights, structure.pre_activations(running.outputs)
             v = None if isinstance(self.cotangent, Ones) else evaluate(self.cotangent, y)
-            return centroid_of_neurons(mlp, pre, read_direction(mlp, v))
+            mu = centroid_of_neurons(mlp, pre, read_direction(mlp, v))
+        return blank(mu, self._tokens(call, running, mu))
 
     def _list_parts(self) -> list[nn.Module]:
         first, last, _ = self._modules
@@ -269,26 +355,24 @@ class VJPReader(Reader):
         # A tensor of the component's own: paths from x that lead around the component do not count.
         own = x.clone() if x.requires_grad or x.is_inference() else x.detach()
         running.x = own.requires_grad_()
-        running.mask = token_mask(call, x.shape[1]) if x.ndim == 3 else None
+        running.tokens = token_mask(call, x.shape[1]) if x.ndim == 3 else None
         running.caches = list(caches((*call[0], *call[1].values())))
         # A copy, so that the module, or a hook of the user's, may write to it in place.
         return instead(running.x.clone())
 
     def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
         assert running.x is not None
-        mask = token_mask(call, y.shape[1]) if y.ndim == 3 else None
-        if mask is None and y.shape[:2] == running.x.shape[:2]:
-            mask = running.mask  # A last module without one, as a norm, has that of the first.
-        v = without_padding(evaluate(self.cotangent, y), y, mask)
-        mu = self._gradient(running, y, v)
+        x = running.x
+
+        def gradient(v: Tensor) -> Tensor:
+            return gradients(self.label, y, [x], v, keep=True)[0]
+
+        v = spread(evaluate(self.cotangent, y), y, self._tokens(call, running, y))
+        mu = gradient(v)
         if not self._is_checked:
-            check_cotangent(self.label, v, mu, lambda r: self._gradient(running, y, r), y.dtype)
+            check_cotangent(self.label, v, mu, gradient, y.dtype)
             self._is_checked = True
         return mu
-
-    def _gradient(self, running: Running, y: Tensor, v: Tensor) -> Tensor:
-        assert running.x is not None
-        return self._graph.gradient(self.label, y, running.x, v)
 
     def _stop(self, running: Running) -> None:
         self._graph.release(running)

@@ -8,9 +8,10 @@ something listens.
 
 Modules, each knowing those before it: `gates`, where a tensor goes by; `anatomy`, where a model
 keeps its parts; `points`, hook points of ours; `readers`, how the centroid of one component comes
-about, in `closed_forms` or by `vjps`; `states` and `trial`; `tracker`, the readers of one model
-together; `self_check`, the proof on three tokens; `attaching`; `inputs`, token ids and what the
-MLPs read on them; and `nodes`, the heads, neurons and MLPs that make up circuits.
+about, in `closed_forms` or by `vjps`; `states` and `trial`; `stand_ins`, for methods of the model;
+`tracker`, the readers of one model together; `self_check`, the proof on three tokens; `attaching`;
+`inputs`, token ids and what the MLPs read on them; and `nodes`, the heads, neurons and MLPs that
+make up circuits.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
@@ -42,6 +43,7 @@ from lch_plugin.adapters.transformer_lens.nodes import (
 )
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import disagreements
+from lch_plugin.adapters.transformer_lens.stand_ins import known_tokens, mark_tokens
 from lch_plugin.adapters.transformer_lens.tracker import attached_readers
 
 __all__ = [
@@ -56,7 +58,9 @@ __all__ = [
     "attached_readers",
     "check_token_ids",
     "disagreements",
+    "known_tokens",
     "locate_mlps",
+    "mark_tokens",
     "mlp_inputs",
     "node_points",
     "pattern_names",

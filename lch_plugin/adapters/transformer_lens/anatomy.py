@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
 
 from lch_plugin.adapters.checks import check_loaded
+from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens.gates import (
     Gate,
     ModuleGate,
@@ -30,7 +31,7 @@ from lch_plugin.adapters.transformer_lens.gates import (
     RootPointGate,
 )
 from lch_plugin.errors import InputError, SiteError, VanishingCentroidError
-from lch_plugin.mlp import MLP, GatedMLP, PlainMLP, is_vanishing
+from lch_plugin.mlp import MLP, GatedMLP, PlainMLP, at_least_float32, is_vanishing
 from lch_plugin.sites import integers
 
 LensModel: TypeAlias = TransformerBridge | HookedTransformer
@@ -195,6 +196,56 @@ def score_points(model: LensModel) -> list[PointGate]:
     return found
 
 
+def check_members(attn: Any, path: str, heads: Sequence[int]) -> None:
+    """Refuse heads that do not exist.
+
+    Raises:
+        SiteError: so it is.
+    """
+    n_heads = attn.W_O.shape[0]
+    unknown = [h for h in heads if h >= n_heads]
+    if unknown:
+        raise SiteError(f"{path} has heads 0 to {n_heads - 1}, not {unknown}.")
+
+
+def head_weights(attn: Any, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``W_V`` and ``W_O`` of heads, ``(n, d_model, d_head)`` and ``(n, d_head, d_model)``.
+
+    With grouped queries several heads share one ``W_V``.
+    """
+    W_V, W_O = attn.W_V.detach(), attn.W_O.detach()
+    per_group = W_O.shape[0] // W_V.shape[0]
+    return W_V[[h // per_group for h in heads]], W_O[list(heads)]
+
+
+def head_outputs(
+    attn: Any, heads: Sequence[int], z: Float[Tensor, "batch pos *head_and_d"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """What heads write together, ``z W_O`` without biases, at least in float32.
+
+    Args:
+        attn: their attention.
+        heads: which of its heads.
+        z: mixes of values of all its heads, side by side or in a dimension of their own.
+    """
+    W_O = head_weights(attn, heads)[1].to(at_least_float32(z))
+    z = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, list(heads)].to(W_O.dtype)
+    with without_autocast():
+        return torch.einsum("bthe,hed->btd", z, W_O)
+
+
+def values_point(attn: Any) -> tuple[str, HookPoint]:
+    """Hook point of ``z``, the heads' mixes of values: its name in attention, and itself."""
+    if is_hooked(attn):
+        return "hook_z", attn.hook_z
+    return "o.hook_in", attn.o.hook_in
+
+
+def heads_values(attn: Any) -> Gate:
+    """The heads' mixes of values, before any hook of the user's edits them."""
+    return PointGate(attn, values_point(attn)[0], last=False)
+
+
 def heads_output(attn: Any) -> Gate:
     """What attention returns, by when its pattern has passed a hook point too."""
     return ModuleGate(attn, "output")
@@ -249,6 +300,14 @@ def post_norm(block: Any, kind: str) -> Callable[[Tensor], Tensor] | None:
             "the residual stream, so a Logit cotangent is not its own. Use a Metric, or a block."
         )
     return None
+
+
+def is_causal(model: LensModel) -> bool:
+    """Whether no position reads those after it."""
+    if isinstance(model, HookedTransformer):
+        return bool(model.cfg.attention_dir == "causal")
+    encodes = hasattr(model, "encoder_blocks")
+    return bool(model.adapter.supports_causal_loss) and not encodes
 
 
 def logits_of(model: LensModel, output: Any) -> Tensor | None:

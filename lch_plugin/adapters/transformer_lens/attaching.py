@@ -18,7 +18,7 @@ from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import check_readers, disagreements
 from lch_plugin.adapters.transformer_lens.tracker import tracker_of
-from lch_plugin.adapters.transformer_lens.vjps import LocalReader, VJPReader
+from lch_plugin.adapters.transformer_lens.vjps import HeadVJPReader, LocalReader, VJPReader
 from lch_plugin.cotangents import AnyCotangent, Logit
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import PlainMLP, is_piecewise_linear
@@ -37,7 +37,9 @@ def attach(
     that component, in the space of what it reads (for MLPs and attention after the layer norm). It
     is computed only when something listens. Hooks on hook points that edit what a component reads,
     or values within it, are seen; edits of what it writes replace what it computes and are not.
-    In MLPs, neurons and heads, dropout is no part of the centroid.
+    In MLPs, neurons and heads, dropout is no part of the centroid. Padding counts nowhere: outputs
+    there do not, and centroids there are zero (`lch_plugin.padding`). Threads that share the model
+    take turns.
 
     Attaching proves itself: see `lch_plugin.adapters.transformer_lens.self_check`.
 
@@ -96,12 +98,15 @@ class Handle:
     """The centroid hooks of one `attach` call. Leaving its ``with`` block detaches them.
 
     Attributes:
-        hook_names: names of the centroids' hook points.
-        methods: by name, how each is computed: ``"closed form"`` or ``"VJP"``.
+        hook_names: names of all its hook points: the centroids', and those beside them (offsets,
+            variances, ...).
+        centroid_names: names of the centroids' hook points alone.
+        methods: by centroid's name, how each is computed: ``"closed form"`` or ``"VJP"``.
     """
 
     def __init__(self, model: LensModel, readers: Sequence[Reader]) -> None:
-        self.hook_names = [reader.name for reader in readers]
+        self.hook_names = [p.name for reader in readers for p in reader.points.values()]
+        self.centroid_names = [reader.name for reader in readers]
         self.methods = {reader.name: reader.method for reader in readers}
         self.published: list[CentroidPoint] = []
         self._model = model
@@ -135,7 +140,7 @@ class Handle:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"Handle({self.hook_names if self._readers else 'detached'})"
+        return f"Handle({self.centroid_names if self._readers else 'detached'})"
 
 
 def _refresh(model: LensModel) -> None:
@@ -249,7 +254,7 @@ def _differentiated_mlp(model: LensModel, site: Site, stack: str, layer: int) ->
     component = getattr(model, stack)[layer].mlp
     points = _points(model, site, layer, component, path, site.suffix)
     start, end = anatomy.mlp_gates(component)
-    if site.radius is not None:
+    if site.is_local:
         return LocalReader(site, layer, path, points, component=component, start=start, end=end)
     scope = component if anatomy.is_module(component) else getattr(model, stack)[layer]
     return VJPReader(site, layer, path, points, start=start, end=end, scope=scope)
@@ -260,7 +265,7 @@ def _attention_reader(model: LensModel, site: Site, stack: str, layer: int) -> R
     attn, name = anatomy.attention(getattr(model, stack)[layer], path)
     points = _points(model, site, layer, attn, f"{path}.{name}", site.suffix)
     start, end = anatomy.attention_input(attn), anatomy.attention_output(attn)
-    if site.radius is not None:
+    if site.is_local:
         return LocalReader(site, layer, path, points, component=attn, start=start, end=end)
     return VJPReader(site, layer, path, points, start=start, end=end, scope=attn)
 
@@ -270,11 +275,14 @@ def _head_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader
     attn, name = anatomy.attention(getattr(model, stack)[layer], path)
     anatomy.check_heads(attn, path)
     points = _points(model, site, layer, attn, f"{path}.{name}", site.suffix)
-    return HeadReader(site, layer, path, points, attn=attn)
+    if site.linearization == "detached":
+        return HeadReader(site, layer, path, points, attn=attn)
+    start, end = anatomy.attention_input(attn), anatomy.heads_output(attn)
+    return HeadVJPReader(site, layer, path, points, attn=attn, start=start, end=end)
 
 
 def _block_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
-    if site.radius is None:
+    if not site.is_local:
         return _span_reader(model, site, stack, layer, layer)
     block, path = getattr(model, stack)[layer], f"{stack}.{layer}"
     points = _points(model, site, layer, block, path, site.suffix)

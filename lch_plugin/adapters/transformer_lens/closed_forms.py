@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lch_plugin.adapters.transformer_lens.anatomy import MLPParts, attention_input, heads_output
+from lch_plugin.adapters.transformer_lens.anatomy import (
+    MLPParts,
+    attention_input,
+    check_members,
+    head_outputs,
+    head_weights,
+    heads_output,
+    values_point,
+)
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Capture, Reader
 from lch_plugin.cotangents import Ones, Vector, is_fixed
@@ -53,7 +61,7 @@ class MLPReader(Reader):
         )
         self._captures.append(capture)
         self._hooks += capture.register()
-        if self.site.expert or self.site.radius is not None:
+        if self.site.expert or self.site.is_local:
             tracker.watch(self.parts.input_gate, self)
         tracker.watch(self._exit, self)
 
@@ -95,7 +103,7 @@ class MLPReader(Reader):
         """Show the centroid; ``v`` is given if it came late."""
         mlp, dtype = self.mlp, self.site.compute_dtype or at_least_float32(y)
         s = self._reading(mlp, y, v, dtype)
-        if self.site.radius is not None:
+        if self.site.is_local:
             assert x is not None
 
             def mu_at(samples: Tensor) -> Tensor:
@@ -165,7 +173,7 @@ class NeuronReader(MLPReader):
 
 
 class HeadReader(Reader):
-    """Attention heads with the pattern held fixed, in closed form.
+    """Attention heads with the pattern held fixed, in closed form: their detached linearisation.
 
     A head then writes ``y_t = sum_s A_ts x_s W_V W_O``, which is linear in what attention reads:
     ``mu_s = sum_t A_ts (v_t W_O^T) W_V^T``.
@@ -189,14 +197,11 @@ class HeadReader(Reader):
         tracker.watch(self._exit, self)
 
     def check(self) -> None:
-        """Raise for heads that do not exist."""
-        n_heads = self.attn.W_O.shape[0]
-        unknown = [h for h in self.site.members if h >= n_heads]
-        if unknown:
-            raise SiteError(f"{self.path} has heads 0 to {n_heads - 1}, not {unknown}.")
+        """Raise for heads that do not exist, and for a cotangent that reads nothing of theirs."""
+        check_members(self.attn, self.path, self.site.members)
         if is_fixed(self.site.v):
-            W_O = self.weights(at_least_float32(self.attn.W_O))[1].flatten(0, 1)
-            if reads_nothing(W_O, self._at(W_O)):
+            W_O = head_weights(self.attn, self.site.members)[1].flatten(0, 1)
+            if reads_nothing(W_O, self._at(W_O.to(at_least_float32(W_O)))):
                 raise VanishingCentroidError(
                     f"{self.name}: the cotangent is orthogonal to everything these heads write, so "
                     "the centroid would be rounding noise. TransformerLens' center_writing_weights "
@@ -223,31 +228,16 @@ class HeadReader(Reader):
             self._finish(values, x, None)
         return None
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``W_V`` and ``W_O`` of the group, ``(n, d_model, d_head)`` and ``(n, d_head, d_model)``.
-
-        With grouped queries several heads share one ``W_V``.
-        """
-        heads = list(self.site.members)
-        W_V, W_O = self.attn.W_V.detach(), self.attn.W_O.detach()
-        per_group = W_O.shape[0] // W_V.shape[0]
-        return W_V[[h // per_group for h in heads]].to(dtype), W_O[heads].to(dtype)
-
     def centroid(self, pattern: Tensor, v: Tensor) -> Tensor:
         """``mu``, ``(batch, pos, d_model)``, for ``v`` of the same shape."""
-        W_V, W_O = self.weights(v.dtype)
+        W_V, W_O = (W.to(v.dtype) for W in head_weights(self.attn, self.site.members))
         A = pattern[:, list(self.site.members)].to(v.dtype)
         u = torch.einsum("btd,hed->bhte", v, W_O)
         return torch.einsum("bhts,bhte,hde->bsd", A, u, W_V)
 
     def value_points(self) -> tuple[nn.Module, ...]:
         """Hook points of the attention pattern and of the heads' values."""
-        z = (
-            self.attn.hook_z
-            if not hasattr(self.attn, "original_component")
-            else self.attn.o.hook_in
-        )
-        return self.attn.hook_pattern, z
+        return self.attn.hook_pattern, values_point(self.attn)[1]
 
     def _on_values(self, values: tuple[Tensor, ...]) -> None:
         self._pass.captured[self, "values"] = values
@@ -255,12 +245,9 @@ class HeadReader(Reader):
     def _finish(self, values: tuple[Tensor, ...], x: Tensor | None, v: Tensor | None) -> None:
         pattern, z = values
         dtype = self.site.compute_dtype or at_least_float32(z)
-        heads = list(self.site.members)
-        W_O = self.weights(dtype)[1]
-        z = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, heads].to(dtype)
-        y = torch.einsum("bthe,hed->btd", z, W_O)
+        y = head_outputs(self.attn, self.site.members, z.to(dtype))
         if v is None:
-            v = self._pass.weigh(self._at(y), y, self.positions, self.stack)
+            v = self.weigh(self._at(y), y)
         mu = self.centroid(pattern, v.to(dtype))
         if x is None:
             self._show({"": lambda: mu})

@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens.anatomy import LensModel, MLPParts
+from lch_plugin.adapters.transformer_lens.stand_ins import known_tokens
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.padding import PadToken, tokens_in_ids
 
 
 def as_tokens(
@@ -21,7 +23,8 @@ def as_tokens(
     """Token ids of a prompt, on the model's device, checked to be what the model can read.
 
     Raises:
-        InputError: no tokens, not integers, an id out of vocabulary, or longer than the context.
+        InputError: no tokens, not integers, an id out of vocabulary, longer than the context, or
+            rows that are filled up: circuits know positions by their number.
     """
     tokens = model.to_tokens(prompt, truncate=False) if isinstance(prompt, str) else prompt
     if (
@@ -42,7 +45,23 @@ def as_tokens(
             f"{tokens.shape[-1]} tokens are longer than the model's context of {model.cfg.n_ctx}. "
             "Shorten the prompt."
         )
+    _check_unpadded(model, tokens)
     return tokens.to(next(model.parameters()).device)
+
+
+def _check_unpadded(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
+    known = known_tokens(tokens)
+    if known is None:
+        pad = PadToken.of(model.tokenizer)
+        # An id that text may have as well has the benefit of the doubt.
+        known = tokens_in_ids(tokens, pad, is_text=True)
+    if known is not None and not bool(known.all()):
+        row = int((~known).any(1).nonzero()[0])
+        raise InputError(
+            f"row {row} of the tokens has {int(known[row].sum())} tokens and "
+            f"{int((~known[row]).sum())} of padding, and positions here count both. Pass prompts "
+            "of one length, or one at a time."
+        )
 
 
 def check_token_ids(d_vocab: int, lowest: int, highest: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,9 +42,6 @@ class CentroidPoint:
 
     def fire(self, value: Tensor) -> None:
         """Show a value to whoever listens. What they make of it goes nowhere."""
-        batch_pos = getattr(self._conversion, "batch_seq", None)
-        if value.ndim == 1 and batch_pos is not None and value.numel() == math.prod(batch_pos):
-            value = value.view(batch_pos)
         self.module(value)
 
     def publish(self, model: LensModel) -> None:

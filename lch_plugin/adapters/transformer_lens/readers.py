@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
 from lch_plugin.adapters.checks import check_finite
@@ -23,6 +24,7 @@ from lch_plugin.centroids import mean_over_neighbourhood
 from lch_plugin.cotangents import Cotangent, Logit, Vector, evaluate, is_fixed
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Site, integers
 
 if TYPE_CHECKING:
@@ -88,12 +90,15 @@ class Reader:
             record["index"] = list(self.site.members)
         if self.positions is not None:
             record["output_positions"] = self.positions
-        if self.site.radius is not None:
+        if self.site.is_local:
+            of_radius = self.site.sigma is None
             record |= {
-                "radius": self.site.radius,
+                **({"radius": self.site.radius} if of_radius else {"sigma": self.site.sigma}),
                 "n_samples": self.site.n_samples,
                 "neighbourhood": self.site.neighbourhood,
             }
+        if self.site.is_local and self.site.centre:
+            record["centre"] = True
         return record
 
     def __repr__(self) -> str:
@@ -130,6 +135,11 @@ class Reader:
             self.tracker.forget(self)
 
     @property
+    def padding(self) -> Finder | None:
+        """What finds the padding of the model's inputs, while it is attached."""
+        return None if self.tracker is None else self.tracker.padding
+
+    @property
     def _pass(self) -> Pass:
         assert self.tracker is not None
         return self.tracker.current
@@ -159,37 +169,45 @@ class Reader:
                 raise
             return torch.ones_like(y)
 
+    def weigh(self, v: Tensor, y: Tensor) -> Tensor:
+        """A cotangent spread over the outputs ``y`` that count."""
+        return spread(v, y, self._pass.masks.get(self.stack), self.positions)
+
     def _show(self, values: dict[str, Callable[[], Tensor]]) -> None:
         """Hand values to whoever listens, computing only those."""
+        # Where positions mix, the cotangent has left padding out.
+        tokens = None if self.site.mixes_positions else self._pass.masks.get(self.stack)
         with self._pass.outside():
             for ending, value in values.items():
                 point = self.points.get(ending)
                 if point is None or not point.has_listener:
                     continue
-                tensor = value().detach()
+                tensor = blank(value().detach(), tokens)
                 check_finite(point.name, tensor, f", at layer {self.layer}")
                 point.fire(tensor)
 
     def _expert(self, mu: Tensor, x: Tensor, y: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
         """Centroid and, for an `expert` site, the numbers that go with it."""
         mu, x, y, v = (t.to(at_least_float32(t)) for t in (mu, x, y, v))
-        # A component that mixes positions has one affine expert a sequence.
-        dims = (-2, -1) if self.site.mixes_positions else (-1,)
+
+        def total(t: Tensor) -> Tensor:
+            # A component that mixes positions has one affine expert a sequence; another one has one
+            # a position, with a last dimension where TransformerLens counts positions from the end.
+            return t.sum((-2, -1)) if self.site.mixes_positions else t.sum(-1, keepdim=True)
 
         def offset() -> Tensor:
-            return (v * y).sum(dims) - (mu * x).sum(dims)
+            return total(v * y) - total(mu * x)
 
         return {
             "": lambda: mu,
             "_offset": offset,
-            "_radius": lambda: mu.square().sum(dims) + 2 * offset(),
-            "_alignment": lambda: torch.nn.functional.cosine_similarity(mu, x, dim=-1),
+            "_radius": lambda: total(mu.square()) + 2 * offset(),
+            "_alignment": lambda: cosine_similarity(mu, x, dim=-1)[..., None],
         }
 
     def _local(self, x: Tensor, mu: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], Tensor]]:
         """Mean centroid over the site's neighbourhood of ``x``, and its spread."""
         site, generator = self.site, self.site.generator
-        assert site.radius is not None
         assert self.tracker is not None
         if generator is None or self.tracker.trial is not None:  # The user's is for their passes.
             generator = torch.Generator(x.device).manual_seed(0)
@@ -197,8 +215,10 @@ class Reader:
             mu,
             x,
             radius=site.radius,
+            sigma=site.sigma,
             n_samples=site.n_samples,
             neighbourhood=site.neighbourhood,
+            centre=site.centre,
             generator=generator,
         )
         return {

@@ -26,6 +26,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     MLPParts,
     attention_input,
+    head_outputs,
     heads_output,
 )
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader
@@ -193,7 +194,7 @@ def _keep(inputs: dict[Any, Tensor], reader: MLPReader, x: Tensor) -> None:
 def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
     """Hold what the hook point gave to the closed form at what the MLP read."""
     v = reader.site.v
-    if reader.site.radius is not None or not is_fixed(v):
+    if reader.site.is_local or not is_fixed(v):
         return
     assert isinstance(v, Cotangent)
     mlp = reader.parts.weights
@@ -317,9 +318,7 @@ class _HeadTrial:
 
     def _compare(self, reader: HeadReader) -> SiteError | None:
         pattern, z = self._values[0].detach(), self._values[1]
-        W_O = reader.weights(z.dtype)[1]
-        heads = z.reshape(*z.shape[:2], -1, W_O.shape[1])[:, :, list(reader.site.members)]
-        y = torch.einsum("bthe,hed->btd", heads, W_O)
+        y = head_outputs(reader.attn, reader.site.members, z)
         v = noise(y)
         (truth,) = torch.autograd.grad(y, self._x, v, retain_graph=True)
         kind, mu = type(reader.attn).__name__, reader.centroid(pattern, v)

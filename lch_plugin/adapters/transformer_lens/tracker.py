@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from lch_plugin.adapters.passes import Late, Pass, at_positions, gradients
+from lch_plugin.adapters.arguments import Call, arguments_of, holds_tokens
+from lch_plugin.adapters.checks import check_no_padding
+from lch_plugin.adapters.passes import Late, Pass, gradients
 from lch_plugin.adapters.states import detach_cache, evaluating, without_graph
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     final_norm,
+    is_causal,
     logits,
     post_norm,
     score_points,
@@ -33,11 +37,14 @@ from lch_plugin.adapters.transformer_lens.gates import (
     RootPointGate,
 )
 from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.transformer_lens.stand_ins import Forward, ToTokens, Turns, known_tokens
 from lch_plugin.adapters.transformer_lens.states import detach_attributes, silenced
 from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient
+from lch_plugin.adapters.turns import Turn
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric
 from lch_plugin.errors import InputError, NonFiniteError, NotDifferentiableError, SiteError
+from lch_plugin.padding import Finder, PadToken, spread, tokens_in_mask
 
 _ATTRIBUTE = "_centroid_tracker"
 # Holds gradients on for Logit cotangents, under a name for messages.
@@ -51,6 +58,8 @@ class Tracker:
         readers: by the name of their hook point.
         paused: True while the model runs for our own sake.
         trial: what the pass is an experiment in, if it is one.
+        turn: passes take turns, whichever threads they are of.
+        padding: finds it in what the model is called with.
     """
 
     def __init__(self, model: LensModel) -> None:
@@ -65,7 +74,14 @@ class Tracker:
         self._norm_gates: tuple[Gate, Gate] | None = None
         self._logits_gate: Gate | None = None
         self._score_gates: list[PointGate] = []
-        self._forward: _Forward | None = None
+        self._stand_ins: list[Forward | ToTokens | Turns] = []
+        self.turn = Turn()
+        config = getattr(getattr(model, "original_model", None), "config", None)
+        pad = PadToken.of(model.tokenizer, config)
+        self.padding = Finder(pad, is_causal=is_causal(model))
+        # The arguments of the innermost pass.
+        self._given: dict[str, Any] = {}
+        self._n_pos = 0
 
     @property
     def current(self) -> Pass:
@@ -79,7 +95,7 @@ class Tracker:
 
     def add(self, reader: Reader) -> None:
         """Let a reader start, whose hook points are in place."""
-        if self._forward is None:
+        if not self._stand_ins:
             self._hook_model()
         self.readers[reader.name] = reader
         reader.install(self)
@@ -120,9 +136,9 @@ class Tracker:
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
-            if self._forward is not None:
-                self._forward.remove()
-                self._forward = None
+            for stand_in in self._stand_ins:
+                stand_in.remove()
+            self._stand_ins.clear()
             ends = (*(self._norm_gates or ()), self._logits_gate, *self._score_gates)
             for end in ends:
                 if end is not None:
@@ -148,10 +164,10 @@ class Tracker:
 
     def _at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
         seen = tensor
-        for reader in gate.readers:
-            if not isinstance(reader, VJPReader) and reader.is_wanted():
-                tensor = _or(reader.at(gate, tensor), tensor)
         vjps = [r for r in gate.readers if isinstance(r, VJPReader)]
+        for reader in gate.readers:
+            if reader.is_wanted() and not (reader in vjps and reader.has_end(gate)):
+                tensor = _or(reader.at(gate, tensor), tensor)
         ending = [r for r in vjps if r.end_gate.key == gate.key and r in self.current.inputs]
         if ending:
             tensor = _or(self._close(ending, tensor), tensor)
@@ -179,7 +195,8 @@ class Tracker:
             self._finish_now(readers, inputs, y)
             for reader in readers:
                 if reader.site.is_late:
-                    self.postpone(reader, y, partial(reader.finish_late, inputs[reader], y))
+                    finish = partial(reader.finish_late, inputs[reader], reader.output(y))
+                    self.postpone(reader, y, finish)
         finally:
             for reader in readers:
                 if not (reader.site.is_late and isinstance(reader.site.v, Metric)):
@@ -202,17 +219,18 @@ class Tracker:
             or any(r.site.is_late for r in readers)
         )
         for i, group in enumerate(groups.values(), 1):
-            v = group[0].weighed(y)
+            written = group[0].output(y)
+            v = group[0].weighed(written)
             keep = shared or i < len(groups) or self.trial is not None
             names = str([r.name for r in group])
-            mus = gradients(names, y, [inputs[r] for r in group], v, keep=keep)
+            mus = gradients(names, written, [inputs[r] for r in group], v, keep=keep)
             for reader, mu in zip(group, mus, strict=True):
                 if self.trial is not None:
                     x = inputs[reader]
-                    self.trial.note(reader, x, y, v, partial(gradient, reader, y, x))
+                    self.trial.note(reader, x, written, v, partial(gradient, reader, written, x))
                     if self.current.mode is not None:
                         self.trial.recorded = list(self.current.mode.recorded)
-                reader.finish(inputs[reader], y, mu, v)
+                reader.finish(inputs[reader], written, mu, v)
 
     # --------------------------------------------------------- cotangents that come late
 
@@ -271,7 +289,7 @@ class Tracker:
         v = v if cotangent.foil is None else v - W_U[:, cotangent.foil]
         position = cotangent.position if self.trial is None else None
         positions = None if position is None else [position]
-        return self.current.weigh(v.detach(), y, positions)
+        return spread(v.detach(), y, self._tokens_at_the_end, positions)
 
     def _finish_logit(self, reader: Reader, late: Late, v: Tensor) -> None:
         kind = reader.site.kind
@@ -284,15 +302,26 @@ class Tracker:
                 y = late.y.detach().requires_grad_()
                 (v,) = torch.autograd.grad(norm(y), y, v)
         v = v.reshape_as(late.y)
-        late.finish(at_positions(v, reader.positions) if reader.site.mixes_positions else v)
+        with self.current.outside():
+            late.finish(reader.weigh(v, late.y) if reader.site.mixes_positions else v)
 
-    def _metric(self, metric: Metric, logits: Tensor) -> Tensor:
+    @property
+    def _tokens_at_the_end(self) -> Tensor | None:
+        """Which positions of the logits are tokens."""
+        masks = self.current.masks
+        return masks.get("decoder_blocks" if hasattr(self.model, "decoder_blocks") else "blocks")
+
+    def metric(self, metric: Metric, logits: Tensor, tokens: Tensor | None) -> Tensor:
+        """Its value, summed over sequences."""
+        # Three tokens need not have the positions that the metric reads.
+        if self.trial is not None and metric.position is not None:
+            metric = replace(metric, position=-1)
         try:
-            return metric.value(logits.clone())  # Which it may write to.
+            return metric.value(logits.clone(), tokens)  # It may write to a copy.
         except IndexError:
             if self.trial is None:
                 raise
-            return logits.sum()  # Three tokens need not have the positions that the metric reads.
+            return logits.sum()
 
     def _awaits_logits(self) -> bool:
         return not self.paused and self.in_model and bool(self._waiting(Metric))
@@ -306,9 +335,12 @@ class Tracker:
             metric = readers[0].site.v
             assert isinstance(metric, Metric)
             ys = [waiting[r].y for r in readers]
-            vs = torch.autograd.grad(
-                self._metric(metric, logits), ys, retain_graph=True, allow_unused=True
+            tokens = self._tokens_at_the_end
+            value = self.metric(metric, logits, tokens)
+            of_logits, *vs = torch.autograd.grad(
+                value, [logits, *ys], retain_graph=True, allow_unused=True
             )
+            check_no_padding(metric, of_logits, tokens)
             for reader, v in zip(readers, vs, strict=True):
                 if v is not None and not bool(v.isfinite().all()):
                     raise NonFiniteError(
@@ -320,7 +352,7 @@ class Tracker:
                         f"metric {metric.name!r} does not depend on what {reader.path} writes."
                     )
                 with self.current.outside():
-                    waiting[reader].finish(at_positions(v, reader.positions))
+                    waiting[reader].finish(reader.weigh(v, waiting[reader].y))
         for reader in waiting:
             self.current.late.pop(reader, None)
             self.current.release(reader)
@@ -331,8 +363,15 @@ class Tracker:
         # A bridge's run_with_cache and generation by HuggingFace call the original model alone.
         model = self.model
         hooked = isinstance(model, HookedTransformer)
-        self._forward = _Forward(self, model if hooked else model.original_model)
+        root = model if hooked else model.original_model
+        taking_turns = ("run_with_cache", "run_with_hooks", *(() if hooked else ("forward",)))
+        self._stand_ins = [
+            Forward(self, root),
+            ToTokens(model),
+            *(Turns(self.turn, model, name) for name in taking_turns),
+        ]
         if hooked:
+            self._hooks.append(model.embed.register_forward_pre_hook(self._note_tokens))
             self._hooks += [
                 block.register_forward_pre_hook(self._note_mask, with_kwargs=True)
                 for block in model.blocks
@@ -341,13 +380,21 @@ class Tracker:
         for gate in self._score_gates:
             gate.install(self._has_padding, _guard_masked_rows)
 
-    def enter(self, kwargs: dict[str, Any]) -> None:
+    def enter(self, call: Call) -> None:
         """A pass of the whole model begins."""
         self._passes.append(Pass())
-        self.current.caches = [kwargs.get("past_kv_cache"), kwargs.get("past_key_values")]
-        own = "encoder_blocks" if hasattr(self.model, "encoder_blocks") else "blocks"
-        self._set_mask(own, kwargs.get("attention_mask"))
-        self._set_mask("decoder_blocks", kwargs.get("decoder_attention_mask"))
+        root = getattr(self.model, "original_model", self.model)
+        self._given = named = arguments_of(type(root).forward, ((root, *call[0]), call[1]))
+        self.current.caches = [named.get("past_kv_cache"), named.get("past_key_values")]
+        if root is not self.model:  # A HookedTransformer has yet to make tokens of what it reads.
+            own = "encoder_blocks" if hasattr(self.model, "encoder_blocks") else "blocks"
+            ids = named.get("input_ids")
+            self._find_padding(
+                own, named.get("inputs_embeds") if ids is None else ids, "attention_mask"
+            )
+            if own != "blocks":
+                ids = named.get("decoder_input_ids")
+                self._find_padding("decoder_blocks", ids, "decoder_attention_mask")
         for gate in self._root_gates():
             gate.enter()
 
@@ -382,55 +429,35 @@ class Tracker:
     def _root_gates(self) -> list[RootPointGate]:
         return [gate for gate in self._gates.values() if isinstance(gate, RootPointGate)]
 
+    def _note_tokens(self, _module: nn.Module, args: Any) -> None:
+        self._n_pos = args[0].shape[-1]
+        self._find_padding("blocks", args[0], "attention_mask")
+
     def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
-        self._set_mask("blocks", kwargs.get("attention_mask"))
+        # A HookedTransformer makes a mask of its own where its tokenizer pads on the left.
+        mask, masks = kwargs.get("attention_mask"), self.current.masks
+        if not isinstance(mask, Tensor):
+            return
+        known, tokens = masks.get("blocks"), tokens_in_mask(mask, self._n_pos)
+        if tokens is not None and not bool(tokens.all()):
+            masks["blocks"] = tokens if known is None else tokens & known.to(tokens.device)
+
+    def _find_padding(self, stack: str, ids: Any, mask_name: str) -> None:
+        """Note which positions of a list of blocks are tokens, if some are not."""
+        tokenizer = self.model.tokenizer
+        hooked = isinstance(self.model, HookedTransformer)
+        tokens = self.padding.tokens(
+            ids,
+            self._given.get(mask_name),
+            known=known_tokens(ids),
+            is_continued=any(map(holds_tokens, self.current.caches)),
+            masks_leading=hooked and getattr(tokenizer, "padding_side", None) == "left",
+        )
+        if tokens is not None:
+            self.current.masks[stack] = tokens
 
     def _has_padding(self) -> bool:
-        masks = self.current.masks.values()
-        return self.current.is_open and not all(bool(mask.all()) for mask in masks)
-
-    def _set_mask(self, stack: str, mask: Any) -> None:
-        if not isinstance(mask, Tensor) or mask.ndim < 2:
-            return
-        if mask.is_floating_point():  # Added to the scores: a large negative number forbids.
-            mask = mask > -1e4
-        # Of a mask by query, a position is a token if anything attends to it.
-        mask = mask.bool().flatten(1, -2).any(1) if mask.ndim > 2 else mask.bool()
-        self.current.masks[stack] = mask
-
-
-class _Forward:
-    """Stands in for a module's ``forward`` to see every pass begin and end.
-
-    Not hooks: TransformerLens calls ``forward`` itself in places, and torch calls no hook when a
-    module is left by an interrupt.
-    """
-
-    def __init__(self, tracker: Tracker, root: Any) -> None:
-        self._tracker, self._root = tracker, root
-        self._before = vars(root).get("forward")
-        root.forward = self
-
-    def remove(self) -> None:
-        """Give the module its own back."""
-        if self._before is None:
-            vars(self._root).pop("forward", None)
-        else:
-            self._root.forward = self._before
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self._before or partial(type(self._root).forward, self._root)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._tracker.enter(kwargs)
-        try:
-            output = self.__wrapped__(*args, **kwargs)
-            self._tracker.see(output)
-        except BaseException as error:
-            self._tracker.leave(None, error)
-            raise
-        return self._tracker.leave(output, None)
+        return self.current.is_open and bool(self.current.masks)
 
 
 def tracker_of(model: LensModel) -> Tracker:

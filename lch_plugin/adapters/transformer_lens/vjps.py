@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lch_plugin.adapters.passes import at_positions, gradients
+from lch_plugin.adapters.checks import check_no_padding
+from lch_plugin.adapters.passes import gradients
+from lch_plugin.adapters.transformer_lens.anatomy import (
+    check_members,
+    head_outputs,
+    heads_values,
+)
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.centroids import centroid
@@ -52,6 +58,10 @@ class VJPReader(Reader):
                 self._scope.register_forward_hook(self._on_leaving, always_call=True)
             )
 
+    def has_end(self, gate: Gate) -> bool:
+        """Whether it starts or ends at a gate."""
+        return gate.key in (self.start_gate.key, self.end_gate.key)
+
     def can_start(self) -> bool:
         """Whether the other end will be passed: a lone block is no span."""
         assert self.tracker is not None
@@ -63,6 +73,10 @@ class VJPReader(Reader):
             return
         if self._pass.inputs.pop(self, None) is not None:
             self._pass.release(self)
+
+    def output(self, y: Tensor) -> Tensor:
+        """What it writes, given what passed the gate at its end."""
+        return y
 
     def finish(self, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
         """Show a centroid that has been computed."""
@@ -86,13 +100,49 @@ class VJPReader(Reader):
     def weighed(self, y: Tensor) -> Tensor:
         """The cotangent spread over ``y``."""
         if isinstance(self.site.v, Metric):  # Of the model itself: its output is the logits.
-            leaf = y.detach().requires_grad_()
-            (v,) = torch.autograd.grad(self.site.v.value(leaf), leaf)
-            return at_positions(v, self.positions)
-        v = self._at(y)
-        if self.site.mixes_positions:
-            return self._pass.weigh(v, y, self.positions, self.stack)
-        return v.to(y).expand_as(y)
+            leaf, tokens = y.detach().requires_grad_(), self._pass.masks.get(self.stack)
+            assert self.tracker is not None
+            (v,) = torch.autograd.grad(self.tracker.metric(self.site.v, leaf, tokens), leaf)
+            check_no_padding(self.site.v, v, tokens)
+        else:
+            v = self._at(y)
+        return self.weigh(v, y) if self.site.mixes_positions else v.to(y).expand_as(y)
+
+
+class HeadVJPReader(VJPReader):
+    """Attention heads, through their values and through where they look.
+
+    A head writes ``z W_O``, ``z`` its mix of values. So the graph ends at ``z``, which a hook point
+    shows for every head, while a cotangent is known where attention ends.
+    """
+
+    def __init__(self, *args: Any, attn: Any, **kwargs: Any) -> None:
+        super().__init__(*args, scope=attn, **kwargs)
+        self._attn, self._z_gate = attn, heads_values(attn)
+
+    def install(self, tracker: Tracker) -> None:
+        super().install(tracker)
+        tracker.watch(self._z_gate, self)
+
+    def check(self) -> None:
+        check_members(self._attn, self.path, self.site.members)
+
+    def at(self, gate: Gate, tensor: Tensor) -> None:
+        if self in self._pass.inputs:
+            self._pass.captured[self, "z"] = tensor
+
+    @property
+    def cotangent_key(self) -> Hashable:
+        return self
+
+    def output(self, _y: Tensor) -> Tensor:
+        z = self._pass.captured.pop((self, "z"), None)
+        if z is None:
+            raise SiteError(
+                f"{self.name}: attention ran without passing its heads through a hook point, so "
+                "what they write is unknown."
+            )
+        return head_outputs(self._attn, self.site.members, z)
 
 
 class LocalReader(Reader):
@@ -130,7 +180,7 @@ class LocalReader(Reader):
         y = tensor.detach()
         assert self.tracker is not None
         v = self._at(y)
-        v = self._pass.weigh(v, y, self.positions, self.stack) if self.site.mixes_positions else v
+        v = self.weigh(v, y) if self.site.mixes_positions else v
         args, kwargs = call
 
         def run(sample: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.states import evaluating
+from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     NodePoint,
@@ -31,6 +31,7 @@ from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.sites import integers
+from lch_plugin.statistics import ROUNDING
 
 Reference: TypeAlias = Literal["zero", "mean", "resample"]
 _REFERENCES: tuple[Reference, ...] = get_args(Reference)
@@ -120,6 +121,7 @@ class Ablation:
         return [mean for _ in self._batches]
 
 
+@without_autocast()
 def run_circuit(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
@@ -171,18 +173,21 @@ class AblationCheck:
     @property
     def random_effects(self) -> Float[Tensor, " n_random"]:
         """``clean - random``, in logits."""
-        return self.clean - torch.tensor(self.random)
+        return self.clean - torch.tensor(self.random, dtype=torch.float64)
 
     @property
     def p_value(self) -> float:
         """Two-sided permutation p-value: how often a random set's effect is at least as large.
 
-        Two-sided because a neuron score is a magnitude: top neurons may push either way.
+        Two-sided because a neuron score is a magnitude: top neurons may push either way. What is
+        smaller by rounding alone is as large.
         """
-        as_large = int((self.random_effects.abs() >= abs(self.effect)).sum())
+        rounding = ROUNDING * torch.finfo(torch.float64).eps * abs(self.clean)
+        as_large = int((self.random_effects.abs() >= abs(self.effect) - rounding).sum())
         return (1 + as_large) / (1 + len(self.random))
 
 
+@without_autocast()
 def ablation_check(
     model: LensModel,
     tokens: str | Int[Tensor, "*batch pos"],
@@ -220,7 +225,7 @@ def ablation_check(
     points, removed = _neurons(model, neurons)
     difference = logit_difference([[a] for a in answers], [[f] for f in foils])
     # Subtracted in double precision, at the one position that counts.
-    exact = Metric(lambda logits: difference.fn(logits[:, -1:].double()), difference.name)
+    exact = Metric(lambda logits: difference.fn(logits.double()), difference.name, position=-1)
     ablation = Ablation(model, Prompts(tokens, exact), points, "zero")
     everything = ablation.everything()
 

@@ -34,6 +34,7 @@ from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 
+from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.evaluation.ablation import Ablation, Reference
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
@@ -196,6 +197,7 @@ class Judgement:
         )
 
 
+@without_autocast()
 def faithfulness(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
@@ -268,6 +270,7 @@ def faithfulness(
     )
 
 
+@without_autocast()
 def judge(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
@@ -344,6 +347,7 @@ def judge(
     )
 
 
+@without_autocast()
 def smallest_circuit(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],

@@ -10,6 +10,7 @@ import networkx as nx
 import torch
 from sae_lens import SAE
 
+from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
 from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
@@ -39,6 +40,7 @@ _NAMES = {
 
 
 @torch.inference_mode(False)  # Experts are differentiated until the last edge is known.
+@without_autocast()
 def attribution_graph(
     model: LensModel,
     prompts: Prompts,

@@ -14,6 +14,9 @@ is a flow: what enters a node leaves it, and all offsets together are the metric
 corrupt prompt every value stands for its difference, and an offset is what an expert makes of the
 other patterns, gates and norm scales.
 
+Of a metric that is not linear in the logits the edges are those of its tangent at the clean prompt.
+What the metric differs by from its tangent is in the offset of the node of the metric.
+
 The sweep goes from the metric back to the embeddings, a component at a time: from the gradient at
 its write to the centroids of its nodes, which together take the gradient one component back.
 """

@@ -18,7 +18,12 @@ from lch_plugin.files import write_file
 from lch_plugin.report import render
 
 #: What a metric is measured in, as far as its name tells.
-UNITS = {"logit_difference": "logits", "log_probability": "nats", "kl_divergence": "nats"}
+UNITS = {
+    "logit_difference": "logits",
+    "log_odds": "nats",
+    "log_probability": "nats",
+    "kl_divergence": "nats",
+}
 _TITLES = {
     "embedding": "Token embedding",
     "position": "Position embedding",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lch_plugin.circuits.evaluation.faithfulness import (
 )
 from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, prune, save_graph
+from lch_plugin.circuits.metrics import COMPARISONS
 from lch_plugin.circuits.nodes import ScoredNode
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.circuits.reports.direct import promoted_tokens
@@ -46,8 +48,8 @@ from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, new_directory, portable
 from lch_plugin.report import write_report
 
-#: Prompts a circuit is found on, and the share of heads and neurons that it is made of.
-N_PROMPTS, SHARE = 60, 0.05
+#: Prompts a circuit is found on, the share of heads and neurons that it is made of, and by what.
+N_PROMPTS, SHARE, METRIC = 60, 0.05, "logit_difference"
 #: Share of the metric that the smallest circuit looked for recovers.
 ENOUGH = 0.8
 # Of the circuit, the highest nodes that are listed; these, and as many of the lowest, are taken out
@@ -65,6 +67,7 @@ def run(
     *,
     n: int = N_PROMPTS,
     share: float = SHARE,
+    metric: str = METRIC,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Find a task's circuit, test it on held-out prompts, and write a report.
@@ -78,20 +81,23 @@ def run(
         out: directory to make.
         n: prompts to find the circuit on, and as many others to test it on.
         share: of all heads and neurons that make up the circuit.
+        metric: that it is found and tested by, one of `lch_plugin.circuits.metrics.COMPARISONS`.
         seed: of everything random.
 
     Returns:
         What ``results.json`` holds.
 
     Raises:
-        InputError: no such task, n or share out of range, or as `lch_plugin.circuits.task`.
+        InputError: no such task or metric, n or share out of range, or as
+            `lch_plugin.circuits.task`.
         SiteError: as `lch_plugin.circuits.node_attribution`.
         OutputError: ``out`` holds other content or cannot be written.
     """
-    check(name, n, share)
+    check(name, n, share, metric)
     check_new_directory(out)
     console, generator = Console(), torch.Generator().manual_seed(seed)
-    train, test = (task(model, name, n, split=split, seed=seed) for split in ("train", "test"))
+    choose = partial(task, model, name, metric=COMPARISONS[metric], seed=seed)
+    train, test = (choose(n, split=split) for split in ("train", "test"))
     console.print(f"scores of all heads and neurons on {n} prompts")
     scores = node_attribution(model, train)
     whole = node_attribution(model, train, ("head", "mlp"))
@@ -108,11 +114,10 @@ def run(
         generator=generator,
     )
     smallest = smallest_circuit(model, test, scores, ENOUGH)
-    (shown,) = task(model, name, 1, seed=seed)
+    (shown,) = choose(1)
     console.print("the graph of one prompt")
     graph = prune(attribution_graph(model, shown, circuit=circuit))
     details = node_details(model, shown, graph, scores)
-    units = UNITS[shown.metric.name]
     results: dict[str, Any] = {
         "run": {
             **_describe(model),
@@ -120,9 +125,9 @@ def run(
             "n_prompts": n,
             "share": share,
             "seed": seed,
-            "metric": shown.metric.name,
-            "units": units,
-            "n_right": int((tested.full > 0).sum()),
+            "metric": metric,
+            "units": UNITS[metric],
+            "n_positive": int((tested.full > 0).sum()),
             "n_heads": sum(p.n_nodes for p in scores.points if p.kind == "head"),
             "n_neurons": sum(p.n_nodes for p in scores.points if p.kind == "neuron"),
             "example": _example(model, test),
@@ -154,7 +159,7 @@ def run(
     return results
 
 
-def check(name: str, n: int = N_PROMPTS, share: float = SHARE) -> None:
+def check(name: str, n: int = N_PROMPTS, share: float = SHARE, metric: str = METRIC) -> None:
     """Refuse what cannot be run, before a model is loaded for it.
 
     Raises:
@@ -166,6 +171,10 @@ def check(name: str, n: int = N_PROMPTS, share: float = SHARE) -> None:
         raise InputError(f"n={n}: at least 2 prompts are needed to find and to test a circuit.")
     if not 0 < share < 1:
         raise InputError(f"share={share} must lie between 0 and 1, as 0.05 does.")
+    if metric not in COMPARISONS:
+        raise InputError(
+            f"no metric of tasks is called {metric!r}; there are {', '.join(COMPARISONS)}."
+        )
 
 
 def summary(results: dict[str, Any]) -> str:

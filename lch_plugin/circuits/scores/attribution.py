@@ -10,9 +10,13 @@ place, and to the span's affine expert that is worth exactly::
 in units of the metric: positive if removing the node lowers it. One forward and one backward pass
 give it for every node.
 
+Exactly, where the metric is linear in the logits, as `lch_plugin.circuits.logit_difference` is: the
+score is then what removing the node takes from the metric of the frozen model. Of any other metric
+``g`` is the gradient at the logits of the clean prompt, and the score its change to first order.
+
 Which expert the span is, is the choice of ``linearization``: ``"detached"`` holds attention
 patterns, norm scales and the gates of activations at their values (`lch_plugin.linearization`), so
-the scores of all sources add up to the metric, and nothing is lost where activations saturate;
+the scores of all sources add up to a linear metric, and nothing is lost where activations saturate;
 ``"jacobian"`` is the gradient. With the Jacobian, and the corrupt prompt for reference, this is
 attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348); the detached gradient is close to
 relevance patching (Jafari et al., arXiv 2508.21258).
@@ -32,7 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from lch_plugin.adapters.states import evaluating
+from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     NodeKind,
@@ -78,6 +82,7 @@ class Contributions:
     embeddings: Float[Tensor, "batch pos"]
 
 
+@without_autocast()
 def node_attribution(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
@@ -101,7 +106,8 @@ def node_attribution(
             (their QK paths), and not through their OV paths alone. The Jacobian always does.
 
     Returns:
-        Scores, averaged over prompts and summed over positions, in units of the metric.
+        Scores, averaged over prompts and summed over positions, in units of the metric: exact for
+        the frozen model where the metric is linear in the logits, else to first order.
 
     Raises:
         InputError: no prompts, tokens the model cannot read, an unknown linearization, a metric
@@ -124,6 +130,7 @@ def node_attribution(
     return _mean_scores(points, prompts, score)
 
 
+@without_autocast()
 def pattern_attribution(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
@@ -164,6 +171,7 @@ def pattern_attribution(
     return _mean_scores(node_points(model, ("head",)), prompts, score)
 
 
+@without_autocast()
 def contributions(
     model: LensModel,
     batch: Prompts,
@@ -196,6 +204,7 @@ def contributions(
     )
 
 
+@without_autocast()
 def metric_gradients(
     model: LensModel,
     batch: Prompts,
@@ -265,6 +274,7 @@ def metric_gradients(
     )
 
 
+@without_autocast()
 def activations(
     model: LensModel, tokens: Int[Tensor, "batch pos"], names: Sequence[str]
 ) -> dict[str, Float[Tensor, "batch _ *rest"]]:

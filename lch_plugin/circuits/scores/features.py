@@ -27,7 +27,7 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lch_plugin.adapters.states import evaluating
+from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     MLPParts,
@@ -117,6 +117,7 @@ class ActiveFeatures:
     contributions: Float[Tensor, "batch pos d_sae"]
 
 
+@without_autocast()
 def feature_attribution(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
@@ -160,6 +161,7 @@ def feature_attribution(
     return FeatureScores(hook_name, (total / n_prompts).float(), n_active)
 
 
+@without_autocast()
 def active_features(
     model: LensModel, batch: Prompts, sae: SAE[Any], *, linearization: Linearization = "detached"
 ) -> ActiveFeatures:

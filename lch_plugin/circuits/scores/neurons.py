@@ -1,9 +1,10 @@
 """Neuron scores: what removing each neuron takes from the local expert of its MLP.
 
 The paper (arXiv 2604.11962) finds the neurons of a circuit by how far removing each, one at a time,
-moves the local centroid of its MLP. In closed form (`lch_plugin.mlp.neuron_scores`) one forward
-pass of the model and one matrix product a layer give every neuron's score: a magnitude, without
-sign.
+moves the centroids of its MLP at the points of a neighbourhood: the mean over points and dimensions
+of the squared move, over the Frobenius norm of all these centroids. In closed form
+(`lch_plugin.mlp.neuron_scores`) one forward pass of the model and one matrix product a layer give
+every neuron's score: a magnitude, without sign.
 
 *Targeted* at a metric of the logits, the MLP is read through the gradient ``g`` of the metric in
 what it writes. In the activation ``a`` of a neuron that writes ``w_out`` the gradient is then
@@ -12,9 +13,10 @@ the expert that drives the metric, which at a point ``x`` is worth ``s a(x)``; o
 
     score = mean_x s a(x)
 
-in units of the metric; positive if removing the neuron lowers it. One forward and one backward pass
-give ``s`` for every neuron of the model. At radius zero this is the neuron's score in
-`lch_plugin.circuits.scores.attribution` with zero for reference.
+in units of the metric; positive if removing the neuron lowers it, and to first order where the
+metric is not linear in the logits. One forward and one backward pass give ``s`` for every neuron of
+the model. At radius zero this is the neuron's score in `lch_plugin.circuits.scores.attribution`
+with zero for reference.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.states import evaluating
+from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import (
     LensModel,
     MLPParts,
@@ -78,7 +80,7 @@ class NeuronAttribution:
             positive if removing the neuron lowers it; otherwise a magnitude, zero or more.
         positions: sequence positions at which neurons were removed.
         radius: of the ball around the MLP's input.
-        n_samples: points drawn from the ball.
+        n_samples: points of the ball.
         metric: name of the metric they are targeted at, None if they are not.
     """
 
@@ -129,6 +131,7 @@ class NeuronAttribution:
         return self.scores[layer]
 
 
+@without_autocast()
 def neuron_attribution(
     model: LensModel,
     tokens: str | Int[Tensor, "*batch pos"],
@@ -137,6 +140,7 @@ def neuron_attribution(
     radius: float = 0.25,
     n_samples: int = 256,
     *,
+    centre: bool = False,
     cotangent: Float[Tensor, " d_model"] | None = None,
     metric: Metric | None = None,
     linearization: Linearization = "detached",
@@ -144,12 +148,12 @@ def neuron_attribution(
 ) -> NeuronAttribution:
     """Score every neuron by what removing it takes from the local expert of its MLP.
 
-    Without a metric the score is the paper's: how far the local centroid moves, a magnitude,
-    averaged over positions. With one it is signed, in units of the metric, and summed over
-    positions (see the head of this module). Over a batch of prompts both are averaged. The
-    neighbourhood is uniform in a ball around what the MLP reads (after the layer norm); the
-    defaults are the paper's for GPT-2 Large. Hooks that the user has on the model act as in any
-    forward pass.
+    Without a metric the score is the paper's: how far the centroids of a neighbourhood move, a
+    magnitude, averaged over positions. With one it is signed, in units of the metric, and summed
+    over positions (see the head of this module). Over a batch of prompts both are averaged. The
+    neighbourhood is uniform in a ball around what the MLP reads (after the layer norm). Radius and
+    number of samples are by default the paper's for GPT-2 Large; its code makes one of the samples
+    the centre. Hooks that the user has on the model act as in any forward pass.
 
     Args:
         model: TransformerBridge or HookedTransformer; attached or not makes no difference.
@@ -157,8 +161,9 @@ def neuron_attribution(
         layers: which blocks, negative counting from the end; all if None.
         position: sequence position or several, negative counting from the end; all if None.
         radius: of the ball, in the norm of the MLP's input space; 0 for the point itself.
-        n_samples: points drawn from the ball, for each prompt and position. Untargeted scores are
-            over the norm of all ``n_samples`` centroids, so they fall with its square root.
+        n_samples: points of the ball, for each prompt and position. Untargeted scores are over the
+            norm of all ``n_samples`` centroids, so they fall with its square root.
+        centre: as `lch_plugin.sample_neighbourhood`; the paper's code has it.
         cotangent: ``v``, shape ``(d_model,)``; all ones if None (the paper's score).
         metric: of the logits, one number a prompt, in the place of a cotangent.
         linearization: of everything between an MLP and the metric, as `node_attribution`.
@@ -180,7 +185,7 @@ def neuron_attribution(
         linearization=linearization,
         point_alone=radius == 0,
     )
-    return reading.attribution(radius, n_samples, generator)
+    return reading.attribution(radius, n_samples, generator, centre=centre)
 
 
 def read_neurons(
@@ -259,7 +264,12 @@ class Reading:
     cotangent: Float[Tensor, " d_model"] | None
 
     def attribution(
-        self, radius: float, n_samples: int, generator: torch.Generator | None = None
+        self,
+        radius: float,
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        centre: bool = False,
     ) -> NeuronAttribution:
         """The paper's scores; arguments as `neuron_attribution`."""
         n_samples = n_samples if radius else 1
@@ -267,7 +277,7 @@ class Reading:
         for parts, x in zip(self.mlps, self.inputs, strict=True):
             rows = [
                 neuron_scores(parts.weights, points, self.cotangent)
-                for points in _neighbourhoods(x, radius, n_samples, generator)
+                for points in _neighbourhoods(x, radius, n_samples, generator, centre)
             ]
             scores[parts.layer] = torch.cat(rows).mean(0)
         return NeuronAttribution(scores, tuple(self.positions), radius, n_samples)
@@ -294,18 +304,28 @@ class TargetedReading:
     metric: str
 
     def attribution(
-        self, radius: float, n_samples: int, generator: torch.Generator | None = None
+        self,
+        radius: float,
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        *,
+        centre: bool = False,
     ) -> NeuronAttribution:
         """Targeted scores; arguments as `neuron_attribution`."""
         n_samples = n_samples if radius else 1
         scores = {}
         for i, (parts, s) in enumerate(zip(self.mlps, self.directions, strict=True)):
-            worth = s * self._activations(i, radius, n_samples, generator)
+            worth = s * self._activations(i, radius, n_samples, generator, centre)
             scores[parts.layer] = worth.sum(1).mean(0)
         return NeuronAttribution(scores, tuple(self.positions), radius, n_samples, self.metric)
 
     def _activations(
-        self, i: int, radius: float, n_samples: int, generator: torch.Generator | None
+        self,
+        i: int,
+        radius: float,
+        n_samples: int,
+        generator: torch.Generator | None,
+        centre: bool,
     ) -> Float[Tensor, "batch pos d_mlp"]:
         """Mean over the neighbourhood of what MLP ``i`` reads."""
         if radius == 0:
@@ -314,7 +334,7 @@ class TargetedReading:
         with torch.no_grad():
             rows = [
                 mlp.activations(mlp.pre_activations(points)).mean(0)
-                for points in _neighbourhoods(self.inputs[i], radius, n_samples, generator)
+                for points in _neighbourhoods(self.inputs[i], radius, n_samples, generator, centre)
             ]
         return torch.cat(rows).view_as(self.activations[i])
 
@@ -324,10 +344,13 @@ def _neighbourhoods(
     radius: float,
     n_samples: int,
     generator: torch.Generator | None,
+    centre: bool,
 ) -> Iterator[Float[Tensor, "n_samples row d_model"]]:
     """Points around each row of ``x``, some rows at a time."""
     for rows in x.flatten(0, 1).split(max(1, _MOST_POINTS // max(1, n_samples))):
-        yield sample_neighbourhood(rows, radius=radius, n_samples=n_samples, generator=generator)
+        yield sample_neighbourhood(
+            rows, radius=radius, n_samples=n_samples, centre=centre, generator=generator
+        )
 
 
 def _positions(position: int | Sequence[int] | None, n_pos: int) -> list[int]:

@@ -11,11 +11,13 @@ from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.scores.neurons import NeuronAttribution, read_neurons
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.sites import Linearization, integers
+from lch_plugin.statistics import varies
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class Stability:
         }
 
 
+@without_autocast()
 def stability(
     model: LensModel,
     tokens: str | Int[Tensor, "*batch pos"],
@@ -135,7 +138,7 @@ def stability(
 
 def _spearman(one: NeuronAttribution, other: NeuronAttribution, layer: int) -> float:
     scores = [a.scores[layer].cpu() for a in (one, other)]
-    if any(bool((values == values[0]).all()) for values in scores):
+    if not all(varies(values.numpy()) for values in scores):
         raise InputError(
             f"the neurons of layer {layer} all score the same, so they have no ranks to compare. "
             "Leave the layer out; for a metric, choose positions that it depends on."

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
 from lch_plugin.saes.caching.cache import Cache
-from lch_plugin.saes.evaluation.evaluate import heads_joined
+from lch_plugin.saes.evaluation.sae_inputs import heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, width
+from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, real_tokens, width
 from lch_plugin.saes.sources.texts import load_text
 from lch_plugin.saes.training.checks import check_width
 
@@ -31,7 +31,10 @@ _COLUMNS = ("tokens", "input_ids", "text")
 # say, and where to say nothing is to say that there is none.
 _PLACE = ("site", "layer", "first_layer", "index", "stack")
 _SAME = ("cotangent", "linearization", "weight_processing")
-_OPTIONS = ("cotangent_position", "output_positions", "radius", "n_samples", "neighbourhood")
+_OPTIONS = (
+    *("cotangent_position", "output_positions"),
+    *("radius", "sigma", "n_samples", "neighbourhood", "centre"),
+)
 
 
 class Codes:
@@ -49,6 +52,7 @@ class Codes:
         positions: of each row, those that the SAE was trained on.
         excluded: ids of tokens that it was trained without.
         batch_size: rows in a batch; the last may have fewer.
+        may_be_padded: whether rows may be prompts that are filled up, as given tokens may.
 
     Raises:
         InputError: nothing that can be read, no SAE on all of one hook point, a cache of another
@@ -84,6 +88,7 @@ class Codes:
             )
         metadata = sae.cfg.metadata
         self.text: Any
+        self.may_be_padded = False
         if isinstance(text, Cache):
             text.check(model)
             self.text, self.context_size = text, text.context_size
@@ -94,6 +99,7 @@ class Codes:
                     "are integers of shape (row, pos)."
                 )
             self.text, self.context_size = text, text.shape[1]
+            self.may_be_padded = True
         else:
             self.context_size = int(metadata.context_size or n_ctx(model) or 128)
             self.text = load_text(text, streaming=True)
@@ -142,10 +148,11 @@ class Codes:
             )
 
     def counts(self, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
-        """Which tokens count: not those that the SAE was trained without."""
+        """Which tokens count: not those that the SAE was trained without, and no padding."""
         counts = torch.zeros_like(tokens, dtype=torch.bool)
         counts[:, self.positions] = ~torch.isin(tokens[:, self.positions], self.excluded)
-        return counts
+        own = real_tokens(self.model, tokens) if self.may_be_padded else None
+        return counts if own is None else counts & own
 
     def __iter__(
         self,
@@ -165,17 +172,21 @@ class Codes:
                 chunk = slice(first, min(first + self.batch_size, n_rows))
                 yield self.text.token_ids(chunk), self.text.values(self.hook_name, chunk)
             return
-        device = next(self.model.parameters()).device
         rows = itertools.islice(self._rows(), self.n_rows)
         while batch := list(itertools.islice(rows, self.batch_size)):
             tokens = torch.stack(batch)
-            check_token_ids(d_vocab(self.model), int(tokens.min()), int(tokens.max()))
-            _, cache = self.model.run_with_cache(
-                tokens.to(device),
-                names_filter=[self.hook_name],
-                stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(self.hook_name),
-            )
-            yield tokens, cache[self.hook_name]
+            yield tokens, self.values(tokens)
+
+    def values(self, tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos ..."]:
+        """What the hook point has on tokens."""
+        check_token_ids(d_vocab(self.model), int(tokens.min()), int(tokens.max()))
+        _, cache = self.model.run_with_cache(
+            tokens.to(next(self.model.parameters()).device),
+            names_filter=[self.hook_name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(self.hook_name),
+        )
+        found: Tensor = cache[self.hook_name]
+        return found
 
     def encode(self, values: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos d_sae"]:
         """The SAE's codes, not sparse, of values of the hook point, with heads joined."""

@@ -8,18 +8,23 @@ Reconstruction and sparsity alone do not say whether a dictionary has found anyt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float, Int
 from sae_lens import SAE, Transcoder
-from torch import Tensor
+from torch import Tensor, nn
 
+from lch_plugin.adapters.states import without_autocast
+from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.centroids import Spread
 from lch_plugin.errors import InputError, NonFiniteError
+from lch_plugin.saes.evaluation.sae_inputs import check_rows, heads_joined
+from lch_plugin.saes.evaluation.token_rows import TokenRows
+from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.statistics import ROUNDING
 
 #: A feature that fires on more than this share of rows is dense: it says little about any one.
 DENSE = 0.1
@@ -95,8 +100,32 @@ class Evaluation:
         }
 
 
-def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluation:
-    """Run an SAE over rows, in one pass and constant memory.
+@overload
+def evaluate(sae: SAE[Any], source: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    sae: SAE[Any],
+    source: LensModel | HookedModel,
+    texts: str | Sequence[str] | Int[Tensor, "row pos"],
+    *,
+    hook_name: str | None = None,
+    special_tokens: bool = False,
+    batch_size: int = 16,
+) -> Evaluation: ...
+
+
+def evaluate(
+    sae: SAE[Any],
+    source: Iterable[Float[Tensor, "_ d_in"]] | LensModel | HookedModel,
+    texts: str | Sequence[str] | Int[Tensor, "row pos"] | None = None,
+    *,
+    hook_name: str | None = None,
+    special_tokens: bool = False,
+    batch_size: int = 16,
+) -> Evaluation:
+    """Run an SAE over rows, or over a model's tokens, in one pass and constant memory.
 
     The variance is summed in float64 as squared distances from a running mean. SAELens' own
     calculator takes the difference of two float32 sums, which of rows far from zero (centroids have
@@ -108,25 +137,47 @@ def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluati
 
     Args:
         sae: of any architecture that reconstructs what it reads.
-        rows: batches, such as `lch_plugin.saes.Rows` or a list of tensors.
+        source: batches of rows, such as `lch_plugin.saes.Rows` or a list of tensors; or a model, of
+            which a hook point is read on ``texts``. Centroids of mlp, attn and block that are not
+            attached are attached for as long as it takes.
+        texts: each a prompt of its own, as the model's ``to_tokens`` reads it; or token ids. No
+            padding is among the rows.
+        hook_name: what to read; what the SAE was trained on if None.
+        special_tokens: whether tokens that begin, end or separate texts are among the rows.
+        batch_size: texts that run together, at most.
 
     Returns:
         An `Evaluation`, its tensors on the CPU.
 
     Raises:
         InputError: no rows, rows of another width than the SAE's, rows that are all the same (they
-            have no variance to explain), or a transcoder.
+            have no variance to explain), a transcoder, or texts beside rows or none beside a model.
         NonFiniteError: rows or reconstructions with NaN or infinite values.
+        SiteError, VanishingCentroidError: as `lch_plugin.attach`, of a model.
+
+    Example:
+        >>> lch.saes.evaluate(sae, model, texts).explained_variance
     """
+    if isinstance(source, nn.Module) != (texts is not None):
+        raise InputError(
+            f"source is a {type(source).__name__} and texts are "
+            f"{'given' if texts is not None else 'not'}: pass batches of rows alone, or a model "
+            "and texts."
+        )
+    rows: Iterable[Tensor] = source
+    if texts is not None:
+        rows = TokenRows(
+            source, sae, texts, hook_name, special_tokens=special_tokens, batch_size=batch_size
+        )
     if isinstance(sae, Transcoder):
         raise InputError(
             f"a {type(sae).__name__} predicts what a component writes, and evaluate compares an "
             "SAE with what it reads. Pass an SAE."
         )
     spread = Spread()
-    residual, n_active, n_rows = 0.0, 0, 0
+    residual, size, rounding, n_active, n_rows = 0.0, 0.0, 0.0, 0, 0
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.long, device=sae.device)
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         for batch in rows:
             check_rows(sae, batch)
             if len(batch) == 0:
@@ -141,6 +192,7 @@ def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluati
                     "NaN or infinite values. Look for what overflowed, in half precision above all."
                 )
             spread.update(x)
+            size, rounding = size + float(x.square().sum()), torch.finfo(batch.dtype).eps
             residual += error
             active = features.to_dense() != 0  # SAELens' TopK can give them sparse in training.
             fired += active.sum(0)
@@ -149,10 +201,10 @@ def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluati
     if not n_rows:
         raise InputError("there are no rows: the batches are empty.")
     variance = float(spread.squares.sum())
-    if variance == 0:
+    if variance <= (ROUNDING * rounding) ** 2 * size:
         raise InputError(
-            f"all {n_rows} rows are the same, so there is no variance to explain. Pass rows of "
-            "several tokens."
+            f"all {n_rows} rows are the same but for rounding, so there is no variance to explain. "
+            "Pass rows of several tokens."
         )
     return Evaluation(
         explained_variance=1 - residual / variance,
@@ -163,6 +215,7 @@ def evaluate(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> Evaluati
     )
 
 
+@without_autocast()
 def decoder_cosines(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae"]:
     """Largest cosine of each decoder row with any other; -1 where there is no other.
 
@@ -179,32 +232,3 @@ def decoder_cosines(W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " d_sae
         cosines.diagonal(start).fill_(-1)
         largest.append(cosines.amax(-1))
     return torch.cat(largest).clamp(-1, 1).cpu()
-
-
-@contextmanager
-def heads_joined(sae: SAE[Any]) -> Iterator[None]:
-    """While open, an SAE reads and writes rows in which heads are joined.
-
-    Those that SAELens has for ``hook_z`` expect them apart and join them themselves.
-    """
-    joins = sae.cfg.reshape_activations == "hook_z"
-    if joins:
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        if joins:
-            sae.turn_on_forward_pass_hook_z_reshaping()
-
-
-def check_rows(sae: SAE[Any], batch: Tensor) -> None:
-    """Refuse rows that an SAE cannot read.
-
-    Raises:
-        InputError: not a floating-point matrix of the SAE's width.
-    """
-    if batch.ndim != 2 or batch.shape[-1] != sae.cfg.d_in or not batch.is_floating_point():
-        raise InputError(
-            f"rows of shape {tuple(batch.shape)} and dtype {batch.dtype}: this SAE reads "
-            f"floating-point rows of shape (n, {sae.cfg.d_in})."
-        )

@@ -33,8 +33,9 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.centroids import centroid, fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
-from lch_plugin.saes.evaluation.evaluate import check_rows
+from lch_plugin.saes.evaluation.sae_inputs import check_rows
 from lch_plugin.saes.evaluation.steering import replaced_input
+from lch_plugin.saes.sources.hooks import real_tokens
 from lch_plugin.saes.sources.rows import Rows
 
 Perturbation = Literal["isotropic", "data"]
@@ -169,7 +170,7 @@ class CapturedComponent:
                 f"{module} is a stretch of modules, which cannot be called by itself. Name a "
                 "single module."
             )
-        if not batches or any(map(_is_padded, batches)):
+        if not batches or any(real_tokens(model, batch) is not None for batch in batches):
             raise InputError(
                 f"{len(batches)} batches, some of them with padding: give at least one, and join "
                 "or cut texts to one length."
@@ -322,11 +323,6 @@ def _fit(
         },
         n=len(truth),
     )
-
-
-def _is_padded(batch: Any) -> bool:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return isinstance(mask, Tensor) and not bool((mask != 0).all())
 
 
 def _check(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lch_plugin import plots
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.adapters.transformer_lens import LensModel, mark_tokens
 from lch_plugin.cotangents import Cotangent, Ones
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, new_directory
@@ -108,22 +108,29 @@ def evaluation_report(
     codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
     positions = _positions(codes, skip)
     console = Console()
-    with torch.no_grad(), evaluating(model), attached(model, [codes.hook_name]):
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        attached(model, [codes.hook_name], packed=not codes.may_be_padded),
+    ):
         codes.check()
         seen = _Seen(codes, positions, n_sequences)
         evaluation = evaluate(sae, track(seen, "reconstruction", transient=True))
         tokens = torch.cat(seen.tokens)
+        batches = list(tokens.split(batch_size))
+        if not codes.may_be_padded:  # Then they are text, whatever they begin and end with.
+            batches = [mark_tokens(ids, torch.ones_like(ids).bool()) for ids in batches]
         console.print(
             f"variance explained {evaluation.explained_variance:.3f}, L0 {evaluation.l0:.2f}, "
             f"{evaluation.n_fired} of {sae.cfg.d_sae} features fire"
         )
         console.print("responses to perturbations")
-        fits = _responses(codes, tokens.split(batch_size), positions, seed)
+        fits = _responses(codes, batches, positions, seed)
         console.print("steering")
         features = _strongest(codes, seen.rows, evaluation, n_features)
         effects = steering_effects(
             model,
-            tokens.split(batch_size),
+            batches,
             codes.hook_name,
             sae.W_dec[features],
             strengths=strengths,
@@ -239,7 +246,7 @@ def _component(codes: Codes) -> tuple[str, Literal["centroid", "input"], Cotange
     if isinstance(model, HookedModel):
         return module, of, reader.cotangent
     site = reader.site
-    if site.linearization != "jacobian" or site.radius or site.output_positions is not None:
+    if site.linearization != "jacobian" or site.is_local or site.output_positions is not None:
         return None  # Another centroid than that of the module as it is.
     cotangent = site.v
     return (module, of, cotangent) if isinstance(cotangent, Cotangent) else None
@@ -283,6 +290,7 @@ def _describe(
             "kl": kl[i].tolist(),
             "ratio": _finite(effects.ratios[i]),
             "p_value": effects.p_values[i].tolist(),
+            "p_corrected": effects.corrected_p_values[i].tolist(),
             "logit_change": effects.logit_change[i].tolist(),
             "promoted": named(effects.promoted(i, k=_N_NAMED)),
             "suppressed": named(effects.suppressed(i, k=_N_NAMED)),
@@ -293,6 +301,7 @@ def _describe(
         "strengths": list(effects.strengths),
         "input_norm": effects.input_norm,
         "n_random": len(random_kl),
+        "n_tests": kl.numel(),
         "median_ratio": _finite(effects.ratios.quantile(0.5, dim=0)),
         "random_kl": {
             "median": random_kl.quantile(0.5, dim=0).tolist(),

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -20,9 +21,11 @@ from lch_plugin.adapters.transformer_lens import (
     Reader,
     attach,
     attached_readers,
+    known_tokens,
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.padding import Finder, PadToken
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.sites import Site
 
@@ -51,11 +54,19 @@ def readers(
 
 
 @contextmanager
-def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Iterator[None]:
+def attached(
+    model: LensModel | HookedModel, hook_names: Iterable[str], *, packed: bool = True
+) -> Iterator[None]:
     """See that a model has these hook points, for as long as the block lasts.
 
     Centroids of mlp, attn and block that nobody has attached are attached with the all-ones
     cotangent. Other sites have to be there, and so have all of a `HookedModel`.
+
+    Args:
+        model: which.
+        hook_names: of the hook points.
+        packed: whether rows of tokens that the model reads within are text from end to end, as
+            SAELens puts them together: there a token that a tokenizer pads with may be text.
 
     Raises:
         SiteError: the model has no such hook point.
@@ -70,7 +81,33 @@ def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Itera
     with attach(model, site=sites) if sites else nullcontext():
         for name in names:
             _check_hook(model, name)
-        yield
+        found = {reader.padding: None for reader in readers(model).values()}
+        before = {finder: finder.is_packed for finder in found if finder is not None}
+        for finder in before:
+            finder.is_packed = packed
+        try:
+            yield
+        finally:
+            for finder, was in before.items():
+                finder.is_packed = was
+
+
+def real_tokens(model: nn.Module, batch: Any) -> Bool[Tensor, "row pos"] | None:
+    """Which positions of a batch of inputs are tokens; None if all are, or nothing says.
+
+    Args:
+        model: what reads it.
+        batch: token ids, the first of several tensors, or a model's arguments by name.
+    """
+    first = batch[0] if isinstance(batch, tuple | list) else batch
+    named = first if isinstance(first, Mapping) else {"input_ids": first}
+    ids = named.get("input_ids", named.get("input"))
+    known = known_tokens(ids)
+    original = model.model if isinstance(model, HookedModel) else model
+    config = getattr(getattr(original, "original_model", original), "config", None)
+    # Nobody asks here whether the model masks what it does not count.
+    finder = Finder(PadToken.of(getattr(model, "tokenizer", None), config), is_causal=True)
+    return finder.tokens(ids, named.get("attention_mask"), known=known, masks_leading=True)
 
 
 def _check_hook(model: LensModel | HookedModel, hook: str) -> None:

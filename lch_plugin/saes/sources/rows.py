@@ -15,6 +15,7 @@ from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_ar
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
+from lch_plugin.saes.sources.hooks import real_tokens
 
 Of = Literal["centroid", "input", "output"]
 
@@ -93,9 +94,9 @@ class Rows:
                 yield value
                 continue
             is_token = torch.ones(value.shape[:2], dtype=torch.bool, device=value.device)
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            if isinstance(mask, Tensor) and mask.shape == is_token.shape:
-                is_token = mask.to(value.device) != 0
+            tokens = real_tokens(self.model, batch)
+            if tokens is not None and tokens.shape == is_token.shape:
+                is_token = tokens.to(value.device)
             yield value[:, self.positions][is_token[:, self.positions]]
 
     def record(self) -> dict[str, Any]:
