@@ -23,10 +23,6 @@ lch.saes.train(model, Dataset.from_dict({"text": list(stories(2000))}), config)
 
 trained = SAE.load_from_disk(out)
 print("trained on", trained.cfg.metadata.lch_centroid)
-tokens = model.to_tokens(list(stories(100, split="test")))
-with lch.attach(model, layers=2):
-    _, cache = model.run_with_cache(tokens, names_filter=hook)
-is_word = tokens != model.tokenizer.pad_token_id
-scores = lch.saes.evaluate(trained, [cache[hook][is_word]])
+scores = lch.saes.evaluate(trained, model, list(stories(100, split="test")))
 print(f"held out: {scores.explained_variance:.1%} explained with {scores.l0:.1f} features a token")
 print(f"{scores.n_fired} features fire, {scores.n_dense} on more than a tenth of the tokens")

@@ -82,17 +82,18 @@ def tokens_in_mask(mask: Any, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
 
 
 def tokens_in_ids(
-    ids: Int[Tensor, "batch pos"], pad: PadToken, *, is_text: bool = False
+    ids: Int[Tensor, "batch pos"], pad: PadToken, *, side: str = "right", is_text: bool = False
 ) -> Bool[Tensor, "batch pos"] | None:
     """Which positions are tokens, from ids without a mask.
 
     Padding is what rows begin or end with that is the pad token. If text has this token as well, it
-    is what they have more of it than the row with the fewest: a batch is filled up to its longest
-    row, so that what all rows share (the beginning of the sequence, say) belongs to them.
+    is what they have more of it, on the side that is filled up, than the row with the fewest: a
+    batch is filled up to its longest row, so that what all rows share belongs to them.
 
     Args:
         ids: of the tokens.
         pad: what fills up.
+        side: that the tokenizer fills up.
         is_text: whether ids that text may have are text.
 
     Returns:
@@ -103,13 +104,16 @@ def tokens_in_ids(
     is_pad = ids == pad.id
     if pad.begins:
         is_pad[:, 0] = False
-    before = is_pad.cumprod(1).sum(1)
-    after = is_pad.flip(1).cumprod(1).sum(1)
+    before, after = is_pad.cumprod(1).sum(1), is_pad.flip(1).cumprod(1).sum(1)
     if pad.is_shared:
         # A row of nothing else has what all rows begin with, and is filled up on the right.
         own, is_empty = before.min(), before == ids.shape[1]
         after = torch.where(is_empty, ids.shape[1] - own, after - after.min())
         before = torch.where(is_empty, 0, before - own)
+        if side == "left":
+            after = torch.where(is_empty, after, 0)
+        else:
+            before = torch.zeros_like(before)
     place = torch.arange(ids.shape[1], device=ids.device)
     tokens = (place >= before[:, None]) & (place < ids.shape[1] - after[:, None])
     return None if bool(tokens.all()) else tokens
@@ -136,6 +140,7 @@ class Finder:
         mask: Any,
         *,
         known: Bool[Tensor, "batch pos"] | None = None,
+        side: str = "right",
         is_continued: bool = False,
         masks_leading: bool = False,
     ) -> Bool[Tensor, "batch pos"] | None:
@@ -145,6 +150,7 @@ class Finder:
             ids: that the model was called with, if it was.
             mask: that it was called with, if it was: it has the last word.
             known: which of the ids are tokens, if that is known.
+            side: that the tokenizer fills up.
             is_continued: whether earlier tokens are in a key-value cache.
             masks_leading: whether the model masks padding that rows begin with by itself.
         """
@@ -156,14 +162,16 @@ class Finder:
             return None
         # Rows of a continued batch are equally long, and one that has ended ends in text.
         is_text = self.is_packed or is_continued
-        tokens = tokens_in_ids(ids, self.pad, is_text=is_text) if known is None else known
+        tokens, is_guess = known, known is None and self.pad.is_shared
+        if tokens is None:
+            tokens = tokens_in_ids(ids, self.pad, side=side, is_text=is_text)
         if tokens is None or bool(tokens.all()):
             return None
         if not self._has_warned:
             leads = not bool(tokens[:, 0].all()) and not masks_leading
             self._warn(
                 (~tokens).any(1).nonzero().flatten().tolist(),
-                is_guess=known is None and self.pad.is_shared,
+                is_guess=is_guess,
                 is_read=leads or not self.is_causal,
             )
         return tokens

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin import circuits, plots, saes
-from lch_plugin.adapters.transformer_lens import attach, locate_mlps
+from lch_plugin.adapters.transformer_lens import attach, locate_mlps, mark_tokens
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.contexts import top_contexts
 from lch_plugin.demo import load_demo_model
@@ -134,11 +134,12 @@ def pack(model: TransformerBridge, texts: Any) -> Int[Tensor, "row n_ctx"]:
 def values_at(
     model: TransformerBridge, tokens: Int[Tensor, "row pos"], hook_names: list[str]
 ) -> dict[str, Float[Tensor, "row pos d"]]:
-    """Values at some hook points over a text, in batches, on the CPU."""
-    batches = [
-        model.run_with_cache(batch.to(model.cfg.device), names_filter=hook_names)[1]
-        for batch in track(tokens.split(16), "running the text", transient=True)
-    ]
+    """Values at some hook points over a text, in batches, on the CPU; the tokens are packed."""
+    batches = []
+    for rows in track(tokens.split(16), "running the text", transient=True):
+        batch = rows.to(model.cfg.device)
+        mark_tokens(batch, torch.ones_like(batch).bool())
+        batches.append(model.run_with_cache(batch, names_filter=hook_names)[1])
     return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in hook_names}
 
 

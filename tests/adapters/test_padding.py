@@ -250,6 +250,7 @@ def test_ids_that_may_be_text_are_said_once() -> None:
 def test_a_model_that_reads_padding_as_text_is_said(pad: int) -> None:
     """A bridge gives no mask to ids that rows begin with padding in; its own logits change."""
     model = lens("bridge", pad)
+    model.tokenizer.padding_side = "left"
     ids, _ = batch([[2, 3, 4], [5, 6]], pad, "left")
     with lch.attach(model):
         with pytest.warns(lch.PaddingWarning, match="reads the padding of rows"):
@@ -429,13 +430,23 @@ def test_what_fills_up(source: dict[str, Any], expected: PadToken) -> None:
     assert PadToken.of(None, SimpleNamespace(**source)) == expected
 
 
+LEFT = ([[9, 9, 1], [9, 2, 3]], PadToken(9, is_shared=True), [[0, 1, 1], [1, 1, 1]])
+
+
+def test_padding_on_the_side_that_is_filled_up() -> None:
+    ids, pad, expected = LEFT
+    tokens = tokens_in_ids(torch.tensor(ids), pad, side="left")
+    assert tokens is not None
+    assert tokens.int().tolist() == expected
+    assert tokens_in_ids(torch.tensor(ids), pad) is None
+
+
 @pytest.mark.parametrize(
     ("ids", "pad", "expected"),
     [
         ([[9, 9, 1], [1, 2, 3]], PadToken(9), [[0, 0, 1], [1, 1, 1]]),
         ([[9, 1, 9]], PadToken(9), [[0, 1, 0]]),
         ([[1, 9, 1]], PadToken(9), None),  # Text, whatever it means.
-        ([[9, 9, 1], [9, 2, 3]], PadToken(9, is_shared=True), [[0, 1, 1], [1, 1, 1]]),
         ([[9, 1, 9, 9], [9, 2, 3, 9]], PadToken(9, is_shared=True), [[1, 1, 1, 0], [1] * 4]),
         ([[9, 9, 9], [9, 2, 3]], PadToken(9, is_shared=True), [[1, 0, 0], [1, 1, 1]]),
         ([[9, 9], [9, 9]], PadToken(9, is_shared=True), None),

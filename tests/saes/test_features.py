@@ -47,7 +47,9 @@ def tokens() -> Tensor:
 @cache
 def values(hook: str = HOOK) -> Tensor:
     with lch.attach(model(), 2), torch.no_grad():
-        return model().run_with_cache(tokens(), names_filter=[hook])[1][hook]
+        return model().run_with_cache(
+            tokens(), names_filter=[hook], attention_mask=torch.ones_like(tokens())
+        )[1][hook]
 
 
 def dictionary(hook: str = HOOK, x: Tensor | None = None, k: int = 6) -> TopKSAE:
@@ -280,7 +282,9 @@ def test_huggingface_and_hooked_transformers_have_the_same_features() -> None:
 @pytest.mark.parametrize("hook", ["blocks.2.mlp.hook_in", "blocks.1.attn.hook_z"])
 def test_saes_on_activations_have_features_too(hook: str) -> None:
     with torch.no_grad():
-        x = model().run_with_cache(tokens(), names_filter=[hook])[1][hook]
+        x = model().run_with_cache(
+            tokens(), names_filter=[hook], attention_mask=torch.ones_like(tokens())
+        )[1][hook]
     (f, *_) = features(model(), dictionary(hook, x.flatten(2)), tokens(), n_features=2).features
     assert f.contexts
     assert f.promoted
@@ -291,7 +295,9 @@ def test_saes_on_activations_have_features_too(hook: str) -> None:
 def test_attention_and_blocks_are_attached_for_as_long_as_it_takes() -> None:
     for hook in ("blocks.1.attn.hook_centroid", "blocks.3.hook_centroid"):
         with lch.attach(model(), site=[lch.Site("attn", 1), lch.Site("block", 3)]), torch.no_grad():
-            x = model().run_with_cache(tokens(), names_filter=[hook])[1][hook]
+            x = model().run_with_cache(
+                tokens(), names_filter=[hook], attention_mask=torch.ones_like(tokens())
+            )[1][hook]
         (f,) = features(
             model(), dictionary(hook, x), tokens(), n_features=1, max_density=1.0
         ).features

@@ -26,7 +26,9 @@ MLP = "blocks.1.mlp"
 
 @pytest.fixture(scope="module")
 def bridge() -> Any:
-    return models.bridge("gpt2", torch.float64)
+    model = models.bridge("gpt2", torch.float64)
+    model(models.tokens())  # A bridge adds hooks of its own in its first pass.
+    return model
 
 
 def direction(seed: int = 0) -> Tensor:

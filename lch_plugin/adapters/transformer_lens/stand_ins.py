@@ -53,6 +53,10 @@ class StandIn:
             setattr(self._owner, self._name, self._before)
 
     @property
+    def __name__(self) -> str:
+        return self._name
+
+    @property
     def __wrapped__(self) -> Callable[..., Any]:
         own = partial(getattr(type(self._owner), self._name), self._owner)
         return self._before or own

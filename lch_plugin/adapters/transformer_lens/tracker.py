@@ -444,14 +444,14 @@ class Tracker:
 
     def _find_padding(self, stack: str, ids: Any, mask_name: str) -> None:
         """Note which positions of a list of blocks are tokens, if some are not."""
-        tokenizer = self.model.tokenizer
-        hooked = isinstance(self.model, HookedTransformer)
+        side = getattr(self.model.tokenizer, "padding_side", "right")
         tokens = self.padding.tokens(
             ids,
             self._given.get(mask_name),
             known=known_tokens(ids),
+            side=side,
             is_continued=any(map(holds_tokens, self.current.caches)),
-            masks_leading=hooked and getattr(tokenizer, "padding_side", None) == "left",
+            masks_leading=isinstance(self.model, HookedTransformer) and side == "left",
         )
         if tokens is not None:
             self.current.masks[stack] = tokens

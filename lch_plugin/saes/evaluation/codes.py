@@ -52,7 +52,6 @@ class Codes:
         positions: of each row, those that the SAE was trained on.
         excluded: ids of tokens that it was trained without.
         batch_size: rows in a batch; the last may have fewer.
-        may_be_padded: whether rows may be prompts that are filled up, as given tokens may.
 
     Raises:
         InputError: nothing that can be read, no SAE on all of one hook point, a cache of another
@@ -88,7 +87,6 @@ class Codes:
             )
         metadata = sae.cfg.metadata
         self.text: Any
-        self.may_be_padded = False
         if isinstance(text, Cache):
             text.check(model)
             self.text, self.context_size = text, text.context_size
@@ -99,7 +97,6 @@ class Codes:
                     "are integers of shape (row, pos)."
                 )
             self.text, self.context_size = text, text.shape[1]
-            self.may_be_padded = True
         else:
             self.context_size = int(metadata.context_size or n_ctx(model) or 128)
             self.text = load_text(text, streaming=True)
@@ -147,12 +144,16 @@ class Codes:
                 + ". Attach the same with lch.attach(model, ...) first, to the same model."
             )
 
+    def tokens(self, ids: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
+        """Which ids are tokens and not padding."""
+        found = real_tokens(self.model, ids, packed=True)
+        return torch.ones_like(ids, dtype=torch.bool) if found is None else found
+
     def counts(self, tokens: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]:
         """Which tokens count: not those that the SAE was trained without, and no padding."""
         counts = torch.zeros_like(tokens, dtype=torch.bool)
         counts[:, self.positions] = ~torch.isin(tokens[:, self.positions], self.excluded)
-        own = real_tokens(self.model, tokens) if self.may_be_padded else None
-        return counts if own is None else counts & own
+        return counts & self.tokens(tokens)
 
     def __iter__(
         self,

@@ -111,15 +111,14 @@ def evaluation_report(
     with (
         torch.no_grad(),
         evaluating(model),
-        attached(model, [codes.hook_name], packed=not codes.may_be_padded),
+        attached(model, [codes.hook_name]),
     ):
         codes.check()
         seen = _Seen(codes, positions, n_sequences)
         evaluation = evaluate(sae, track(seen, "reconstruction", transient=True))
         tokens = torch.cat(seen.tokens)
-        batches = list(tokens.split(batch_size))
-        if not codes.may_be_padded:  # Then they are text, whatever they begin and end with.
-            batches = [mark_tokens(ids, torch.ones_like(ids).bool()) for ids in batches]
+        # Whatever they begin and end with is text.
+        batches = [mark_tokens(ids, codes.tokens(ids)) for ids in tokens.split(batch_size)]
         console.print(
             f"variance explained {evaluation.explained_variance:.3f}, L0 {evaluation.l0:.2f}, "
             f"{evaluation.n_fired} of {sae.cfg.d_sae} features fire"

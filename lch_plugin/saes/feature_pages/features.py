@@ -223,7 +223,7 @@ def features(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
-        stack.enter_context(attached(model, [codes.hook_name], packed=not codes.may_be_padded))
+        stack.enter_context(attached(model, [codes.hook_name]))
         codes.check()
         effects = _Effects(codes)
         survey = Survey(sae.cfg.d_sae, sae.device)

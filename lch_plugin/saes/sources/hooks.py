@@ -54,19 +54,14 @@ def readers(
 
 
 @contextmanager
-def attached(
-    model: LensModel | HookedModel, hook_names: Iterable[str], *, packed: bool = True
-) -> Iterator[None]:
+def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Iterator[None]:
     """See that a model has these hook points, for as long as the block lasts.
 
     Centroids of mlp, attn and block that nobody has attached are attached with the all-ones
     cotangent. Other sites have to be there, and so have all of a `HookedModel`.
 
-    Args:
-        model: which.
-        hook_names: of the hook points.
-        packed: whether rows of tokens that the model reads within are text from end to end, as
-            SAELens puts them together: there a token that a tokenizer pads with may be text.
+    Rows of tokens that the model reads within are taken for text from end to end, as SAELens puts
+    them together: a token that a tokenizer pads with may be part of it.
 
     Raises:
         SiteError: the model has no such hook point.
@@ -84,7 +79,7 @@ def attached(
         found = {reader.padding: None for reader in readers(model).values()}
         before = {finder: finder.is_packed for finder in found if finder is not None}
         for finder in before:
-            finder.is_packed = packed
+            finder.is_packed = True
         try:
             yield
         finally:
@@ -92,12 +87,15 @@ def attached(
                 finder.is_packed = was
 
 
-def real_tokens(model: nn.Module, batch: Any) -> Bool[Tensor, "row pos"] | None:
+def real_tokens(
+    model: nn.Module, batch: Any, *, packed: bool = False
+) -> Bool[Tensor, "row pos"] | None:
     """Which positions of a batch of inputs are tokens; None if all are, or nothing says.
 
     Args:
         model: what reads it.
         batch: token ids, the first of several tensors, or a model's arguments by name.
+        packed: whether rows are text from end to end, as `attached` has it.
     """
     first = batch[0] if isinstance(batch, tuple | list) else batch
     named = first if isinstance(first, Mapping) else {"input_ids": first}
@@ -105,9 +103,17 @@ def real_tokens(model: nn.Module, batch: Any) -> Bool[Tensor, "row pos"] | None:
     known = known_tokens(ids)
     original = model.model if isinstance(model, HookedModel) else model
     config = getattr(getattr(original, "original_model", original), "config", None)
+    tokenizer = getattr(model, "tokenizer", None)
     # Nobody asks here whether the model masks what it does not count.
-    finder = Finder(PadToken.of(getattr(model, "tokenizer", None), config), is_causal=True)
-    return finder.tokens(ids, named.get("attention_mask"), known=known, masks_leading=True)
+    finder = Finder(PadToken.of(tokenizer, config), is_causal=True)
+    finder.is_packed = packed
+    return finder.tokens(
+        ids,
+        named.get("attention_mask"),
+        known=known,
+        side=getattr(tokenizer, "padding_side", "right"),
+        masks_leading=True,
+    )
 
 
 def _check_hook(model: LensModel | HookedModel, hook: str) -> None:
