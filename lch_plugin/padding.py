@@ -155,9 +155,12 @@ class Finder:
             masks_leading: whether the model masks padding that rows begin with by itself.
         """
         if isinstance(mask, Tensor):
-            n_pos = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim > 1 else mask.shape[-1]
+            has_rows = isinstance(ids, Tensor) and ids.ndim > 1
+            n_rows, n_pos = ids.shape[:2] if has_rows else (len(mask), mask.shape[-1])
             tokens = tokens_in_mask(mask, n_pos)
-            return None if tokens is None or bool(tokens.all()) else tokens
+            if tokens is None or bool(tokens.all()):
+                return None
+            return tokens.expand(n_rows, -1)  # One mask may be that of every row.
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             return None
         # Rows of a continued batch are equally long, and one that has ended ends in text.

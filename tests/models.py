@@ -156,7 +156,8 @@ def hooked(
 
 def tokens(batch: int = 2, pos: int = 7, seed: int = 1) -> Tensor:
     """Ids of text: none of them is the token that begins, ends and fills up, 0."""
-    return torch.randint(1, D_VOCAB, (batch, pos), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, D_VOCAB, (batch, pos), generator=generator).clamp_min(1)
 
 
 def mlp_inputs(family: str, ids: Tensor, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -30,7 +30,8 @@ import lch_plugin as lch
 from tests import families
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-KINDS = ("mlp", "neuron", "attn", "head", "block", "span", "model")
+HELD = "detached head"
+KINDS = ("mlp", "neuron", "attn", "head", HELD, "block", "span", "model")
 COLUMNS = (*KINDS, "detached block")
 STACKS = ("blocks", "encoder_blocks", "decoder_blocks")
 NEURON, HEAD = 3, 1
@@ -133,16 +134,18 @@ def _attention(model: TransformerBridge, block: nn.Module, path: str) -> Iterato
                 o = attn.o.original_component
                 return o(z * kept) - o(torch.zeros_like(z))
 
-            yield Component(f"{name}_head_{HEAD}", "head", attn.hook_in, attn.o.hook_in, written)
+            ends = attn.hook_in, attn.o.hook_in, written
+            yield Component(f"{name}_head_{HEAD}", "head", *ends)
+            yield Component(f"{name}_head_{HEAD}_held", HELD, *ends)
 
 
 def truths(model: TransformerBridge, inputs: dict[str, Any]) -> dict[str, Truth]:
     """By name of the centroid's hook point, what it has to show."""
     everything = list(components(model))
-    heads = [c for c in everything if c.kind == "head"]
-    found = _gradients(model, inputs, [c for c in everything if c.kind != "head"])
+    held = [c for c in everything if c.kind == HELD]
+    found = _gradients(model, inputs, [c for c in everything if c not in held])
     with _pattern_fixed(model):
-        return found | _gradients(model, inputs, heads)
+        return found | _gradients(model, inputs, held)
 
 
 def _gradients(
@@ -235,7 +238,9 @@ def site(kind: Any, known: dict[str, Truth], names: dict[str, str], **options: A
     widths = {known[name].y.shape[-1] for name, of in names.items() if of == kind and name in known}
     width = widths.pop() if len(widths) == 1 else families.D_MODEL
     layers = (0, -1) if kind == "span" else None
-    index = {"neuron": NEURON, "head": HEAD}.get(kind)
+    index = {"neuron": NEURON, "head": HEAD, HELD: HEAD}.get(kind)
+    if kind == HELD:
+        kind, options = "head", {"linearization": "detached", "label": "held"}
     return lch.Site(kind, layers, index, cotangent=cotangent(width), **options)
 
 
@@ -255,13 +260,13 @@ def row(name: str) -> dict[str, str]:
     assert snapshot(model) == before
     refusals: dict[str, list[str]] = {}
     with ExitStack() as stack:
-        sites = [site(kind, known, names) for kind in KINDS]
+        sites = {kind: site(kind, known, names) for kind in KINDS}
         try:
-            methods = _attach(model, sites, stack)
+            methods = _attach(model, [*sites.values()], stack)
         except lch.LCHError:
-            found = [attach(model, s, stack) for s in sites]
-            methods = {name: method for m, _ in found for name, method in m.items()}
-            refusals = {s.kind: r for s, (_, r) in zip(sites, found, strict=True)}
+            found = {kind: attach(model, s, stack) for kind, s in sites.items()}
+            methods = {name: method for m, _ in found.values() for name, method in m.items()}
+            refusals = {kind: r for kind, (_, r) in found.items()}
         cells = {
             kind: cell([m for n, m in methods.items() if names[n] == kind], refusals.get(kind, []))
             for kind in KINDS
@@ -383,7 +388,8 @@ with small random weights and compared with torch's own gradients, in float64 wh
 The table is generated: `python -m tests.test_families > docs/families.md`, and
 `tests/test_families.py` fails where it no longer holds.
 
-Columns are the kinds of `lch_plugin.Site`. The last is `Site("block", linearization="detached")`.
+Columns are the kinds of `lch_plugin.Site`, with the Jacobian but for two: `detached head` holds the
+attention pattern, and `detached block` is `Site("block", linearization="detached")`.
 
 - **closed form**: from values the model computes anyway, no backward pass
 - **VJP**: by a vector-Jacobian product through the model's own modules

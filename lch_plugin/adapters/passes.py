@@ -40,6 +40,8 @@ class Pass:
     """State of one forward pass.
 
     Attributes:
+        given: what the model was called with, by name.
+        n_pos: positions that it reads, of a model that makes tokens of what it is given.
         masks: by list of blocks that read padding, which positions are tokens.
         inputs: by reader, what its component has read and not yet turned into an output.
         captured: by reader, tensors it has put aside.
@@ -47,6 +49,8 @@ class Pass:
     """
 
     def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+        self.n_pos = 0
         self.masks: dict[str, Bool[Tensor, "batch pos"]] = {}
         self.inputs: dict[Any, Tensor] = {}
         self.captured: dict[Any, Any] = {}

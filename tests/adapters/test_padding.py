@@ -19,7 +19,7 @@ from torch import Tensor
 import lch_plugin as lch
 from lch_plugin import Site
 from lch_plugin.cotangents import Logit, Metric, logit_difference
-from lch_plugin.padding import PadToken, token_index, tokens_in_ids, tokens_in_mask
+from lch_plugin.padding import Finder, PadToken, token_index, tokens_in_ids, tokens_in_mask
 from tests import models
 
 F64 = torch.float64
@@ -116,7 +116,7 @@ def run(which: tuple[Any, list[list[str]]], given: Any, **kw: Any) -> dict[str, 
     return found
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompts=prompts_of,
     side=st.sampled_from(["left", "right"]),
@@ -142,7 +142,7 @@ def test_texts(name: str, prompts: list[list[int]], side: str, pad: int, ends: b
     check(found, alone, torch.stack(rows))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompts=prompts_of,
     side=st.sampled_from(["left", "right"]),
@@ -162,7 +162,7 @@ def test_masks(
     check(found, alone, mask)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompts=prompts_of, pad=st.sampled_from([SHARED, OWN]), known=st.booleans())
 @pytest.mark.parametrize("name", ["bridge", "hooked"])
 def test_ids_alone(name: str, prompts: list[list[int]], pad: int, known: bool) -> None:
@@ -177,7 +177,7 @@ def test_ids_alone(name: str, prompts: list[list[int]], pad: int, known: bool) -
     check(found, [run(which, torch.tensor([prompt])) for prompt in own], mask)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompts=prompts_of,
     side=st.sampled_from(["left", "right"]),
@@ -410,6 +410,13 @@ def test_masks_in_every_form(mask: Tensor, expected: list[list[bool]]) -> None:
     tokens = tokens_in_mask(mask, 3)
     assert tokens is not None
     assert tokens.tolist() == expected
+
+
+def test_one_mask_for_every_row() -> None:
+    finder = Finder(PadToken(OWN), is_causal=True)
+    tokens = finder.tokens(torch.ones(2, 3).long(), torch.tensor([[1, 1, 0]]))
+    assert tokens is not None
+    assert tokens.tolist() == [[True, True, False]] * 2
 
 
 def test_a_mask_of_other_positions_says_nothing() -> None:

@@ -79,9 +79,6 @@ class Tracker:
         config = getattr(getattr(model, "original_model", None), "config", None)
         pad = PadToken.of(model.tokenizer, config)
         self.padding = Finder(pad, is_causal=is_causal(model))
-        # The arguments of the innermost pass.
-        self._given: dict[str, Any] = {}
-        self._n_pos = 0
 
     @property
     def current(self) -> Pass:
@@ -384,7 +381,8 @@ class Tracker:
         """A pass of the whole model begins."""
         self._passes.append(Pass())
         root = getattr(self.model, "original_model", self.model)
-        self._given = named = arguments_of(type(root).forward, ((root, *call[0]), call[1]))
+        named = arguments_of(type(root).forward, ((root, *call[0]), call[1]))
+        self.current.given = named
         self.current.caches = [named.get("past_kv_cache"), named.get("past_key_values")]
         if root is not self.model:  # A HookedTransformer has yet to make tokens of what it reads.
             own = "encoder_blocks" if hasattr(self.model, "encoder_blocks") else "blocks"
@@ -430,7 +428,7 @@ class Tracker:
         return [gate for gate in self._gates.values() if isinstance(gate, RootPointGate)]
 
     def _note_tokens(self, _module: nn.Module, args: Any) -> None:
-        self._n_pos = args[0].shape[-1]
+        self.current.n_pos = args[0].shape[-1]
         self._find_padding("blocks", args[0], "attention_mask")
 
     def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
@@ -438,7 +436,7 @@ class Tracker:
         mask, masks = kwargs.get("attention_mask"), self.current.masks
         if not isinstance(mask, Tensor):
             return
-        known, tokens = masks.get("blocks"), tokens_in_mask(mask, self._n_pos)
+        known, tokens = masks.get("blocks"), tokens_in_mask(mask, self.current.n_pos)
         if tokens is not None and not bool(tokens.all()):
             masks["blocks"] = tokens if known is None else tokens & known.to(tokens.device)
 
@@ -447,7 +445,7 @@ class Tracker:
         side = getattr(self.model.tokenizer, "padding_side", "right")
         tokens = self.padding.tokens(
             ids,
-            self._given.get(mask_name),
+            self.current.given.get(mask_name),
             known=known_tokens(ids),
             side=side,
             is_continued=any(map(holds_tokens, self.current.caches)),
