@@ -162,19 +162,22 @@ class Metric:
     def of(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Bool[Tensor, "batch pos"] | None = None,
+        tokens: Bool[Tensor, "batch read"] | None = None,
     ) -> Float[Tensor, "*batch"]:
         """The metric of each sequence.
 
         Args:
             logits: of the model.
-            tokens: which positions are tokens and not padding; all if None.
+            tokens: which of the positions that the model reads are tokens and not padding; all if
+                None. The logits may be of the last of them alone.
 
         Raises:
             InputError: a prompt has no such position.
         """
         if self.position is None:
             return self.fn(logits)
+        if tokens is not None:  # A model may compute the last logits alone.
+            tokens = tokens[:, -logits.shape[1] :]
         try:
             index = token_index(self.position, logits.shape[1], tokens).to(logits.device)
         except SiteError as error:
@@ -184,7 +187,7 @@ class Metric:
     def value(
         self,
         logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Bool[Tensor, "batch pos"] | None = None,
+        tokens: Bool[Tensor, "batch read"] | None = None,
     ) -> Float[Tensor, ""]:
         """The metric summed over sequences, which are independent of each other.
 

@@ -24,6 +24,8 @@ from lch_plugin.errors import PaddingWarning, SiteError
 # Masks that are added to attention have this or less (or -inf) where attention must not go; biases
 # by distance, which may be added to them, are zero where a token attends to itself.
 _BLOCKED = -1e4
+# On token ids: which of them are tokens, and how often they had been written to by then.
+_MARK = "_lch_tokens"
 # What a tokenizer, or a config, may call an id that text has as well.
 _SHARED = ("bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
 
@@ -54,6 +56,25 @@ class PadToken:
 
         pad = next(iter(ids(["pad_token_id"])), None)
         return cls(pad, pad in ids(_SHARED), pad in ids(["decoder_start_token_id"]))
+
+
+def mark_tokens(
+    ids: Int[Tensor, "batch pos"], tokens: Bool[Tensor, "batch pos"]
+) -> Int[Tensor, "batch pos"]:
+    """Say of ids which of them are tokens, for as long as nobody changes or slices them."""
+    setattr(ids, _MARK, (tokens, _version(ids)))
+    return ids
+
+
+def known_tokens(ids: Any) -> Bool[Tensor, "batch pos"] | None:
+    """Which of these ids are tokens, if `mark_tokens` said so and nobody changed them since."""
+    tokens, version = getattr(ids, _MARK, (None, None))
+    return tokens if tokens is not None and version == _version(ids) else None
+
+
+def _version(ids: Tensor) -> int:
+    """How often a tensor was written to; what is made under inference_mode does not count."""
+    return 0 if ids.is_inference() else ids._version
 
 
 def tokens_in_mask(mask: Any, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
@@ -87,13 +108,13 @@ def tokens_in_ids(
     """Which positions are tokens, from ids without a mask.
 
     Padding is what rows begin or end with that is the pad token. If text has this token as well, it
-    is what they have more of it, on the side that is filled up, than the row with the fewest: a
-    batch is filled up to its longest row, so that what all rows share belongs to them.
+    is what they have more of it than the row with the fewest, on one side: a batch is filled up to
+    its longest row, so that what all rows share belongs to them.
 
     Args:
         ids: of the tokens.
         pad: what fills up.
-        side: that the tokenizer fills up.
+        side: that the tokenizer fills up, should both sides look so.
         is_text: whether ids that text may have are text.
 
     Returns:
@@ -102,7 +123,7 @@ def tokens_in_ids(
     if pad.id is None or (pad.is_shared and is_text):
         return None
     is_pad = ids == pad.id
-    if pad.begins:
+    if pad.begins and bool(is_pad[:, 0].all()):
         is_pad[:, 0] = False
     before, after = is_pad.cumprod(1).sum(1), is_pad.flip(1).cumprod(1).sum(1)
     if pad.is_shared:
@@ -110,10 +131,8 @@ def tokens_in_ids(
         own, is_empty = before.min(), before == ids.shape[1]
         after = torch.where(is_empty, ids.shape[1] - own, after - after.min())
         before = torch.where(is_empty, 0, before - own)
-        if side == "left":
-            after = torch.where(is_empty, after, 0)
-        else:
-            before = torch.zeros_like(before)
+        if bool(before.any()) and bool(after.any()):
+            (after if side == "left" else before).zero_()
     place = torch.arange(ids.shape[1], device=ids.device)
     tokens = (place >= before[:, None]) & (place < ids.shape[1] - after[:, None])
     return None if bool(tokens.all()) else tokens
@@ -127,11 +146,12 @@ class Finder:
         is_causal: whether no position reads those after it.
         is_packed: whether rows are known to be filled with text from end to end, as those that SAEs
             are trained on: then an id that text may have is text.
+        is_off: whether nothing is padding, as in passes that try a model out.
     """
 
     def __init__(self, pad: PadToken, *, is_causal: bool) -> None:
         self.pad, self.is_causal = pad, is_causal
-        self.is_packed = False
+        self.is_packed = self.is_off = False
         self._has_warned = False
 
     def tokens(
@@ -139,7 +159,6 @@ class Finder:
         ids: Any,
         mask: Any,
         *,
-        known: Bool[Tensor, "batch pos"] | None = None,
         side: str = "right",
         is_continued: bool = False,
         masks_leading: bool = False,
@@ -149,11 +168,12 @@ class Finder:
         Args:
             ids: that the model was called with, if it was.
             mask: that it was called with, if it was: it has the last word.
-            known: which of the ids are tokens, if that is known.
             side: that the tokenizer fills up.
             is_continued: whether earlier tokens are in a key-value cache.
             masks_leading: whether the model masks padding that rows begin with by itself.
         """
+        if self.is_off:
+            return None
         if isinstance(mask, Tensor):
             has_rows = isinstance(ids, Tensor) and ids.ndim > 1
             n_rows, n_pos = ids.shape[:2] if has_rows else (len(mask), mask.shape[-1])
@@ -165,21 +185,27 @@ class Finder:
             return None
         # Rows of a continued batch are equally long, and one that has ended ends in text.
         is_text = self.is_packed or is_continued
-        tokens, is_guess = known, known is None and self.pad.is_shared
+        tokens = known_tokens(ids)
+        is_guess = tokens is None and self.pad.is_shared
         if tokens is None:
             tokens = tokens_in_ids(ids, self.pad, side=side, is_text=is_text)
         if tokens is None or bool(tokens.all()):
             return None
-        if not self._has_warned:
-            leads = not bool(tokens[:, 0].all()) and not masks_leading
-            self._warn(
-                (~tokens).any(1).nonzero().flatten().tolist(),
-                is_guess=is_guess,
-                is_read=leads or not self.is_causal,
-            )
+        leads = not bool(tokens[:, 0].all()) and not masks_leading
+        self.warn(tokens, is_guess=is_guess, is_read=leads or not self.is_causal)
         return tokens
 
-    def _warn(self, rows: list[int], *, is_guess: bool, is_read: bool) -> None:
+    def warn(self, tokens: Bool[Tensor, "batch pos"], *, is_guess: bool, is_read: bool) -> None:
+        """Say once what is wrong with a batch, if anything is.
+
+        Args:
+            tokens: which positions were taken for tokens.
+            is_guess: whether that is a guess.
+            is_read: whether the model reads the others like text.
+        """
+        if self._has_warned:
+            return
+        rows = (~tokens).any(1).nonzero().flatten().tolist()
         reasons = []
         if is_guess:
             reasons.append(

@@ -9,6 +9,10 @@ from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from lch_plugin.errors import InputError
 from lch_plugin.padding import tokens_in_mask
@@ -109,6 +113,14 @@ def caches(values: Iterable[Any]) -> Iterator[Any]:
         if is_cache(value):
             yield value
             yield from caches(vars(value).values())
+
+
+def is_causal(config: Any) -> bool:
+    """Whether no position of a transformers model reads those after it, by its configuration."""
+    kind = getattr(config, "model_type", None)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT may be a decoder as well.
+        return bool(getattr(config, "is_decoder", False))
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def is_cache(value: Any) -> bool:

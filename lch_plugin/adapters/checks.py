@@ -161,7 +161,7 @@ def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
 def check_no_padding(
     metric: Metric,
     gradient: Float[Tensor, "batch pos d_vocab"] | None,
-    tokens: Bool[Tensor, "batch pos"] | None,
+    tokens: Bool[Tensor, "batch read"] | None,
 ) -> None:
     """Refuse a metric that reads logits at padding.
 

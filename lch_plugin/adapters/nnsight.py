@@ -42,6 +42,7 @@ from lch_plugin.adapters.arguments import (
     caches,
     input_of,
     is_cache,
+    is_causal,
     output_of,
     token_mask,
 )
@@ -243,6 +244,7 @@ def _by_vjp(envoy: Envoy, v: Cotangent) -> Tensor:
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
+    mu = blank(mu, component.tokens)
     check_finite(envoy.path, mu)
     _seen.setdefault(envoy._module, set()).add(_key(v))
     return mu.to(at_least_float32(mu))
@@ -323,8 +325,7 @@ def _tokens(envoy: Envoy) -> Bool[Tensor, "batch pos"] | None:
         return None
     if batcher not in _tokens_of:
         if model not in _finders:
-            causal = any(getattr(module, "is_causal", False) for module in model.modules())
-            _finders[model] = Finder(PadToken.of(config), is_causal=causal)
+            _finders[model] = Finder(PadToken.of(config), is_causal=is_causal(config))
         args, kwargs = batcher.assemble("forward")
         named = arguments_of(type(model).forward, ((model, *args), kwargs))
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")

@@ -101,7 +101,7 @@ def kl_divergence(reference: Float[Tensor, "batch pos d_vocab"], position: int =
 
     Args:
         reference: logits to compare with, one row a prompt.
-        position: whose logits count, among each prompt's own tokens.
+        position: whose logits count, among each prompt's own tokens; the reference has no padding.
     """
     # Not under inference_mode, whose tensors no gradient can be computed with.
     with torch.inference_mode(False), torch.no_grad():

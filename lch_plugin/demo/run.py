@@ -30,7 +30,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin import circuits, plots, saes
-from lch_plugin.adapters.transformer_lens import attach, locate_mlps, mark_tokens
+from lch_plugin.adapters.transformer_lens import attach, locate_mlps
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.contexts import top_contexts
 from lch_plugin.demo import load_demo_model
@@ -38,6 +38,7 @@ from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import Example, examples, pear_apple
 from lch_plugin.errors import InputError
 from lch_plugin.files import new_directory
+from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE
 

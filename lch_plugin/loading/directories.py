@@ -64,7 +64,7 @@ def _code(path: Path) -> list[str]:
         return []
     references = _texts(config.get("auto_map")) if isinstance(config, dict) else ()
     # "module.Class", or "owner/name--module.Class" for code of another repository.
-    parts = [reference.rpartition(".")[0].rpartition("--") for reference in references]
+    parts = [(ref.rpartition(".")[0] or ref).rpartition("--") for ref in references]
     files = [f"{module}.py" + (f" of {owner}" if owner else "") for owner, _, module in parts]
     return list(dict.fromkeys(files))
 

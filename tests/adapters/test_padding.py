@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -19,7 +20,15 @@ from torch import Tensor
 import lch_plugin as lch
 from lch_plugin import Site
 from lch_plugin.cotangents import Logit, Metric, logit_difference
-from lch_plugin.padding import Finder, PadToken, token_index, tokens_in_ids, tokens_in_mask
+from lch_plugin.padding import (
+    Finder,
+    PadToken,
+    known_tokens,
+    token_index,
+    tokens_in_ids,
+    tokens_in_mask,
+)
+from lch_plugin.saes.sources import hooks
 from tests import models
 
 F64 = torch.float64
@@ -333,6 +342,113 @@ def test_to_tokens_is_the_models_own_again() -> None:
     assert mu[1, -1].any()
 
 
+@pytest.mark.parametrize("pad", [0, 1, 2])
+def test_the_models_own_trials_know_no_padding(pad: int) -> None:
+    """Attaching runs three tokens, and training asks for a width: any of these ids may fill up."""
+    model = models.bridge("gpt2", F64)
+    model.tokenizer.pad_token = f"w{pad}"
+    model.tokenizer.bos_token = model.tokenizer.eos_token = model.tokenizer.unk_token = "w9"
+    sites = [Site("mlp", expert=True), Site("attn", 1, output_positions=-1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lch.PaddingWarning)
+        with lch.attach(model, site=sites) as handle, lch.attach(model, 1, "block"):
+            found = hooks.width(model, handle.centroid_names[-1], 4)
+    assert found == models.D_MODEL
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tokenizer_side", ["left", "right"])
+def test_shared_padding_is_found_on_either_side(side: str, tokenizer_side: str) -> None:
+    model = lens("hooked", SHARED)
+    model.tokenizer.padding_side = tokenizer_side
+    ids, mask = batch([[2, 3, 4], [5, 6]], SHARED, side)
+    with lch.attach(model, layers=1) as handle, warnings.catch_warnings():
+        warnings.simplefilter("ignore", lch.PaddingWarning)
+        (name,) = handle.hook_names
+        mu = model.run_with_cache(ids, names_filter=name)[1][name]
+    assert torch.equal(mu.any(-1), mask)
+
+
+def test_components_called_by_themselves_keep_no_mask() -> None:
+    model = lens("hooked", OWN)
+    ids, mask = batch([[2, 3, 4], [5, 6]], OWN, "right")
+    x = torch.randn(2, 3, models.D_MODEL, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found: list[Tensor] = []
+    with lch.attach(model, layers=1) as handle, torch.no_grad():
+        model.add_hook(handle.hook_names[0], lambda mu, hook: found.append(mu))
+        model.embed(ids)
+        model.blocks[1].mlp(x)
+        model.blocks[1](x, attention_mask=mask.long())
+        model.blocks[1](x, attention_mask=mask.flip(0).long())
+        model.blocks[1].mlp(x)
+        model(x, start_at_layer=1, tokens=ids)
+        model.reset_hooks()
+    rows = [mu.any(-1) for mu in found]
+    whole = torch.ones_like(mask)
+    assert [row.tolist() for row in rows] == [
+        own.tolist() for own in (whole, mask, mask.flip(0), whole, mask)
+    ]
+
+
+def test_an_encoder_reads_both_ways_and_says_so() -> None:
+    """BERT's own values depend on padding that no mask tells it of."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, pad_token_id=OWN,
+    )  # fmt: skip
+    ids, _ = batch([[2, 3, 4], [5, 6]], OWN, "right")
+    with lch.huggingface.attach(
+        BertModel(config).eval(), "encoder.layer.0.attention.self"
+    ) as handle:
+        with pytest.warns(lch.PaddingWarning, match="reads the padding of rows"):
+            handle.model(ids)
+
+
+def test_an_inner_model_that_reads_embeddings_asks_the_outer() -> None:
+    class Outer(type(plain(OWN))):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **kw: Any) -> Any:
+            embeds = self.transformer.wte(input_ids)
+            return super().forward(inputs_embeds=embeds, **kw)
+
+    torch.manual_seed(0)
+    model = Outer(plain(OWN).config).double().eval()
+    ids, _ = batch([[2, 3, 4], [5, 6]], OWN, "right")
+    with lch.huggingface.attach(model, "transformer.h.1") as handle, torch.no_grad():
+        model(ids)
+        found = handle.cache["transformer.h.1"]
+        model(ids[1:, :2])
+    torch.testing.assert_close(found[1:, :2], handle.cache["transformer.h.1"])
+    assert not found[1, 2].any()
+
+
+def test_a_cache_can_be_copied() -> None:
+    with lch.huggingface.attach(plain(OWN), "transformer.h.1.mlp") as handle:
+        handle.model(torch.tensor([[2, 3]]))
+    copied = pickle.loads(pickle.dumps(handle.cache))
+    assert torch.equal(copied["transformer.h.1.mlp"], handle.cache["transformer.h.1.mlp"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ids_of_texts_that_end_in_a_token_of_the_tokenizers(side: str) -> None:
+    """A bridge takes it off lone texts: what is marked is what the text has alone."""
+    model = models.bridge("gpt2", F64)
+    with lch.attach(model):
+        ids = model.to_tokens(["w2 w3 w4 w5", "w6 w7 w0"], padding_side=side)
+        alone = model.to_tokens("w6 w7 w0")[0]
+    tokens = known_tokens(ids)
+    assert tokens is not None
+    assert torch.equal(ids[1][tokens[1]], alone)
+
+
+def test_logits_of_the_last_position_alone() -> None:
+    metric = logit_difference(3, 4)
+    logits = torch.randn(2, 1, 9, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[False, True, True], [True, True, True]])
+    assert torch.equal(metric.of(logits, tokens), metric.of(logits))
+
+
 # ---------------------------------------------------------------- what reads batches besides
 
 
@@ -437,15 +553,14 @@ def test_what_fills_up(source: dict[str, Any], expected: PadToken) -> None:
     assert PadToken.of(None, SimpleNamespace(**source)) == expected
 
 
-LEFT = ([[9, 9, 1], [9, 2, 3]], PadToken(9, is_shared=True), [[0, 1, 1], [1, 1, 1]])
-
-
 def test_padding_on_the_side_that_is_filled_up() -> None:
-    ids, pad, expected = LEFT
-    tokens = tokens_in_ids(torch.tensor(ids), pad, side="left")
-    assert tokens is not None
-    assert tokens.int().tolist() == expected
-    assert tokens_in_ids(torch.tensor(ids), pad) is None
+    """Where both sides look so, one row of text begins with what another is filled up with."""
+    ids, pad = torch.tensor([[9, 9, 1], [9, 2, 3], [2, 3, 9]]), PadToken(9, is_shared=True)
+    left, right = (tokens_in_ids(ids, pad, side=side) for side in ("left", "right"))
+    assert left is not None
+    assert right is not None
+    assert left.int().tolist() == [[0, 0, 1], [0, 1, 1], [1, 1, 1]]
+    assert right.int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -454,6 +569,7 @@ def test_padding_on_the_side_that_is_filled_up() -> None:
         ([[9, 9, 1], [1, 2, 3]], PadToken(9), [[0, 0, 1], [1, 1, 1]]),
         ([[9, 1, 9]], PadToken(9), [[0, 1, 0]]),
         ([[1, 9, 1]], PadToken(9), None),  # Text, whatever it means.
+        ([[9, 9, 1], [9, 2, 3]], PadToken(9, is_shared=True), [[0, 1, 1], [1, 1, 1]]),
         ([[9, 1, 9, 9], [9, 2, 3, 9]], PadToken(9, is_shared=True), [[1, 1, 1, 0], [1] * 4]),
         ([[9, 9, 9], [9, 2, 3]], PadToken(9, is_shared=True), [[1, 0, 0], [1, 1, 1]]),
         ([[9, 9], [9, 9]], PadToken(9, is_shared=True), None),

@@ -39,6 +39,13 @@ class CentroidCache(Mapping[str, Tensor]):
         self._own = threading.local()
         self._last: dict[str, list[Tensor]] = {name: [] for name in self._names}
 
+    def __getstate__(self) -> dict[str, list[Tensor]]:
+        return self._values  # A copy has what this thread sees.
+
+    def __setstate__(self, values: dict[str, list[Tensor]]) -> None:
+        self.__init__(values)  # type: ignore[misc]
+        self._last = values
+
     @property
     def _values(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = getattr(self._own, "values", self._last)
@@ -304,7 +311,7 @@ def make_readers(
         with graph.turn:  # Its weights are converted for as long as it is tried out.
             structure = None if is_within else recognise(first, None if last is first else last)
         options: dict[str, Any] = {
-            "model": _model_around(model, target),
+            "models": _models_around(model, target),
             "publish": publish,
             "is_wanted": is_wanted,
         }
@@ -340,13 +347,13 @@ def _around(model: nn.Module, target: Target) -> nn.Module:
     return module
 
 
-def _model_around(model: nn.Module, target: Target) -> PreTrainedModel | None:
-    """The innermost model of transformers that a component is a part of, or is itself."""
+def _models_around(model: nn.Module, target: Target) -> list[PreTrainedModel]:
+    """The models of transformers that a component is a part of, or is itself; innermost first."""
     names = [target.first]
     while names[-1]:
         names.append(names[-1].rpartition(".")[0])
     around = (model.get_submodule(name) for name in names)
-    return next((module for module in around if isinstance(module, PreTrainedModel)), None)
+    return [module for module in around if isinstance(module, PreTrainedModel)]
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, ValuesView
+from collections.abc import Callable, Sequence, ValuesView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from lch_plugin.adapters.arguments import (
     caches,
     holds_tokens,
     input_of,
+    is_causal,
     output_of,
     token_mask,
 )
@@ -92,51 +93,53 @@ class ModelCall:
     """A model whose calls say which positions its components read are tokens.
 
     Attributes:
+        model: which.
         finder: of padding in its inputs.
-        tokens: in the call under way; None if all are, or nothing says.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        causal = any(getattr(module, "is_causal", False) for module in model.modules())
-        self.finder = Finder(PadToken.of(model.config), is_causal=causal)
-        self._forward = type(model).forward
+        self.model = model
+        self.finder = Finder(PadToken.of(model.config), is_causal=is_causal(model.config))
         self._users = 0
-        # One for each call under way: a model may call itself.
-        self._calls: list[Bool[Tensor, "batch pos"] | None] = []
+        # One for each call under way: a model may call itself. Empty if it says nothing, as an inner
+        # model that reads embeddings does.
+        self._calls: list[list[Bool[Tensor, "batch pos"] | None]] = []
 
     @property
-    def tokens(self) -> Bool[Tensor, "batch pos"] | None:
-        return self._calls[-1] if self._calls else None
+    def said(self) -> list[Bool[Tensor, "batch pos"] | None]:
+        """Which positions are tokens in the call under way, None if all are; empty if unknown."""
+        return self._calls[-1] if self._calls else []
 
-    def install(self, model: nn.Module, turn: Turn) -> None:
+    def install(self, turn: Turn) -> None:
         """Start watching, with the first that asks."""
         self._users += 1
         if self._users == 1:
-            watch(self, model, model, model, turn)
+            watch(self, self.model, self.model, self.model, turn)
 
-    def remove(self, model: nn.Module) -> None:
+    def remove(self) -> None:
         """Stop watching, with the last."""
         self._users -= 1
         if not self._users:
-            unwatch(self, model, model, model)
+            unwatch(self, self.model, self.model, self.model)
             self._calls.clear()
 
     def open(self) -> None:
-        self._calls.append(None)
+        self._calls.append([])
 
     def begin(self, call: Call) -> Call:
         if self._calls:
-            named = arguments_of(self._forward, ((None, *call[0]), call[1]))
+            named = arguments_of(type(self.model).forward, ((self.model, *call[0]), call[1]))
             # A model that writes at other positions than it reads.
             writes = any(k.startswith("decoder_") and isinstance(named[k], Tensor) for k in named)
-            prefix = "decoder_" if writes else ""
-            ids = named.get(f"{prefix}input_ids")
-            embeds = named.get(f"{prefix}inputs_embeds")
-            self._calls[-1] = self.finder.tokens(
-                embeds if ids is None else ids,
-                named.get(f"{prefix}attention_mask"),
-                is_continued=any(map(holds_tokens, named.values())),
+            writes |= getattr(self.model.config, "is_encoder_decoder", False) and (
+                named.get("labels") is not None
             )
+            prefix = "decoder_" if writes else ""
+            ids, mask = named.get(f"{prefix}input_ids"), named.get(f"{prefix}attention_mask")
+            if isinstance(ids, Tensor) or isinstance(mask, Tensor):
+                like = named.get(f"{prefix}inputs_embeds") if ids is None else ids
+                continued = any(map(holds_tokens, named.values()))
+                self._calls[-1] = [self.finder.tokens(like, mask, is_continued=continued)]
         return call
 
     def pass_on(self, output: Any) -> None:
@@ -169,7 +172,7 @@ class Reader:
         cotangent: Cotangent,
         graph: Graph,
         *,
-        model: PreTrainedModel | None,
+        models: Sequence[PreTrainedModel],
         publish: Callable[[Tensor], None],
         is_wanted: Callable[[], bool],
     ) -> None:
@@ -178,8 +181,7 @@ class Reader:
         self.publish, self.is_wanted = publish, is_wanted
         self._modules = modules
         self._graph = graph
-        self._model = model
-        self._model_call = None if model is None else graph.model_call(model)
+        self._model_calls = [graph.model_call(model) for model in models]
         # One for each call of the enclosing module: a model may call itself.
         self._calls: list[Running | None] = []
 
@@ -190,8 +192,8 @@ class Reader:
 
     @property
     def padding(self) -> Finder | None:
-        """What finds the padding of the inputs of the model around it."""
-        return None if self._model_call is None else self._model_call.finder
+        """What finds the padding of the inputs of the innermost model around it."""
+        return self._model_calls[0].finder if self._model_calls else None
 
     @property
     def label(self) -> str:
@@ -209,15 +211,15 @@ class Reader:
 
     def install(self) -> None:
         """Start watching the model."""
-        if self._model is not None and self._model_call is not None:
-            self._model_call.install(self._model, self._graph.turn)
+        for model_call in self._model_calls:
+            model_call.install(self._graph.turn)
         watch(self, *self._modules, self._graph.turn)
 
     def remove(self) -> None:
         """Stop watching it."""
         unwatch(self, *self._modules)
-        if self._model is not None and self._model_call is not None:
-            self._model_call.remove(self._model)
+        for model_call in self._model_calls:
+            model_call.remove()
         while self._calls:
             self.close()
 
@@ -259,7 +261,9 @@ class Reader:
 
     def _tokens(self, call: Call, running: Running, y: Tensor) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of an output are tokens, as the model says, or the component's call."""
-        tokens = None if self._model_call is None else self._model_call.tokens
+        # The innermost model around it that says.
+        said = next(filter(None, (model_call.said for model_call in self._model_calls)), [None])
+        tokens = said[0]
         if tokens is None and y.ndim == 3:
             tokens = token_mask(call, y.shape[1])
         # A last module without a mask, as a norm, has that of the first.
@@ -367,12 +371,13 @@ class VJPReader(Reader):
         def gradient(v: Tensor) -> Tensor:
             return gradients(self.label, y, [x], v, keep=True)[0]
 
-        v = spread(evaluate(self.cotangent, y), y, self._tokens(call, running, y))
+        tokens = self._tokens(call, running, y)
+        v = spread(evaluate(self.cotangent, y), y, tokens)
         mu = gradient(v)
         if not self._is_checked:
             check_cotangent(self.label, v, mu, gradient, y.dtype)
             self._is_checked = True
-        return mu
+        return blank(mu, tokens)
 
     def _stop(self, running: Running) -> None:
         self._graph.release(running)

@@ -43,7 +43,6 @@ from lch_plugin.adapters.transformer_lens.nodes import (
 )
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import disagreements
-from lch_plugin.adapters.transformer_lens.stand_ins import known_tokens, mark_tokens
 from lch_plugin.adapters.transformer_lens.tracker import attached_readers
 
 __all__ = [
@@ -58,9 +57,7 @@ __all__ = [
     "attached_readers",
     "check_token_ids",
     "disagreements",
-    "known_tokens",
     "locate_mlps",
-    "mark_tokens",
     "mlp_inputs",
     "node_points",
     "pattern_names",

@@ -302,14 +302,6 @@ def post_norm(block: Any, kind: str) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def is_causal(model: LensModel) -> bool:
-    """Whether no position reads those after it."""
-    if isinstance(model, HookedTransformer):
-        return bool(model.cfg.attention_dir == "causal")
-    encodes = hasattr(model, "encoder_blocks")
-    return bool(model.adapter.supports_causal_loss) and not encodes
-
-
 def logits_of(model: LensModel, output: Any) -> Tensor | None:
     """Logits, from what the module that computes them returned."""
     if isinstance(model, HookedTransformer):

@@ -11,10 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens.anatomy import LensModel, MLPParts
-from lch_plugin.adapters.transformer_lens.stand_ins import known_tokens
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.padding import PadToken, tokens_in_ids
+from lch_plugin.padding import PadToken, known_tokens, tokens_in_ids
 
 
 def as_tokens(

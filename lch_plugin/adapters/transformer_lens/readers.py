@@ -175,8 +175,7 @@ class Reader:
 
     def _show(self, values: dict[str, Callable[[], Tensor]]) -> None:
         """Hand values to whoever listens, computing only those."""
-        # Where positions mix, the cotangent has left padding out.
-        tokens = None if self.site.mixes_positions else self._pass.masks.get(self.stack)
+        tokens = self._pass.masks.get(self.stack)
         with self._pass.outside():
             for ending, value in values.items():
                 point = self.points.get(ending)

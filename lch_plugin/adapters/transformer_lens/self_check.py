@@ -33,7 +33,7 @@ from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPRea
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.states import silenced
-from lch_plugin.adapters.transformer_lens.tracker import tracker_of
+from lch_plugin.adapters.transformer_lens.tracker import tracker_of, without_padding
 from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader
 from lch_plugin.cotangents import Cotangent, evaluate, is_fixed
@@ -330,6 +330,7 @@ def trial_pass(model: LensModel) -> Iterator[None]:
     """Conditions of a pass of ours: no gradients, no hooks, no dropout, no trace afterwards."""
     device = next(model.parameters()).device
     with (
+        without_padding(model),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from lch_plugin.adapters.arguments import Call
 from lch_plugin.adapters.turns import Turn
-
-# On token ids: which of them are tokens, and the version of the tensor that this was said of.
-_MARK = "_lch_tokens"
+from lch_plugin.padding import mark_tokens
 
 
 @runtime_checkable
@@ -106,32 +104,18 @@ class ToTokens(StandIn):
         to_tokens = self.__wrapped__
         ids: Tensor = to_tokens(input, *args, **kwargs)
         if not isinstance(input, str) and len(ids) > 1:
-            tokens = torch.ones_like(ids, dtype=torch.bool)
-            for row, (text, filled) in enumerate(zip(input, ids, strict=True)):
-                alone = to_tokens(text, *args, **kwargs)[0]
-                n = len(alone)
-                if torch.equal(filled[:n], alone):
-                    tokens[row, n:] = False
-                else:
-                    tokens[row, : len(filled) - n] = False
-            mark_tokens(ids, tokens)
+            alone = [to_tokens(text, *args, **kwargs)[0] for text in input]
+            places = [_place(own, row) for own, row in zip(alone, ids, strict=True)]
+            found = [place for place in places if place is not None]
+            if len(found) == len(places):
+                mark_tokens(ids, torch.stack(found))
         return ids
 
 
-def mark_tokens(
-    ids: Int[Tensor, "batch pos"], tokens: Bool[Tensor, "batch pos"]
-) -> Int[Tensor, "batch pos"]:
-    """Say of ids which of them are tokens, for as long as nobody changes or slices them."""
-    setattr(ids, _MARK, (tokens, _version(ids)))
-    return ids
-
-
-def known_tokens(ids: Any) -> Bool[Tensor, "batch pos"] | None:
-    """Which of these ids are tokens, if `mark_tokens` said so and nobody changed them since."""
-    tokens, version = getattr(ids, _MARK, (None, None))
-    return tokens if tokens is not None and version == _version(ids) else None
-
-
-def _version(ids: Tensor) -> int:
-    """How often a tensor was written to; what is made under inference_mode does not count."""
-    return 0 if ids.is_inference() else ids._version
+def _place(own: Int[Tensor, " n"], row: Int[Tensor, " pos"]) -> Bool[Tensor, " pos"] | None:
+    """Where in a row the ids are that a text has alone; None if they are not there."""
+    for start in range(len(row) - len(own) + 1):
+        if torch.equal(row[start : start + len(own)], own):
+            place = torch.arange(len(row), device=row.device)
+            return (place >= start) & (place < start + len(own))
+    return None

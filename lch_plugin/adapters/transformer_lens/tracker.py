@@ -18,14 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from lch_plugin.adapters.arguments import Call, arguments_of, holds_tokens
+from lch_plugin.adapters.arguments import Call, arguments_of, holds_tokens, is_causal
 from lch_plugin.adapters.checks import check_no_padding
 from lch_plugin.adapters.passes import Late, Pass, gradients
 from lch_plugin.adapters.states import detach_cache, evaluating, without_graph
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     final_norm,
-    is_causal,
     logits,
     post_norm,
     score_points,
@@ -37,7 +36,7 @@ from lch_plugin.adapters.transformer_lens.gates import (
     RootPointGate,
 )
 from lch_plugin.adapters.transformer_lens.readers import Reader
-from lch_plugin.adapters.transformer_lens.stand_ins import Forward, ToTokens, Turns, known_tokens
+from lch_plugin.adapters.transformer_lens.stand_ins import Forward, ToTokens, Turns
 from lch_plugin.adapters.transformer_lens.states import detach_attributes, silenced
 from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient
@@ -76,9 +75,12 @@ class Tracker:
         self._score_gates: list[PointGate] = []
         self._stand_ins: list[Forward | ToTokens | Turns] = []
         self.turn = Turn()
-        config = getattr(getattr(model, "original_model", None), "config", None)
-        pad = PadToken.of(model.tokenizer, config)
-        self.padding = Finder(pad, is_causal=is_causal(model))
+        if isinstance(model, HookedTransformer):
+            config, causal = None, model.cfg.attention_dir == "causal"
+        else:
+            config = model.original_model.config
+            causal = is_causal(config)
+        self.padding = Finder(PadToken.of(model.tokenizer, config), is_causal=causal)
 
     @property
     def current(self) -> Pass:
@@ -370,8 +372,12 @@ class Tracker:
         if hooked:
             self._hooks.append(model.embed.register_forward_pre_hook(self._note_tokens))
             self._hooks += [
-                block.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+                hook
                 for block in model.blocks
+                for hook in (
+                    block.register_forward_pre_hook(self._note_mask, with_kwargs=True),
+                    block.register_forward_hook(self._forget_mask, always_call=True),
+                )
             ]
         self._score_gates = score_points(model)
         for gate in self._score_gates:
@@ -391,8 +397,10 @@ class Tracker:
                 own, named.get("inputs_embeds") if ids is None else ids, "attention_mask"
             )
             if own != "blocks":
-                ids = named.get("decoder_input_ids")
-                self._find_padding("decoder_blocks", ids, "decoder_attention_mask")
+                self._find_decoders_padding(ids, named.get("decoder_input_ids"))
+        elif named.get("start_at_layer") is not None:
+            self.current.n_pos = named["input"].shape[1]
+            self._find_padding("blocks", named.get("tokens"), "attention_mask")
         for gate in self._root_gates():
             gate.enter()
 
@@ -427,18 +435,42 @@ class Tracker:
     def _root_gates(self) -> list[RootPointGate]:
         return [gate for gate in self._gates.values() if isinstance(gate, RootPointGate)]
 
+    def _find_decoders_padding(self, ids: Any, written: Any) -> None:
+        masks, given = self.current.masks, self.current.given
+        own = masks.get("encoder_blocks")
+        is_shifted = (
+            isinstance(ids, Tensor)
+            and isinstance(written, Tensor)
+            and ids.shape == written.shape
+            and torch.equal(ids[:, :-1], written[:, 1:])
+        )
+        if own is None or given.get("decoder_attention_mask") is not None or not is_shifted:
+            self._find_padding("decoder_blocks", written, "decoder_attention_mask")
+            return
+        # What a bridge makes of the encoder's ids, without a mask: as long as these, but that it
+        # reads padding that rows begin with.
+        masks["decoder_blocks"] = own
+        self.padding.warn(own, is_guess=False, is_read=not bool(own[:, 0].all()))
+
     def _note_tokens(self, _module: nn.Module, args: Any) -> None:
+        if not self.in_model:
+            return
         self.current.n_pos = args[0].shape[-1]
         self._find_padding("blocks", args[0], "attention_mask")
 
     def _note_mask(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
         # A HookedTransformer makes a mask of its own where its tokenizer pads on the left.
         mask, masks = kwargs.get("attention_mask"), self.current.masks
-        if not isinstance(mask, Tensor):
+        if not isinstance(mask, Tensor) or self.padding.is_off:
             return
-        known, tokens = masks.get("blocks"), tokens_in_mask(mask, self.current.n_pos)
+        n_pos = self.current.n_pos if self.in_model else mask.shape[-1]
+        known, tokens = masks.get("blocks"), tokens_in_mask(mask, n_pos)
         if tokens is not None and not bool(tokens.all()):
             masks["blocks"] = tokens if known is None else tokens & known.to(tokens.device)
+
+    def _forget_mask(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if not self.in_model:  # A block by itself, whose mask is that of this call.
+            self.current.masks.clear()
 
     def _find_padding(self, stack: str, ids: Any, mask_name: str) -> None:
         """Note which positions of a list of blocks are tokens, if some are not."""
@@ -446,7 +478,6 @@ class Tracker:
         tokens = self.padding.tokens(
             ids,
             self.current.given.get(mask_name),
-            known=known_tokens(ids),
             side=side,
             is_continued=any(map(holds_tokens, self.current.caches)),
             masks_leading=isinstance(self.model, HookedTransformer) and side == "left",
@@ -466,6 +497,20 @@ def tracker_of(model: LensModel) -> Tracker:
         vars(model)[_ATTRIBUTE] = tracker
     assert isinstance(tracker, Tracker)
     return tracker
+
+
+@contextmanager
+def without_padding(model: LensModel) -> Iterator[None]:
+    """Nothing that the model reads within is padding, whatever ids it is tried out with."""
+    tracker = vars(model).get(_ATTRIBUTE)
+    finders = [] if tracker is None else [tracker.padding]
+    for finder in finders:
+        finder.is_off = True
+    try:
+        yield
+    finally:
+        for finder in finders:
+            finder.is_off = False
 
 
 def attached_readers(model: LensModel) -> dict[str, Reader]:

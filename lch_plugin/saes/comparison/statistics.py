@@ -50,6 +50,8 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> Paired:
     n, mean = len(differences), float(differences.mean())
     if not np.isfinite(differences).all():
         return Paired(n, mean, None, None, None, "a score is not finite")
+    if n == 1:
+        return Paired(n, mean, None, None, None, "one seed has no spread")
     if not varies(differences, np.abs(pair).max()):
         reason = "the difference is the same for every seed, but for rounding"
         return Paired(n, mean, None, None, None, reason)

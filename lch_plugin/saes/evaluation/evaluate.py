@@ -141,7 +141,7 @@ def evaluate(
             which a hook point is read on ``texts``. Centroids of mlp, attn and block that are not
             attached are attached for as long as it takes.
         texts: each a prompt of its own, as the model's ``to_tokens`` reads it; or token ids. No
-            padding is among the rows.
+            padding is among the rows, and no position that the SAE was trained without.
         hook_name: what to read; what the SAE was trained on if None.
         special_tokens: whether tokens that begin, end or separate texts are among the rows.
         batch_size: texts that run together, at most.
@@ -163,6 +163,11 @@ def evaluate(
             f"source is a {type(source).__name__} and texts are "
             f"{'given' if texts is not None else 'not'}: pass batches of rows alone, or a model "
             "and texts."
+        )
+    if texts is None and (hook_name is not None or special_tokens):
+        raise InputError(
+            f"hook_name={hook_name!r} and special_tokens={special_tokens} are of a model and "
+            "texts, and rows are what they are. Leave them out."
         )
     rows: Iterable[Tensor] = source
     if texts is not None:

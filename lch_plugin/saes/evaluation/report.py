@@ -25,10 +25,11 @@ from torch import Tensor
 
 from lch_plugin import plots
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens import LensModel, mark_tokens
+from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.cotangents import Cotangent, Ones
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, new_directory
+from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.evaluation.codes import Codes, describe_text

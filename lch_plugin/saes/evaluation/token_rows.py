@@ -13,8 +13,9 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
 from lch_plugin.errors import InputError
+from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.evaluation.codes import Codes
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import attached, check_model, real_tokens
@@ -38,17 +39,14 @@ class TokenRows:
     ) -> None:
         """Choose what to read; nothing runs yet. Arguments as `lch_plugin.saes.evaluate`."""
         check_model(model)
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} must be at least 1.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} must be an integer, at least 1.")
         self._model, self._batch_size = model, batch_size
         self._prompts = _prompts(model, texts)
         # What it checks of an SAE and a hook point, this needs as well.
         self._codes = Codes(model, sae, self._prompts[0][None], hook_name=hook_name)
-        excluded = self._codes.excluded
-        if not special_tokens:
-            special = torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
-            excluded = torch.cat([excluded, special])
-        self._excluded = excluded
+        special = [] if special_tokens else get_special_token_ids(model.tokenizer)
+        self._excluded = torch.tensor(special, dtype=torch.long)
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
         by_length: dict[int, list[Tensor]] = defaultdict(list)
@@ -59,8 +57,10 @@ class TokenRows:
             for prompts in by_length.values():
                 for start in range(0, len(prompts), self._batch_size):
                     ids = torch.stack(prompts[start : start + self._batch_size])
+                    mark_tokens(ids, torch.ones_like(ids).bool())
+                    counts = self._codes.counts(ids) & ~torch.isin(ids, self._excluded)
                     values = self._codes.values(ids).flatten(2)
-                    yield values[~torch.isin(ids, self._excluded).to(values.device)]
+                    yield values[counts.to(values.device)]
 
 
 def _prompts(
@@ -88,7 +88,7 @@ def _prompts(
         if isinstance(model, HookedModel):
             found = [torch.tensor(model.tokenizer(text)["input_ids"]) for text in listed]
         else:
-            found = [model.to_tokens(text)[0].cpu() for text in listed]
+            found = [as_tokens(model, text)[0].cpu() for text in listed]
     found = [ids for ids in found if len(ids)]
     if not found:
         raise InputError("there is no text: pass at least one prompt with a token in it.")

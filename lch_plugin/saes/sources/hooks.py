@@ -21,14 +21,16 @@ from lch_plugin.adapters.transformer_lens import (
     Reader,
     attach,
     attached_readers,
-    known_tokens,
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.padding import Finder, PadToken
+from lch_plugin.memo import Memo
+from lch_plugin.padding import Finder, PadToken, mark_tokens
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.sites import Site
 
+# What finds padding in inputs that are to be counted, by model.
+_finders: Memo[Finder] = Memo()
 _CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
 
 
@@ -100,20 +102,16 @@ def real_tokens(
     first = batch[0] if isinstance(batch, tuple | list) else batch
     named = first if isinstance(first, Mapping) else {"input_ids": first}
     ids = named.get("input_ids", named.get("input"))
-    known = known_tokens(ids)
     original = model.model if isinstance(model, HookedModel) else model
     config = getattr(getattr(original, "original_model", original), "config", None)
     tokenizer = getattr(model, "tokenizer", None)
-    # Nobody asks here whether the model masks what it does not count.
-    finder = Finder(PadToken.of(tokenizer, config), is_causal=True)
+    if original not in _finders:
+        # Nobody asks here whether the model masks what it does not count.
+        _finders[original] = Finder(PadToken.of(tokenizer, config), is_causal=True)
+    finder = _finders[original]
     finder.is_packed = packed
-    return finder.tokens(
-        ids,
-        named.get("attention_mask"),
-        known=known,
-        side=getattr(tokenizer, "padding_side", "right"),
-        masks_leading=True,
-    )
+    side = getattr(tokenizer, "padding_side", "right")
+    return finder.tokens(ids, named.get("attention_mask"), side=side, masks_leading=True)
 
 
 def _check_hook(model: LensModel | HookedModel, hook: str) -> None:
@@ -155,6 +153,7 @@ def widths(
     with torch.no_grad():
         device = next(model.parameters()).device
         tokens = torch.zeros(1, context_size, dtype=torch.long, device=device)
+        mark_tokens(tokens, torch.ones_like(tokens).bool())
         _, found = model.run_with_cache(
             tokens,
             names_filter=list(heads),
