@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import lch_plugin as lch
 from lch_plugin import cli, plots
 from lch_plugin.demo.corpus import stories
+from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.evaluation.codes import load_sae
 from lch_plugin.saes.evaluation.report import evaluation_report
 from lch_plugin.saes.evaluation.steering import SteeringEffects
@@ -83,6 +84,7 @@ def test_the_results_are_those_of_the_functions(tmp_path: Path) -> None:
     sae, model = load_sae(saved(tmp_path / "sae", CENTROID)), lch.load_demo_model()
     ids = model.tokenizer("".join(f"<|endoftext|>{t}" for t in TEXTS))["input_ids"][: 4 * 64]
     tokens, positions = torch.tensor(ids).view(4, 64), slice(1, None)
+    mark_tokens(tokens, torch.ones_like(tokens).bool())  # Text from end to end.
     results = evaluation_report(
         model, sae, tokens, tmp_path / "out", n_features=2, n_random=2, seed=1
     )

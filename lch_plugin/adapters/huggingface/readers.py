@@ -90,19 +90,21 @@ class Graph(Pass):
 
 
 class ModelCall:
-    """A model whose calls say which positions its components read are tokens.
+    """Calls of a model, which say what positions its components read are tokens.
+
+    Without the model, which would be kept alive.
 
     Attributes:
-        model: which.
         finder: of padding in its inputs.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        self._forward = type(model).forward
+        self._is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
         self.finder = Finder(PadToken.of(model.config), is_causal=is_causal(model.config))
         self._users = 0
-        # One for each call under way: a model may call itself. Empty if it says nothing, as an inner
-        # model that reads embeddings does.
+        # One for each call under way: a model may call itself. Empty if it says nothing, as an
+        # inner model that reads embeddings does.
         self._calls: list[list[Bool[Tensor, "batch pos"] | None]] = []
 
     @property
@@ -110,17 +112,17 @@ class ModelCall:
         """Which positions are tokens in the call under way, None if all are; empty if unknown."""
         return self._calls[-1] if self._calls else []
 
-    def install(self, turn: Turn) -> None:
+    def install(self, model: nn.Module, turn: Turn) -> None:
         """Start watching, with the first that asks."""
         self._users += 1
         if self._users == 1:
-            watch(self, self.model, self.model, self.model, turn)
+            watch(self, model, model, model, turn)
 
-    def remove(self) -> None:
+    def remove(self, model: nn.Module) -> None:
         """Stop watching, with the last."""
         self._users -= 1
         if not self._users:
-            unwatch(self, self.model, self.model, self.model)
+            unwatch(self, model, model, model)
             self._calls.clear()
 
     def open(self) -> None:
@@ -128,12 +130,10 @@ class ModelCall:
 
     def begin(self, call: Call) -> Call:
         if self._calls:
-            named = arguments_of(type(self.model).forward, ((self.model, *call[0]), call[1]))
+            named = arguments_of(self._forward, ((None, *call[0]), call[1]))
             # A model that writes at other positions than it reads.
             writes = any(k.startswith("decoder_") and isinstance(named[k], Tensor) for k in named)
-            writes |= getattr(self.model.config, "is_encoder_decoder", False) and (
-                named.get("labels") is not None
-            )
+            writes |= self._is_encoder_decoder and named.get("labels") is not None
             prefix = "decoder_" if writes else ""
             ids, mask = named.get(f"{prefix}input_ids"), named.get(f"{prefix}attention_mask")
             if isinstance(ids, Tensor) or isinstance(mask, Tensor):
@@ -181,7 +181,7 @@ class Reader:
         self.publish, self.is_wanted = publish, is_wanted
         self._modules = modules
         self._graph = graph
-        self._model_calls = [graph.model_call(model) for model in models]
+        self._model_calls = {model: graph.model_call(model) for model in models}
         # One for each call of the enclosing module: a model may call itself.
         self._calls: list[Running | None] = []
 
@@ -193,7 +193,7 @@ class Reader:
     @property
     def padding(self) -> Finder | None:
         """What finds the padding of the inputs of the innermost model around it."""
-        return self._model_calls[0].finder if self._model_calls else None
+        return next((call.finder for call in self._model_calls.values()), None)
 
     @property
     def label(self) -> str:
@@ -211,15 +211,15 @@ class Reader:
 
     def install(self) -> None:
         """Start watching the model."""
-        for model_call in self._model_calls:
-            model_call.install(self._graph.turn)
+        for model, model_call in self._model_calls.items():
+            model_call.install(model, self._graph.turn)
         watch(self, *self._modules, self._graph.turn)
 
     def remove(self) -> None:
         """Stop watching it."""
         unwatch(self, *self._modules)
-        for model_call in self._model_calls:
-            model_call.remove()
+        for model, model_call in self._model_calls.items():
+            model_call.remove(model)
         while self._calls:
             self.close()
 
@@ -262,7 +262,7 @@ class Reader:
     def _tokens(self, call: Call, running: Running, y: Tensor) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of an output are tokens, as the model says, or the component's call."""
         # The innermost model around it that says.
-        said = next(filter(None, (model_call.said for model_call in self._model_calls)), [None])
+        said = next(filter(None, (call.said for call in self._model_calls.values())), [None])
         tokens = said[0]
         if tokens is None and y.ndim == 3:
             tokens = token_mask(call, y.shape[1])

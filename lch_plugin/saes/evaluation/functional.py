@@ -170,7 +170,9 @@ class CapturedComponent:
                 f"{module} is a stretch of modules, which cannot be called by itself. Name a "
                 "single module."
             )
-        if not batches or any(real_tokens(model, batch) is not None for batch in batches):
+        # An id that text may have as well has the benefit of the doubt.
+        padded = (real_tokens(model, batch, packed=True) is not None for batch in batches)
+        if not batches or any(padded):
             raise InputError(
                 f"{len(batches)} batches, some of them with padding: give at least one, and join "
                 "or cut texts to one length."
