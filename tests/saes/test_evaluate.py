@@ -221,8 +221,8 @@ def test_a_wrapped_huggingface_model_and_texts() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, s: evaluate(s, m), "texts are not: pass batches"),
-        (lambda m, s: evaluate(s, [rows()], TEXTS), "texts are given: pass batches"),
+        (lambda m, s: evaluate(s, m), "TransformerBridge without texts: pass"),
+        (lambda m, s: evaluate(s, [rows()], TEXTS), "list with texts: pass"),
         (lambda m, s: evaluate(s, m, []), "no text"),
         (lambda m, s: evaluate(s, m, [3]), r"texts hold \['int'\]"),
         (lambda m, s: evaluate(s, m, torch.zeros(2, 3)), "integers of shape"),

@@ -160,9 +160,8 @@ def evaluate(
     """
     if isinstance(source, nn.Module) != (texts is not None):
         raise InputError(
-            f"source is a {type(source).__name__} and texts are "
-            f"{'given' if texts is not None else 'not'}: pass batches of rows alone, or a model "
-            "and texts."
+            f"source is a {type(source).__name__} with{'out' if texts is None else ''} texts: pass "
+            "batches of rows alone, or a model and texts."
         )
     if texts is None and (hook_name is not None or special_tokens):
         raise InputError(
