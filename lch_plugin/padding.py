@@ -274,6 +274,7 @@ def spread(
     if positions is None:
         return blank(v, tokens)
     n_pos = y.shape[-2]
+    tokens = tokens if tokens is not None and tokens.shape == y.shape[:2] else None
     chosen = torch.zeros(
         1 if tokens is None else len(tokens), n_pos, dtype=v.dtype, device=v.device
     )
