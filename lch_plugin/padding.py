@@ -59,9 +59,10 @@ class PadToken:
 
 
 def mark_tokens(
-    ids: Int[Tensor, "batch pos"], tokens: Bool[Tensor, "batch pos"]
+    ids: Int[Tensor, "batch pos"], tokens: Bool[Tensor, "batch pos"] | None = None
 ) -> Int[Tensor, "batch pos"]:
-    """Say of ids which of them are tokens, for as long as nobody changes or slices them."""
+    """Say of ids which of them are tokens, all if None, until somebody changes or slices them."""
+    tokens = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens
     setattr(ids, _MARK, (tokens, _version(ids)))
     return ids
 

@@ -139,7 +139,7 @@ def values_at(
     batches = []
     for rows in track(tokens.split(16), "running the text", transient=True):
         batch = rows.to(model.cfg.device)
-        mark_tokens(batch, torch.ones_like(batch).bool())
+        mark_tokens(batch)
         batches.append(model.run_with_cache(batch, names_filter=hook_names)[1])
     return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in hook_names}
 

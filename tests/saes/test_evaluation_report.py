@@ -84,7 +84,7 @@ def test_the_results_are_those_of_the_functions(tmp_path: Path) -> None:
     sae, model = load_sae(saved(tmp_path / "sae", CENTROID)), lch.load_demo_model()
     ids = model.tokenizer("".join(f"<|endoftext|>{t}" for t in TEXTS))["input_ids"][: 4 * 64]
     tokens, positions = torch.tensor(ids).view(4, 64), slice(1, None)
-    mark_tokens(tokens, torch.ones_like(tokens).bool())  # Text from end to end.
+    mark_tokens(tokens)  # Text from end to end.
     results = evaluation_report(
         model, sae, tokens, tmp_path / "out", n_features=2, n_random=2, seed=1
     )

@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
@@ -26,6 +25,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     check_model,
     locate_mlp,
     stacks,
+    values_point,
 )
 from lch_plugin.adapters.transformer_lens.inputs import as_tokens
 from lch_plugin.errors import InputError, SiteError
@@ -78,7 +78,7 @@ def node_points(
     for layer, block in enumerate(stacks(model, stack)[stack]):
         if "head" in kinds:
             path, attn = _attention(block, f"{stack}.{layer}")
-            point = "hook_z" if isinstance(model, HookedTransformer) else "o.hook_in"
+            point, _ = values_point(attn)
             n_heads, d_head = attn.W_O.shape[:2]
             found.append(NodePoint("head", layer, f"{path}.{point}", n_heads, d_head))
         if "neuron" in kinds or "mlp" in kinds:

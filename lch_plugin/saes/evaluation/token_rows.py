@@ -57,7 +57,7 @@ class TokenRows:
             for prompts in by_length.values():
                 for start in range(0, len(prompts), self._batch_size):
                     ids = torch.stack(prompts[start : start + self._batch_size])
-                    mark_tokens(ids, torch.ones_like(ids).bool())
+                    mark_tokens(ids)
                     counts = self._codes.counts(ids) & ~torch.isin(ids, self._excluded)
                     values = self._codes.values(ids).flatten(2)
                     yield values[counts.to(values.device)]

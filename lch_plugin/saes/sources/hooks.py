@@ -153,7 +153,7 @@ def widths(
     with torch.no_grad():
         device = next(model.parameters()).device
         tokens = torch.zeros(1, context_size, dtype=torch.long, device=device)
-        mark_tokens(tokens, torch.ones_like(tokens).bool())
+        mark_tokens(tokens)
         _, found = model.run_with_cache(
             tokens,
             names_filter=list(heads),
