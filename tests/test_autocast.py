@@ -95,7 +95,7 @@ FEATURES = StandardSAE(
 )
 CIRCUITS: dict[str, Callable[[Any], Tensor]] = {
     "nodes": lambda m: circuits.node_attribution(m, BATCH).values,
-    "through patterns": lambda m: circuits.node_attribution(m, BATCH, through_patterns=True).values,
+    "through patterns": lambda m: circuits.node_attribution(m, BATCH, method="patterns").values,
     "mlps": lambda m: circuits.node_attribution(m, BATCH, ("head", "mlp")).values,
     "patterns": lambda m: circuits.pattern_attribution(m, BATCH).values,
     "tokens": lambda m: circuits.contributions(m, BATCH[0]).embeddings,

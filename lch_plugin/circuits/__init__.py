@@ -31,7 +31,9 @@ from lch_plugin.circuits.prompts import Prompts, prompts
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import write_graph_page
 from lch_plugin.circuits.scores.attribution import (
+    METHODS,
     Contributions,
+    Method,
     contributions,
     node_attribution,
     pattern_attribution,
@@ -42,6 +44,7 @@ from lch_plugin.circuits.scores.stability import Stability, stability
 from lch_plugin.circuits.tasks import TASKS, task
 
 __all__ = [
+    "METHODS",
     "TASKS",
     "AblationCheck",
     "Circuit",
@@ -49,6 +52,7 @@ __all__ = [
     "Faithfulness",
     "FeatureScores",
     "Judgement",
+    "Method",
     "Neuron",
     "NeuronAttribution",
     "Node",

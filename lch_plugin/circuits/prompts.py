@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
+from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, run_edited
 from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
@@ -58,6 +58,13 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def run(
+        self, model: LensModel, edits: Mapping[str, Callable[[Tensor], Tensor | None]]
+    ) -> Float[Tensor, "batch out d_vocab"]:
+        """Logits of the clean prompts that the metric needs, values edited by `run_edited`."""
+        last_only = self.metric.position == -1
+        return run_edited(model, self.clean, edits, last_only=last_only)
 
     def measure(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
         """The metric of each prompt, computed at least in float32.

@@ -23,6 +23,8 @@ from lch_plugin.adapters.transformer_lens import (
     run_edited,
 )
 from lch_plugin.circuits import (
+    METHODS,
+    Method,
     Node,
     Prompts,
     kl_divergence,
@@ -31,6 +33,7 @@ from lch_plugin.circuits import (
     logit_difference,
     node_attribution,
     pattern_attribution,
+    run_circuit,
     task,
 )
 from lch_plugin.circuits.scores.attribution import (
@@ -188,10 +191,11 @@ def test_of_a_metric_that_is_not_linear_a_score_is_the_change_to_first_order(mak
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_whole_mlps_are_the_sum_of_their_neurons(backend: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_whole_mlps_are_the_sum_of_their_neurons(backend: str, method: str) -> None:
     model = model_of(backend)
-    neurons = node_attribution(model, PAIR, ("neuron",))
-    mlps = node_attribution(model, PAIR, ("mlp",))
+    neurons = node_attribution(model, PAIR, ("neuron",), method=method)
+    mlps = node_attribution(model, PAIR, ("mlp",), method=method)
     for layer in range(models.N_LAYERS):
         torch.testing.assert_close(
             mlps.of("mlp", layer)[0], neurons.of("neuron", layer).sum(), rtol=1e-5, atol=1e-6
@@ -331,9 +335,76 @@ def test_without_a_twin_a_pattern_scores_as_its_head(backend: str, linearization
     """Attention is linear in the pattern as it is in the values: both are all of it."""
     model = model_of(backend)
     patterns = pattern_attribution(model, ALONE, linearization=linearization)
-    heads = node_attribution(model, ALONE, ("head",), linearization=linearization)
+    heads = node_attribution(model, ALONE, ("head",), method=linearization)
     assert patterns.points == heads.points
     torch.testing.assert_close(patterns.values, heads.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_the_way_of_the_nodes_scores_are_derivatives_in_what_a_node_keeps(backend: str) -> None:
+    """Held to finite differences in the blended model, node by node."""
+    model, share, step = model_of(backend), 0.6, 1e-4
+    points = node_points(model, ("head", "mlp"))
+    twin = activations(model, CORRUPT, [p.name for p in points])
+
+    def metric(point: NodePoint, index: int, of_node: float) -> Tensor:
+        def blend(at: NodePoint, value: Tensor) -> Tensor:
+            keep = torch.full((at.n_nodes, 1), share, dtype=F64)
+            if at == point:
+                keep[index] = of_node
+            other, own = at.split(twin[at.name]), at.split(value)
+            return (other + keep * (own - other)).reshape(value.shape)
+
+        with torch.no_grad():
+            logits = run_edited(model, CLEAN, {p.name: partial(blend, p) for p in points})
+        return METRIC.of(logits).mean()
+
+    found = node_attribution(model, PAIR, ("head", "mlp"), method=Method(nodes=(share,)))
+    for point, index in ((points[0], 2), (points[3], 0), (points[-2], 1), (points[-1], 0)):
+        slope = (metric(point, index, share + step) - metric(point, index, share - step)) / 2 / step
+        score = found.of(point.kind, point.layer)[index].double()
+        torch.testing.assert_close(score, slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["gpt2", "llama", "hooked"])
+def test_along_the_way_of_the_nodes_scores_add_up_to_what_all_of_them_recover(backend: str) -> None:
+    model, n = model_of(backend), 64
+    middles = tuple((i + 0.5) / n for i in range(n))
+    found = node_attribution(model, PAIR, method=Method(nodes=middles))
+    everything = found.circuit(len(found.values))
+    kept = run_circuit(model, PAIR, everything) - run_circuit(model, PAIR, ~everything)
+    torch.testing.assert_close(found.values.double().sum(), kept.mean(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_the_way_of_the_prompt_embeddings_are_between_the_two(backend: str) -> None:
+    """Held to gradients at the hook points of a model whose embeddings are put there by hand."""
+    model, shares = model_of(backend), (0.25, 1.0)
+    points, embed = node_points(model, ("head", "mlp")), embedding_name(model)
+    names = [p.name for p in points]
+    clean, corrupt = (activations(model, ids, [embed, *names]) for ids in (CLEAN, CORRUPT))
+    expected = torch.zeros(sum(p.n_nodes for p in points), dtype=F64)
+    for share in shares:
+        seen: dict[str, Tensor] = {}
+
+        def put(_value: Tensor, share: float = share) -> Tensor:
+            mixed = (1 - share) * corrupt[embed] + share * clean[embed]
+            return mixed.requires_grad_()
+
+        def see(name: str, value: Tensor, seen: dict[str, Tensor] = seen) -> Tensor:
+            return seen.setdefault(name, value)
+
+        edits = {embed: put, **{name: partial(see, name) for name in names}}
+        metric = METRIC.of(run_edited(model, CLEAN, edits)).sum()
+        slopes = torch.autograd.grad(metric, [seen[name] for name in names])
+        for_all = [
+            p.split(slope * (clean[p.name] - corrupt[p.name])).sum((0, 1, 3))
+            for p, slope in zip(points, slopes, strict=True)
+        ]
+        expected += torch.cat(for_all) / len(CLEAN) / len(shares)
+    found = node_attribution(model, PAIR, ("head", "mlp"), method=Method(prompt=shares))
+    torch.testing.assert_close(found.values.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def small(**kw: object) -> HookedTransformer:
@@ -353,17 +424,15 @@ def small(**kw: object) -> HookedTransformer:
 def test_softmaxes_that_are_no_patterns_stay_fixed(options: dict[str, object]) -> None:
     model = small(**options)
     patterns = pattern_attribution(model, ALONE)
-    heads = node_attribution(model, ALONE, ("head",))
+    heads = node_attribution(model, ALONE, ("head",), method="detached")
     torch.testing.assert_close(patterns.values, heads.values)
 
 
 def test_a_bridge_and_a_hooked_transformer_agree() -> None:
-    for options in (
-        {},
-        {"linearization": "jacobian"},
-        {"through_patterns": True},
-    ):
-        scores = [node_attribution(model_of(b), PAIR, **options).values for b in ("gpt2", "hooked")]
+    for method in METHODS:
+        scores = [
+            node_attribution(model_of(b), PAIR, method=method).values for b in ("gpt2", "hooked")
+        ]
         torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
         *(pattern_attribution(model_of(b), PAIR).values for b in ("gpt2", "hooked")),
@@ -383,8 +452,9 @@ def test_bfloat16_scores_are_those_of_float64_but_for_rounding() -> None:
 def test_batches_are_weighed_by_their_prompts() -> None:
     model = model_of("gpt2")
     three = Prompts(models.tokens(3, seed=3), logit_difference([[1]] * 3, [[3]] * 3))
-    separate = [node_attribution(model, batch).values for batch in (ALONE, three)]
-    together = node_attribution(model, iter([ALONE, three])).values
+    score = partial(node_attribution, model, method="detached")
+    separate = [score(batch).values for batch in (ALONE, three)]
+    together = score(iter([ALONE, three])).values
     torch.testing.assert_close(together, (2 * separate[0] + 3 * separate[1]) / 5)
 
 
@@ -393,7 +463,8 @@ def test_a_metric_is_differentiated_as_it_is() -> None:
     model = model_of("gpt2")
 
     def scores(fn: Callable[[Tensor], Tensor]) -> Tensor:
-        return node_attribution(model, Prompts(CLEAN, Metric(fn), CORRUPT)).values.double()
+        pair = Prompts(CLEAN, Metric(fn), CORRUPT)
+        return node_attribution(model, pair, method="detached").values.double()
 
     def probability(logits: Tensor) -> Tensor:
         return logits[:, -1].softmax(-1)[:, 5]
@@ -431,9 +502,9 @@ def test_hooks_of_the_users_take_part() -> None:
         value[..., 7] = 0
         return value
 
-    untouched = node_attribution(model, ALONE)
+    untouched = node_attribution(model, PAIR)
     model.add_hook(neurons, silence)
-    edited = node_attribution(model, ALONE)
+    edited = node_attribution(model, PAIR)
     assert untouched.node(Node("neuron", 1, 7)).score != 0
     assert edited.node(Node("neuron", 1, 7)).score == 0
     expected = model(CLEAN)
@@ -453,9 +524,12 @@ def test_gradient_modes_make_no_difference(mode: Callable) -> None:
         "KL": lambda: Prompts(CLEAN.clone(), kl_divergence(logits.clone()), CORRUPT.clone()),
     }
     for make in makers.values():
-        expected = node_attribution(model, make()).values
+        score = partial(
+            node_attribution, model, method="detached" if make().corrupt is None else "integrated"
+        )
+        expected = score(make()).values
         with mode():
-            found = node_attribution(model, make()).values
+            found = score(make()).values
             assert not torch.is_grad_enabled()
         assert torch.equal(found, expected)
 
@@ -469,6 +543,7 @@ def test_bad_input_is_refused() -> None:
     number = Metric(lambda logits: float(logits.detach().sum()))
     infinite = Metric(lambda logits: logits[:, -1, 0] / 0)
     root = Metric(lambda logits: (logits[:, -1, 0] - logits[:, -1, 0].detach()).sqrt())
+    at_clean = partial(node_attribution, model, method="detached")
     for metric, match in [
         (flat, "constant"),
         (unlinked, "constant"),
@@ -482,17 +557,30 @@ def test_bad_input_is_refused() -> None:
         (logit_difference([[1]] * 2, [[models.D_VOCAB]] * 2), "vocabulary"),
     ]:
         with pytest.raises(lch.InputError, match=match):
-            node_attribution(model, Prompts(CLEAN, metric, CORRUPT))
+            at_clean(Prompts(CLEAN, metric, CORRUPT))
     for tokens, match in [
         (CLEAN + models.D_VOCAB, "vocabulary, 0 to 49"),
         (models.tokens(pos=models.N_CTX + 1), "longer than the model's context"),
         (CLEAN.double(), "integers"),
     ]:
         with pytest.raises(lch.InputError, match=match):
-            node_attribution(model, Prompts(tokens, METRIC))
+            at_clean(Prompts(tokens, METRIC))
     with pytest.raises(lch.InputError, match="no prompts"):
         node_attribution(model, [])
     with pytest.raises(lch.InputError, match="linearization='linear'"):
-        node_attribution(model, PAIR, linearization="linear")  # type: ignore[arg-type]
+        contributions(model, PAIR, linearization="linear")  # type: ignore[arg-type]
+    with pytest.raises(lch.InputError, match="method='best' is not known; there are integrated"):
+        node_attribution(model, PAIR, method="best")
+    with pytest.raises(lch.InputError, match="no corrupt ones. Give twins, or method='detached'"):
+        node_attribution(model, ALONE)
+    for wrong in (
+        {},
+        {"prompt": (1.5,)},
+        {"nodes": (0.0,)},
+        {"nodes": (1.0,)},
+        {"prompt": (1.0,), "linearization": "linear"},
+    ):
+        with pytest.raises(lch.InputError):
+            Method(**wrong)
     with pytest.raises(lch.InputError, match="TransformerBridge"):
         node_attribution(torch.nn.Linear(2, 2), PAIR)  # type: ignore[arg-type]

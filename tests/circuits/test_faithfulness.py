@@ -294,7 +294,7 @@ def test_gaps_set_the_circuit_against_the_model_without_the_same_nodes(
     assert list(found.falls.values()) == [pytest.approx(found.recovered)]
 
 
-@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 def test_the_smallest_circuit_recovers_what_one_node_less_does_not(
     model, prompts: Prompts, scores: NodeScores, curve: Faithfulness, share: float
 ) -> None:
@@ -305,7 +305,7 @@ def test_the_smallest_circuit_recovers_what_one_node_less_does_not(
         return float((kept - curve.empty).mean() / (curve.full - curve.empty).mean())
 
     assert torch.equal(circuit.keep, scores.circuit(len(circuit)).keep)
-    assert f(len(circuit)) >= share
+    assert share <= f(len(circuit)) <= 2 - share
     assert len(circuit) > 1
     assert f(len(circuit) - 1) < share
 
@@ -370,6 +370,7 @@ def test_bad_input_is_refused(model, prompts: Prompts, scores: NodeScores) -> No
     for options, match in [
         ({"nodes": [*circuit.nodes, other]}, rf"\['{other}'\] are not in the circuit"),
         ({"nodes": []}, "at least one"),
+        ({"nodes": 0}, "at least one"),
         ({"n_subsets": 0}, "n_subsets=0"),
         ({"n_random": 0}, "n_random=0"),
         ({"confidence": 0.0}, "confidence=0.0"),
@@ -380,6 +381,11 @@ def test_bad_input_is_refused(model, prompts: Prompts, scores: NodeScores) -> No
         judge(model, prompts, ~scores.circuit(N_NODES))
     with pytest.raises(lch.InputError, match=r"recovered=1.1"):
         smallest_circuit(model, prompts, scores, 1.1)
+    worst_first = replace(scores, values=-scores.values)
+    with pytest.raises(lch.InputError, match="no circuit recovers 90% of the metric: 155 of 156"):
+        smallest_circuit(model, prompts, worst_first, 0.9)
+    with pytest.raises(lch.InputError, match=r"recovers 99.99% to 100.01%|recovers 100% to 100%"):
+        smallest_circuit(model, prompts, scores, 0.9999)
     for run in (faithfulness, smallest_circuit):
         with pytest.raises(lch.InputError, match="Give corrupt twins"):
             run(model, replace(prompts, corrupt=None), scores)

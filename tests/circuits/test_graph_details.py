@@ -99,7 +99,7 @@ def test_heads_show_their_pattern_on_the_clean_prompt(family: str) -> None:
 def test_scores_of_the_task_go_with_their_nodes() -> None:
     model = build("gpt2")
     graph = attribution_graph(model, batch(), max_nodes=40)
-    scores = lch.circuits.node_attribution(model, batch(), ["neuron"])
+    scores = lch.circuits.node_attribution(model, batch(), ["neuron"], method="detached")
     details = node_details(model, batch(), graph, scores)
     assert details.keys() == set(graph)
     for key, data in graph.nodes(data=True):

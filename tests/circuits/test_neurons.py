@@ -185,7 +185,7 @@ def test_at_the_point_itself_targeted_scores_are_those_of_node_attribution(
     ids = models.tokens(batch=2)
     metric = lch.circuits.logit_difference([[1], [2]], [[3], [4]])
     truth = lch.circuits.node_attribution(
-        model, lch.circuits.Prompts(ids, metric), ["neuron"], linearization=linearization
+        model, lch.circuits.Prompts(ids, metric), ["neuron"], method=linearization
     )
     for radius in (0.0, 1e-9):  # By the model's own activations, and in closed form.
         scores = lch.circuits.neuron_attribution(

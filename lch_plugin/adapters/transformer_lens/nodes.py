@@ -109,7 +109,9 @@ def run_edited(
     model: LensModel,
     tokens: Int[Tensor, "batch pos"],
     edits: Mapping[str, Callable[[Tensor], Tensor | None]],
-) -> Float[Tensor, "batch pos d_vocab"]:
+    *,
+    last_only: bool = False,
+) -> Float[Tensor, "batch out d_vocab"]:
     """Logits, from a forward pass in which the values of some hook points are looked at or edited.
 
     Hooks that the user has on the same points come first.
@@ -118,6 +120,8 @@ def run_edited(
         model: TransformerBridge or HookedTransformer.
         tokens: what it reads, on any device.
         edits: by hook name, a function of the value that returns another, or None to leave it.
+        last_only: compute the logits of the last position alone, ``(batch, 1, d_vocab)``. With a
+            large vocabulary that is most of the work saved, and of the memory.
 
     Raises:
         InputError: as `as_tokens`.
@@ -142,6 +146,8 @@ def run_edited(
         for name, point in points.items()
         if isinstance(point, HookPoint)
     ]
+    if last_only:
+        handles.append(model.unembed.register_forward_pre_hook(_last_position))
     try:
         logits: Tensor = model(tokens, return_type="logits")
     finally:
@@ -154,6 +160,11 @@ def run_edited(
             "call reset_saes() first."
         )
     return logits
+
+
+def _last_position(_unembed: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    residual, *others = args
+    return residual[:, -1:], *others
 
 
 def _attention(block: Any, path: str) -> tuple[str, Any]:

@@ -22,7 +22,6 @@ from lch_plugin.adapters.transformer_lens import (
     as_tokens,
     check_token_ids,
     locate_mlps,
-    run_edited,
 )
 from lch_plugin.circuits.metrics import logit_difference
 from lch_plugin.circuits.nodes import Circuit, Node
@@ -96,7 +95,7 @@ class Ablation:
                     for point in self.points
                     if point.name in masks
                 }
-                logits = run_edited(self._model, batch.clean, edits)
+                logits = batch.run(self._model, edits)
                 found.append(batch.measure(logits).double().cpu())
         return torch.cat(found)
 

@@ -277,7 +277,7 @@ def judge(
     circuit: Circuit,
     *,
     reference: Reference = "resample",
-    nodes: Sequence[Node] | None = None,
+    nodes: Sequence[Node] | int = 20,
     n_subsets: int = 10,
     n_random: int = 10,
     n_bootstrap: int = 1000,
@@ -289,8 +289,8 @@ def judge(
     Args:
         model, prompts, reference: as `faithfulness`.
         circuit: which.
-        nodes: those to take out of it one at a time, one forward pass of all prompts each; all of
-            its nodes if None.
+        nodes: those to take out of it one at a time, one forward pass of all prompts each; or how
+            many of its nodes, drawn at random.
         n_subsets: random subsets of the circuit to take out of it, and of the model.
         n_random, n_bootstrap, confidence, generator: as `faithfulness`.
 
@@ -303,7 +303,11 @@ def judge(
     if not len(circuit):
         raise InputError("the circuit is empty: there is nothing to judge.")
     members = circuit.nodes
-    tested = members if nodes is None else list(nodes)
+    if isinstance(nodes, int):
+        drawn = torch.randperm(len(members), generator=generator)[: max(0, nodes)]
+        tested = [members[i] for i in drawn.sort().values.tolist()]
+    else:
+        tested = list(nodes)
     outside = [str(node) for node in tested if node not in set(members)]
     if outside or not tested:
         raise InputError(f"nodes {outside} are not in the circuit; give at least one that is.")
@@ -357,30 +361,37 @@ def smallest_circuit(
     reference: Reference = "resample",
     by: Literal["score", "magnitude"] = "score",
 ) -> Circuit:
-    """The fewest highest-scoring nodes found to recover a share of the metric.
+    """The fewest highest-scoring nodes found to recover a share of the metric, and not far more.
 
     Sizes are doubled from one node until f reaches the share, and the last step is bisected: about
     ``2 log2(size)`` forward passes. The circuit that comes out recovers the share and, unless it is
     a single node, the one with a node less does not; since f need not grow with size, a smaller
-    size between those tried might.
+    size between those tried might. It recovers no more than ``2 - recovered``, as far above 1 as
+    the share is below: a circuit without the nodes that work against the metric may do several
+    times what the model does, and is then no more true of it than one that does a fraction.
 
     Args:
-        model, prompts, scores, reference, by: as `faithfulness`.
-        recovered: the share of the metric, above 0 and up to 1.
+        model, prompts, scores, reference, by: as `faithfulness`. What a circuit recovers of prompts
+            that its nodes were scored on is more than it does of others: give others.
+        recovered: the share of the metric, above 0 and below 1.
 
     Raises:
-        InputError, SiteError: as `faithfulness`.
+        InputError: no circuit recovers that share and no more than its mirror above 1; or as
+            `faithfulness`.
+        SiteError: as `faithfulness`.
     """
-    if not 0 < recovered <= 1:
-        raise InputError(f"recovered={recovered} must be above 0 and at most 1.")
+    if not 0 < recovered < 1:
+        raise InputError(f"recovered={recovered} must lie between 0 and 1, as 0.8 does.")
     ablation = Ablation(model, prompts, scores.points, reference)
     scale = _Scale.of(ablation)
     n_nodes = len(scores.values)
+    tried = {0: 0.0, n_nodes: 1.0}  # All nodes recover all of it, but for rounding.
 
     def enough(size: int) -> bool:
-        # All nodes recover all of it, but for rounding.
-        circuit = scores.circuit(size, by=by)
-        return size == n_nodes or float(scale.recovered(ablation.metric(circuit))) >= recovered
+        if size not in tried:
+            kept = ablation.metric(scores.circuit(size, by=by))
+            tried[size] = float(scale.recovered(kept))
+        return tried[size] >= recovered
 
     low, high = 0, 1
     while not enough(high):
@@ -388,6 +399,18 @@ def smallest_circuit(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
+    if high == n_nodes:
+        raise InputError(
+            f"no circuit recovers {recovered:.0%} of the metric: {low} of {n_nodes} nodes recover "
+            f"{tried[low]:.0%}, and all of them are the model. Score nodes by another method or on "
+            "more prompts, or ask for less."
+        )
+    if tried[high] > 2 - recovered:
+        raise InputError(
+            f"no circuit recovers {recovered:.0%} to {2 - recovered:.0%} of the metric: {low} nodes "
+            f"recover {tried[low]:.0%} and {high} nodes {tried[high]:.0%}. Ask for less, or choose "
+            "the number of nodes."
+        )
     return scores.circuit(high, by=by)
 
 

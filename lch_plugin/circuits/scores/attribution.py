@@ -7,25 +7,37 @@ place, and to the span's affine expert that is worth exactly::
 
     score = g . (activation - reference)
 
-in units of the metric: positive if removing the node lowers it. One forward and one backward pass
-give it for every node.
+in units of the metric: positive if removing the node lowers it. One backward pass gives it for
+every node.
 
-Exactly, where the metric is linear in the logits, as `lch_plugin.circuits.logit_difference` is: the
-score is then what removing the node takes from the metric of the frozen model. Of any other metric
-``g`` is the gradient at the logits of the clean prompt, and the score its change to first order.
+An expert is that of one place. A circuit leaves nearly all nodes at their values on the corrupt
+prompt, far from the clean prompt, where the metric is saturated and attention looks elsewhere. So
+the scores that find circuits (`Method`) are means over places on two ways from corrupt to clean:
+
+- of the *prompt*: the token embeddings are moved, and what follows is what the model makes of them
+  (integrated gradients; at nodes, Hanna et al., arXiv 2403.17806);
+- of the *nodes*: the prompt is clean, and every node holds a share ``t`` of what it computes and
+  ``1 - t`` of what it held on the corrupt prompt. That is the model in which a circuit is judged,
+  with all nodes kept in part. The score is the derivative of the metric in the share of the node,
+  ``g . (computed - reference)``; their integral over ``t`` is what all nodes together recover.
 
 Which expert the span is, is the choice of ``linearization``: ``"detached"`` holds attention
 patterns, norm scales and the gates of activations at their values (`lch_plugin.linearization`), so
 the scores of all sources add up to a linear metric, and nothing is lost where activations saturate;
-``"jacobian"`` is the gradient. With the Jacobian, and the corrupt prompt for reference, this is
-attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348); the detached gradient is close to
-relevance patching (Jafari et al., arXiv 2508.21258).
+``"jacobian"`` is the gradient. At the clean prompt, with the Jacobian and a corrupt prompt for
+reference, this is attribution patching (Nanda 2023; Syed et al., arXiv 2310.10348); the detached
+gradient is close to relevance patching (Jafari et al., arXiv 2508.21258).
+
+At one place, and of a metric that is linear in the logits, as
+`lch_plugin.circuits.logit_difference` is, a detached score is exactly what removing the node takes
+from the metric of the frozen model. Of any other metric ``g`` is the gradient at the logits there,
+and the score its change to first order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -82,50 +94,116 @@ class Contributions:
     embeddings: Float[Tensor, "batch pos"]
 
 
+def _check(linearization: str) -> None:
+    if linearization not in get_args(Linearization):
+        raise InputError(
+            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where the experts are taken whose mean a score is, and what they hold fixed.
+
+    Attributes:
+        prompt: shares of the way from the corrupt to the clean prompt, in the token embeddings;
+            1 is the clean prompt as it is.
+        nodes: shares of the way of all nodes, from their values on the corrupt prompt to those that
+            they compute, above 0 and below 1, on the clean prompt.
+        linearization: of everything between a node and the metric: ``"detached"`` or
+            ``"jacobian"``.
+        through_patterns: count what a node does through the attention patterns of later heads
+            (their QK paths), and not through their OV paths alone. The Jacobian always does.
+
+    Raises:
+        InputError: no place at all, a share out of range, or an unknown linearization.
+    """
+
+    prompt: tuple[float, ...] = ()
+    nodes: tuple[float, ...] = ()
+    linearization: Linearization = "jacobian"
+    through_patterns: bool = False
+
+    def __post_init__(self) -> None:
+        if not (
+            self.prompt + self.nodes
+            and all(0 <= t <= 1 for t in self.prompt)
+            and all(0 < t < 1 for t in self.nodes)
+        ):
+            raise InputError(
+                f"{self}: give at least one share of the way from corrupt to clean, of the prompt "
+                "between 0 and 1, or of the nodes between 0 and 1, both ends left out."
+            )
+        _check(self.linearization)
+
+    @property
+    def needs_twins(self) -> bool:
+        """Whether it walks from a corrupt prompt, and does not stay at the clean one."""
+        return bool(self.nodes) or self.prompt != CLEAN
+
+
+#: The clean prompt alone.
+CLEAN = (1.0,)
+#: Ways to score nodes, by name.
+METHODS: Mapping[str, Method] = {
+    "integrated": Method(prompt=(0.3, 0.5, 0.7), nodes=(0.75,)),
+    "blended": Method(nodes=(0.75,)),
+    "jacobian": Method(prompt=CLEAN),
+    "detached": Method(prompt=CLEAN, linearization="detached"),
+    "patterns": Method(prompt=CLEAN, linearization="detached", through_patterns=True),
+}
+
+
 @without_autocast()
 def node_attribution(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
     kinds: Sequence[NodeKind] = ("head", "neuron"),
     *,
-    linearization: Linearization = "detached",
-    through_patterns: bool = False,
+    method: str | Method = "integrated",
 ) -> NodeScores:
     """Score every node: what removing it at all positions takes from the metric.
-
-    One forward and one backward pass a batch, and a forward pass of its corrupt twin.
 
     Args:
         model: TransformerBridge or HookedTransformer.
         prompts: with corrupt twins, a node's activations are compared with those of the twin;
-            without, with zero.
+            without, with zero, and only a method that stays at the clean prompt can be used.
         kinds: heads, and neurons or whole MLPs.
-        linearization: of everything between a node and the metric: ``"detached"`` or
-            ``"jacobian"``.
-        through_patterns: count what a node does through the attention patterns of later heads
-            (their QK paths), and not through their OV paths alone. The Jacobian always does.
+        method: one of `METHODS`, or a `Method` of your own. One forward and one backward pass a
+            batch for each of its places, and a forward pass of the corrupt twin, and of the clean
+            prompt where none of the places is that:
+
+            - ``"integrated"``: four places; the circuits that are truest of real models.
+            - ``"blended"``: the one place of the four that does best by itself.
+            - ``"jacobian"``: attribution patching at the clean prompt.
+            - ``"detached"``: with everything but the residual stream held fixed; what adds up to
+              the metric, and what `lch_plugin.circuits.attribution_graph` draws.
+            - ``"patterns"``: the same, with attention patterns free.
 
     Returns:
-        Scores, averaged over prompts and summed over positions, in units of the metric: exact for
-        the frozen model where the metric is linear in the logits, else to first order.
+        Scores, averaged over prompts and summed over positions, in units of the metric.
 
     Raises:
-        InputError: no prompts, tokens the model cannot read, an unknown linearization, a metric
-            that gives anything but one finite number a prompt, or one that is constant or has a
-            gradient that is not finite.
+        InputError: no prompts, tokens the model cannot read, an unknown method, one that walks from
+            a corrupt prompt where there is none, a metric that gives anything but one finite number
+            a prompt, or one that is constant or has a gradient that is not finite.
         SiteError: as `node_points`.
+
+    Example:
+        >>> import lch_plugin as lch
+        >>> from lch_plugin import circuits
+        >>> model = lch.load_demo_model()
+        >>> prompts = circuits.task(model, "an", 8)
+        >>> scores = circuits.node_attribution(model, prompts, method="detached")
+        >>> len(scores.top(3))
+        3
     """
     points = node_points(model, kinds)
+    chosen = _method(method)
 
     def score(batch: Prompts) -> Tensor:
-        found = contributions(
-            model,
-            batch,
-            points,
-            linearization=linearization,
-            through_patterns=through_patterns,
-        )
-        return torch.cat([found.nodes[p.name].double().sum((0, 1)) for p in points])
+        worth = _worth_of_nodes(model, batch, points, chosen)
+        return torch.cat([worth[p.name].double().sum((0, 1)) for p in points])
 
     return _mean_scores(points, prompts, score)
 
@@ -141,14 +219,14 @@ def pattern_attribution(
 
     With ``A`` the pattern, ``A_ref`` that of the corrupt twin and ``g`` the gradient of the metric
     in ``A`` with the values of the clean prompt, the score is ``g . (A - A_ref)``. It is the part
-    of the head's score in `node_attribution` that its QK path accounts for; the rest, its values
-    under the twin's pattern, is its OV path's. Without twins the reference is zero, and the score
-    is that of the head.
+    of the head's score at the clean prompt (`contributions`) that its QK path accounts for; the
+    rest, its values under the twin's pattern, is its OV path's. Without twins the reference is
+    zero, and the score is that of the head.
 
     Args:
         model, prompts: as `node_attribution`.
-        linearization: of everything between a pattern and the metric; ``"detached"`` holds the
-            patterns of later heads at their values.
+        linearization: of everything between a pattern and the metric, at the clean prompt;
+            ``"detached"`` holds the patterns of later heads at their values.
 
     Returns:
         Scores of the heads, averaged over prompts, in units of the metric.
@@ -180,12 +258,16 @@ def contributions(
     linearization: Linearization = "detached",
     through_patterns: bool = False,
 ) -> Contributions:
-    """What each node does for the metric, position by position, and each token embedding.
+    """What each node does for the metric at the clean prompt, by position, and each embedding.
+
+    Summed over positions and averaged over prompts, these are the scores of `node_attribution` by
+    the methods of one place: ``"detached"``, ``"patterns"`` and ``"jacobian"``.
 
     Args:
-        model, linearization, through_patterns: as `node_attribution`.
+        model: TransformerBridge or HookedTransformer.
         batch: prompts of one length.
         points: where the nodes are; all heads and neurons if None.
+        linearization, through_patterns: as `Method`, at the clean prompt.
 
     Raises:
         InputError, SiteError: as `node_attribution`.
@@ -213,34 +295,41 @@ def metric_gradients(
     linearization: Linearization = "jacobian",
     through_patterns: bool = False,
     leaves: Sequence[str] = (),
+    moved: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Gradients:
     """The targeted cotangents: gradients of the metric in what passes some hook points.
 
     Args:
         model, batch: as `node_attribution`.
         names: of the hook points.
-        linearization, through_patterns: as `node_attribution`.
+        linearization, through_patterns: as `Method`.
         leaves: hook points, some of ``names``, that no gradient passes on its way back.
+        moved: by hook name, linear functions of the value there, whose result takes its place; the
+            activations and gradients of these points are those of the result.
 
     Raises:
         InputError: as `node_attribution`.
         SiteError: a hook point did not fire.
     """
-    if linearization not in get_args(Linearization):
-        raise InputError(
-            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
-        )
-    embed = embedding_name(model)
+    _check(linearization)
+    embed, moved = embedding_name(model), moved or {}
     mode = DetachedMode(through_patterns=through_patterns) if linearization == "detached" else None
     seen: dict[str, Tensor] = {}
 
+    def move(name: str, value: Tensor) -> Tensor:
+        if name not in moved:
+            return value
+        with nullcontext() if mode is None else mode.paused():
+            value = moved[name](value)
+        return value if mode is None else mode.follow(value)
+
     def start(name: str, value: Tensor) -> Tensor:
-        value = value.detach().requires_grad_()
+        value = move(name, value).detach().requires_grad_()
         seen[name] = value if mode is None else mode.follow(value)
         return value
 
     def capture(name: str, value: Tensor) -> Tensor:
-        seen[name] = value
+        seen[name] = value = move(name, value)
         return value  # A bridge may have shown us a view: what we return is what goes on.
 
     edits: dict[str, Callable[[Tensor], Tensor | None]] = {
@@ -249,7 +338,7 @@ def metric_gradients(
     edits[embed] = partial(start, embed)
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         with nullcontext() if mode is None else mode:
-            logits = run_edited(model, batch.clean, edits)
+            logits = batch.run(model, edits)
         # Outside: the metric is differentiated as it is, and not a part of the model to detach.
         metric = batch.measure(logits)
         if not metric.requires_grad:
@@ -314,6 +403,71 @@ def _worth(
         reference = activations(model, batch.corrupt, list(difference))
         difference = {name: a - reference[name] for name, a in difference.items()}
     return {name: a * found.gradients[name] for name, a in difference.items()}
+
+
+def _worth_of_nodes(
+    model: LensModel, batch: Prompts, points: Sequence[NodePoint], method: Method
+) -> dict[str, Float[Tensor, "batch pos node"]]:
+    """By hook name, what the nodes are worth: the mean over the places of a method."""
+    if not method.needs_twins:
+        found = contributions(
+            model,
+            batch,
+            points,
+            linearization=method.linearization,
+            through_patterns=method.through_patterns,
+        )
+        return found.nodes
+    if batch.corrupt is None:
+        raise InputError(
+            "the scores are means over the way from corrupt prompts to clean ones, and there are "
+            "no corrupt ones. Give twins, or method='detached'."
+        )
+    embed, names = embedding_name(model), [point.name for point in points]
+    reference = activations(model, batch.corrupt, [embed, *names])
+    clean = activations(model, batch.clean, [embed, *names]) if method.prompt else {}
+    total: dict[str, Tensor] = {}
+
+    def add(share: float, walkers: Sequence[str]) -> None:
+        moved = {name: partial(_between, reference[name], share) for name in walkers}
+        found = metric_gradients(
+            model,
+            batch,
+            names,
+            linearization=method.linearization,
+            through_patterns=method.through_patterns,
+            moved=moved,
+        )
+        for point in points:
+            name = point.name
+            # A node on its way is at share * (computed - reference) from the reference.
+            step = (
+                (found.activations[name] - reference[name]) / share
+                if name in moved
+                else clean[name] - reference[name]
+            )
+            worth = point.split(step * found.gradients[name]).sum(-1)
+            total[name] = total.get(name, 0) + worth / len(method.prompt + method.nodes)
+
+    for share in method.prompt:
+        add(share, [embed])
+    for share in method.nodes:
+        add(share, names)
+    return total
+
+
+def _between(start: Tensor, share: float, end: Tensor) -> Tensor:
+    """A share of the way from one value to another."""
+    start = start.to(end)
+    return start + share * (end - start)
+
+
+def _method(method: str | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is not known; there are {', '.join(METHODS)}.")
+    return METHODS[method]
 
 
 def _wide(value: Tensor) -> Tensor:
