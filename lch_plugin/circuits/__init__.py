@@ -18,6 +18,7 @@ from lch_plugin.circuits.evaluation.faithfulness import (
     judge,
     smallest_circuit,
 )
+from lch_plugin.circuits.evaluation.masks import learn_masks
 from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, load_graph, prune, save_graph
 from lch_plugin.circuits.metrics import (
@@ -67,6 +68,7 @@ __all__ = [
     "feature_attribution",
     "judge",
     "kl_divergence",
+    "learn_masks",
     "load_graph",
     "log_odds",
     "log_probability",

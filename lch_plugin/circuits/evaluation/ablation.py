@@ -41,6 +41,11 @@ class Ablation:
 
     The activations they are replaced by are computed once, for any number of circuits.
 
+    Attributes:
+        batches: of prompts.
+        values: for each batch, by hook name, what is put there; nothing where that is zero.
+        points, reference: as given.
+
     Args:
         model: TransformerBridge or HookedTransformer.
         prompts: in batches of one length.
@@ -62,19 +67,19 @@ class Ablation:
         reference: Reference = "resample",
     ) -> None:
         self._model = model
-        self._batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
-        if not sum(map(len, self._batches)):
+        self.batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+        if not sum(map(len, self.batches)):
             raise InputError("there are no prompts to run a circuit on.")
         if reference not in _REFERENCES:
             raise InputError(f"reference={reference!r} must be one of {_REFERENCES}.")
-        if reference == "resample" and any(b.corrupt is None for b in self._batches):
+        if reference == "resample" and any(b.corrupt is None for b in self.batches):
             raise InputError(
                 "reference='resample' replaces activations by those on corrupt prompts, and there "
                 "are none. Give corrupt twins, or take 'mean' or 'zero'."
             )
         self.points = points
         self.reference = reference
-        self._values = self._of_reference()
+        self.values = self._of_reference()
 
     def metric(self, circuit: Circuit) -> Float[Tensor, " prompt"]:
         """The metric of each prompt, every node outside the circuit replaced; on the CPU.
@@ -89,7 +94,7 @@ class Ablation:
         masks = {name: keep for name, keep in circuit.masks().items() if not bool(keep.all())}
         found = []
         with evaluating(self._model), torch.no_grad():
-            for batch, values in zip(self._batches, self._values, strict=True):
+            for batch, values in zip(self.batches, self.values, strict=True):
                 edits = {
                     point.name: partial(_replace, point, masks[point.name], values.get(point.name))
                     for point in self.points
@@ -107,8 +112,8 @@ class Ablation:
         """For each batch, what is put at each hook point; nothing where that is zero."""
         names = [point.name for point in self.points]
         if self.reference == "zero":
-            return [{} for _ in self._batches]
-        twins = [b.clean if b.corrupt is None else b.corrupt for b in self._batches]
+            return [{} for _ in self.batches]
+        twins = [b.clean if b.corrupt is None else b.corrupt for b in self.batches]
         if self.reference == "resample":
             return [activations(self._model, twin, names) for twin in twins]
         total: dict[str, Tensor] = {}
@@ -117,7 +122,7 @@ class Ablation:
                 total[name] = total.get(name, 0) + value.sum((0, 1), keepdim=True)
         n_positions = sum(twin.numel() for twin in twins)
         mean = {name: value / n_positions for name, value in total.items()}
-        return [mean for _ in self._batches]
+        return [mean for _ in self.batches]
 
 
 @without_autocast()

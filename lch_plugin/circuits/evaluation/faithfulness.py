@@ -239,7 +239,7 @@ def faithfulness(
     _check_counts(n_random=n_random, n_bootstrap=n_bootstrap)
     _check_confidence(confidence)
     ablation = Ablation(model, prompts, scores.points, reference)
-    scale = _Scale.of(ablation)
+    scale = Scale.of(ablation)
     n_nodes = len(scores.values)
     counts = [size_of(share, n_nodes) for share in shares]
     circuits = {count: scores.circuit(count, by=by) for count in counts}
@@ -312,7 +312,7 @@ def judge(
     if outside or not tested:
         raise InputError(f"nodes {outside} are not in the circuit; give at least one that is.")
     ablation = Ablation(model, prompts, circuit.points, reference)
-    scale = _Scale.of(ablation)
+    scale = Scale.of(ablation)
     kept, rest = ablation.metric(circuit), ablation.metric(~circuit)
     both = torch.stack([kept, rest])
     recovered, rest_recovered = scale.recovered(both).tolist()
@@ -383,7 +383,7 @@ def smallest_circuit(
     if not 0 < recovered < 1:
         raise InputError(f"recovered={recovered} must lie between 0 and 1, as 0.8 does.")
     ablation = Ablation(model, prompts, scores.points, reference)
-    scale = _Scale.of(ablation)
+    scale = Scale.of(ablation)
     n_nodes = len(scores.values)
     tried = {0: 0.0, n_nodes: 1.0}  # All nodes recover all of it, but for rounding.
 
@@ -407,9 +407,9 @@ def smallest_circuit(
         )
     if tried[high] > 2 - recovered:
         raise InputError(
-            f"no circuit recovers {recovered:.0%} to {2 - recovered:.0%} of the metric: {low} nodes "
-            f"recover {tried[low]:.0%} and {high} nodes {tried[high]:.0%}. Ask for less, or choose "
-            "the number of nodes."
+            f"no circuit recovers {recovered:.0%} to {2 - recovered:.0%}: {low} nodes recover "
+            f"{tried[low]:.0%} of the metric, and {high} nodes {tried[high]:.0%}. Ask for less, or "
+            "choose the number of nodes."
         )
     return scores.circuit(high, by=by)
 
@@ -435,14 +435,14 @@ def cmd(shares: Sequence[float], recovered: Float[Tensor, "*n size"]) -> Float[T
 
 
 @dataclass(frozen=True, eq=False)
-class _Scale:
-    """The metric with all nodes and with none: what f is 1 and 0 at."""
+class Scale:
+    """The metric of each prompt with all nodes and with none: what f is 1 and 0 at."""
 
     full: Float[Tensor, " prompt"]
     empty: Float[Tensor, " prompt"]
 
     @classmethod
-    def of(cls, ablation: Ablation) -> _Scale:
+    def of(cls, ablation: Ablation) -> Scale:
         everything = ablation.everything()
         scale = cls(ablation.metric(everything), ablation.metric(~everything))
         full, empty = float(scale.full.mean()), float(scale.empty.mean())

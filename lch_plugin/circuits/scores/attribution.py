@@ -425,35 +425,87 @@ def _worth_of_nodes(
         )
     embed, names = embedding_name(model), [point.name for point in points]
     reference = activations(model, batch.corrupt, [embed, *names])
-    clean = activations(model, batch.clean, [embed, *names]) if method.prompt else {}
-    total: dict[str, Tensor] = {}
-
-    def add(share: float, walkers: Sequence[str]) -> None:
-        moved = {name: partial(_between, reference[name], share) for name in walkers}
-        found = metric_gradients(
+    worths = [
+        kept_gradients(model, batch, points, reference, dict.fromkeys(names, share), method).nodes
+        for share in method.nodes
+    ]
+    clean = activations(model, batch.clean, names) if method.prompt else {}
+    for share in method.prompt:
+        moved = metric_gradients(
             model,
             batch,
             names,
             linearization=method.linearization,
             through_patterns=method.through_patterns,
-            moved=moved,
+            moved={embed: partial(_between, reference[embed], share)},
         )
+        worth = {}
         for point in points:
-            name = point.name
-            # A node on its way is at share * (computed - reference) from the reference.
-            step = (
-                (found.activations[name] - reference[name]) / share
-                if name in moved
-                else clean[name] - reference[name]
-            )
-            worth = point.split(step * found.gradients[name]).sum(-1)
-            total[name] = total.get(name, 0) + worth / len(method.prompt + method.nodes)
+            step = clean[point.name] - reference[point.name]
+            worth[point.name] = point.split(step * moved.gradients[point.name]).sum(-1)
+        worths.append(worth)
+    return {name: torch.stack([worth[name] for worth in worths]).mean(0) for name in names}
 
-    for share in method.prompt:
-        add(share, [embed])
-    for share in method.nodes:
-        add(share, names)
-    return total
+
+@dataclass(frozen=True, eq=False)
+class KeptGradients:
+    """A model in which nodes are kept in part, and what keeping more of each would do.
+
+    Attributes:
+        metric: of each prompt.
+        nodes: by hook name, the derivative of the metric in the share of each node that is kept,
+            by position.
+    """
+
+    metric: Float[Tensor, " batch"]
+    nodes: dict[str, Float[Tensor, "batch pos node"]]
+
+
+def kept_gradients(
+    model: LensModel,
+    batch: Prompts,
+    points: Sequence[NodePoint],
+    reference: Mapping[str, Float[Tensor, "#batch #pos *rest"]],
+    shares: Mapping[str, float | Float[Tensor, " node"]],
+    method: Method,
+) -> KeptGradients:
+    """The metric with nodes kept in part, and its derivatives in the shares.
+
+    A node holds ``reference + share * (computed - reference)``.
+
+    Args:
+        model, batch: as `node_attribution`.
+        points: where the nodes are.
+        reference: by hook name, what a node holds of which nothing is kept; zero if not given.
+        shares: by hook name, of each node, between 0 and 1, both included.
+        method: whose linearization it is.
+
+    Raises:
+        InputError, SiteError: as `node_attribution`.
+    """
+    steps: dict[str, Tensor] = {}
+
+    def blend(point: NodePoint, value: Tensor) -> Tensor:
+        own = point.split(value)
+        found = reference.get(point.name)
+        other = own.new_zeros(()) if found is None else point.split(found.to(own))
+        share = torch.as_tensor(shares[point.name]).to(own).expand(point.n_nodes)
+        steps[point.name] = _wide((own - other).detach())
+        return (other + share[:, None] * (own - other)).reshape(value.shape)
+
+    moved = metric_gradients(
+        model,
+        batch,
+        [point.name for point in points],
+        linearization=method.linearization,
+        through_patterns=method.through_patterns,
+        moved={point.name: partial(blend, point) for point in points},
+    )
+    nodes = {
+        point.name: (steps[point.name] * point.split(moved.gradients[point.name])).sum(-1)
+        for point in points
+    }
+    return KeptGradients(moved.metric, nodes)
 
 
 def _between(start: Tensor, share: float, end: Tensor) -> Tensor:
