@@ -16,7 +16,7 @@ points on the model rather than on the block (`lch_plugin.Site`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -203,6 +203,52 @@ class Metric:
                 "sequence, shape (batch,), or one for all."
             )
         return value.sum()
+
+    def of_rows(self, rows: Sequence[int], n: int) -> Metric:
+        """The metric of some sequences of a batch of ``n`` that this one was made for.
+
+        Args:
+            rows: which of them, in the order in which their logits will come.
+            n: sequences in the whole batch.
+        """
+        index = torch.tensor(rows)
+
+        def of_some(logits: Float[Tensor, "rows pos d_vocab"]) -> Float[Tensor, " rows"]:
+            # The function knows the sequences by their places. Those that are not here get logits
+            # of one that is, so that nothing is infinite, and their values are not looked at.
+            source = torch.zeros(n, dtype=torch.long)
+            source[index] = torch.arange(len(index))
+            return self._each(logits[source.to(logits.device)], n)[index.to(logits.device)]
+
+        return Metric(of_some, self.name, self.position)
+
+    def beside(self, other: Metric, n: int) -> Metric:
+        """The metric of ``n`` sequences by this one, and of those after them by another.
+
+        Raises:
+            InputError: the other has another name or position.
+        """
+        if (self.name, self.position) != (other.name, other.position):
+            raise InputError(
+                f"metric {self.name!r} at position {self.position} and metric {other.name!r} at "
+                f"position {other.position} are not one: they cannot be measured in one batch."
+            )
+
+        def of_both(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+            first, rest = logits[:n], logits[n:]
+            return torch.cat([self._each(first, n), other._each(rest, len(rest))])
+
+        return Metric(of_both, self.name, self.position)
+
+    def _each(self, logits: Tensor, n: int) -> Tensor:
+        value = self.fn(logits)
+        if not isinstance(value, Tensor) or value.shape != (n,):
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"metric {self.name!r} gave {found} for {n} sequences; it has to give one number "
+                f"for each, shape ({n},), to be taken apart or put together."
+            )
+        return value
 
 
 def logit_difference(answer: int, foil: int, position: int = -1) -> Metric:

@@ -28,7 +28,8 @@ from lch_plugin.circuits.metrics import (
     logit_difference,
 )
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores, ScoredNode
-from lch_plugin.circuits.prompts import Prompts, prompts
+from lch_plugin.circuits.prompt_files import read_prompts
+from lch_plugin.circuits.prompts import Prompts, prompts, solved
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import write_graph_page
 from lch_plugin.circuits.scores.attribution import (
@@ -42,7 +43,7 @@ from lch_plugin.circuits.scores.attribution import (
 from lch_plugin.circuits.scores.features import FeatureScores, feature_attribution
 from lch_plugin.circuits.scores.neurons import Neuron, NeuronAttribution, neuron_attribution
 from lch_plugin.circuits.scores.stability import Stability, stability
-from lch_plugin.circuits.tasks import TASKS, task
+from lch_plugin.circuits.tasks import TASKS, TemplateReport, task, task_templates
 
 __all__ = [
     "METHODS",
@@ -61,6 +62,7 @@ __all__ = [
     "Prompts",
     "ScoredNode",
     "Stability",
+    "TemplateReport",
     "ablation_check",
     "attribution_graph",
     "contributions",
@@ -79,11 +81,14 @@ __all__ = [
     "pattern_attribution",
     "prompts",
     "prune",
+    "read_prompts",
     "run_circuit",
     "save_graph",
     "save_mib",
     "smallest_circuit",
+    "solved",
     "stability",
     "task",
+    "task_templates",
     "write_graph_page",
 ]

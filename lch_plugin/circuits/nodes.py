@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from html import escape
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -18,8 +21,11 @@ from lch_plugin.adapters.transformer_lens import NodeKind, NodePoint
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.sites import integers
 
+# Columns that make up a node, and how many nodes a notebook shows.
+_PLACE, _N_SHOWN = ("kind", "layer", "index"), 20
 
-@dataclass(frozen=True, order=True)
+
+@dataclass(frozen=True, order=True, repr=False)
 class Node:
     """A node: head or neuron ``index`` of a layer, or its MLP (index 0)."""
 
@@ -31,8 +37,11 @@ class Node:
         names = {"head": "a{0.layer}.h{0.index}", "neuron": "m{0.layer}.n{0.index}"}
         return names.get(self.kind, "m{0.layer}").format(self)
 
+    def __repr__(self) -> str:
+        return str(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class ScoredNode:
     """A node, its score, and its place among those of its kind.
 
@@ -48,8 +57,11 @@ class ScoredNode:
     rank: int
     percentile: float
 
+    def __repr__(self) -> str:
+        return f"{self.node} {self.score:+.3g} (rank {self.rank})"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class NodeScores:
     """A score for every node.
 
@@ -79,13 +91,14 @@ class NodeScores:
         Raises:
             SiteError: it was not scored.
         """
-        layer = self.of(node.kind, node.layer)
-        if not 0 <= node.index < len(layer):
-            raise SiteError(f"{node}: indices are 0 to {len(layer) - 1}.")
-        score = layer[node.index]
-        parts = _parts(self.points, self.values)
-        peers = torch.cat([part for point, part in parts if point.kind == node.kind])
-        return ScoredNode(node, float(score), *place(score, peers))
+        start = 0
+        for point in self.points:
+            if (point.kind, point.layer) == (node.kind, node.layer):
+                if not 0 <= node.index < point.n_nodes:
+                    raise SiteError(f"{node}: indices are 0 to {point.n_nodes - 1}.")
+                return self._scored(start + node.index)
+            start += point.n_nodes
+        raise SiteError(f"there are no scores of kind {node.kind!r} at layer {node.layer}.")
 
     def top(
         self, n: int, *, kind: NodeKind | None = None, by: Literal["score", "magnitude"] = "score"
@@ -95,10 +108,52 @@ class NodeScores:
         Raises:
             InputError: another ``by``.
         """
-        nodes = list(all_nodes(self.points))
-        order = self._order(by).tolist()
-        wanted = [nodes[i] for i in order if kind in (None, nodes[i].kind)]
-        return [self.node(node) for node in wanted[:n]]
+        order = self._order(by).numpy()
+        if kind is not None:
+            order = order[self._table["kind"].to_numpy()[order] == kind]
+        return [self._scored(place) for place in order[:n].tolist()]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """All nodes, highest first: node, kind, layer, index, score, rank and percentile.
+
+        Rank and percentile, in percent, are among the nodes of a kind, as in `ScoredNode`.
+        """
+        table = self._table.iloc[self._order("score").numpy()].reset_index(drop=True)
+        names = [str(Node(*row)) for row in zip(*(table[c] for c in _PLACE), strict=True)]
+        table.insert(0, "node", names)
+        return table
+
+    def __repr__(self) -> str:
+        named = ", ".join(f"{one.node} {one.score:+.3g}" for one in self.top(3))
+        return f"NodeScores({_counted(self.points)}; highest {named})"
+
+    def _repr_html_(self) -> str:
+        table = (
+            self.to_dataframe().head(_N_SHOWN).to_html(index=False, float_format="{:+.4g}".format)
+        )
+        return f"<p>The highest of {escape(_counted(self.points))}:</p>{table}"
+
+    def _scored(self, place: int) -> ScoredNode:
+        row = self._table.iloc[place]
+        node = Node(row["kind"], int(row["layer"]), int(row["index"]))
+        return ScoredNode(node, float(row["score"]), int(row["rank"]), float(row["percentile"]))
+
+    @cached_property
+    def _table(self) -> pd.DataFrame:
+        """All nodes in their order, each among the nodes of its kind."""
+        table = pd.DataFrame(
+            {
+                "kind": [p.kind for p in self.points for _ in range(p.n_nodes)],
+                "layer": [p.layer for p in self.points for _ in range(p.n_nodes)],
+                "index": [i for p in self.points for i in range(p.n_nodes)],
+                "score": self.values.cpu().double().numpy(),
+            }
+        )
+        peers = table.groupby("kind", sort=False)["score"]
+        table["rank"] = peers.rank(method="min", ascending=False).astype(int)
+        lower = peers.rank(method="min", ascending=True) - 1
+        table["percentile"] = 100 * lower / peers.transform("size")
+        return table
 
     def circuit(self, size: int, *, by: Literal["score", "magnitude"] = "score") -> Circuit:
         """The circuit of the ``size`` nodes that score highest, or of largest magnitude.
@@ -120,7 +175,7 @@ class NodeScores:
         return keys[by].cpu().argsort(descending=True, stable=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Circuit:
     """Some of the nodes of a model.
 
@@ -131,6 +186,16 @@ class Circuit:
 
     points: tuple[NodePoint, ...]
     keep: Bool[Tensor, " node"]
+
+    def __repr__(self) -> str:
+        return f"Circuit({len(self):,} of {_counted(self.points)}, {self.share:.2%})"
+
+    def _repr_html_(self) -> str:
+        layers = pd.DataFrame(
+            [(p.layer, p.kind, int(kept.sum())) for p, kept in _parts(self.points, self.keep)],
+            columns=["layer", "kind", "kept"],
+        ).pivot(index="layer", columns="kind", values="kept")
+        return f"<p>{escape(repr(self))}, by layer:</p>{layers.to_html()}"
 
     @classmethod
     def of(cls, points: tuple[NodePoint, ...], nodes: Iterable[Node]) -> Circuit:
@@ -213,6 +278,13 @@ class Circuit:
 def place(score: Float[Tensor, ""], peers: Float[Tensor, " n"]) -> tuple[int, float]:
     """Rank of a score among its peers, 1 for the highest, and its percentile, in percent."""
     return int((peers > score).sum()) + 1, 100 * float((peers < score).double().mean())
+
+
+def _counted(points: Sequence[NodePoint]) -> str:
+    """How many nodes of which kinds."""
+    n_nodes = sum(point.n_nodes for point in points)
+    kinds = dict.fromkeys(point.kind for point in points)
+    return f"{n_nodes:,} nodes: {', '.join(f'{kind}s' for kind in kinds)}"
 
 
 def all_nodes(points: Iterable[NodePoint]) -> Iterator[Node]:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from html import escape
+from typing import TypeAlias
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, run_edited
 from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.sites import integers
+
+#: Clean and corrupt ids, ids of answers and of foils, and the two texts.
+_Row: TypeAlias = tuple[Tensor, Tensor, list[int], list[int], tuple[str, str | None]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prompts:
     """A batch of prompts of one length, and what is measured on them.
+
+    ``batch[3]``, ``batch[2:5]`` and ``batch[[0, 4]]`` are batches of some of its prompts, and
+    ``a + b`` holds those of two batches. The metric goes with them, whatever it is.
 
     Attributes:
         clean: token ids.
         metric: of the logits, one number a prompt.
         corrupt: as many token ids, changed in what decides the metric; position by position they
             are the twin of ``clean``. None if there is none.
+        texts: the prompts as they were given, each with its twin; none if they were given as ids.
 
     Raises:
         InputError: clean prompts that are no batch of token ids, corrupt ones of another shape, or
@@ -36,6 +48,7 @@ class Prompts:
     clean: Int[Tensor, "batch pos"]
     metric: Metric
     corrupt: Int[Tensor, "batch pos"] | None = None
+    texts: tuple[tuple[str, str | None], ...] = ()
 
     def __post_init__(self) -> None:
         clean = self.clean
@@ -58,6 +71,69 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.clean)
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Int[Tensor, " n"]) -> Prompts:
+        """Some of the prompts, as a batch.
+
+        Raises:
+            InputError: rows that are no integers, or none.
+            IndexError: there is no such row.
+        """
+        every = range(len(self))
+        if isinstance(rows, slice):
+            chosen = list(every[rows])
+        else:
+            listed = integers(rows)
+            if listed is None:
+                raise InputError(f"{rows!r} are no rows of a batch: give integers or a slice.")
+            chosen = [every[row] for row in listed]
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise InputError(
+                f"{rows!r} of {len(self)} prompts: a batch has at least one, and each once."
+            )
+        return Prompts(
+            self.clean[chosen],
+            self.metric.of_rows(chosen, len(self)),
+            None if self.corrupt is None else self.corrupt[chosen],
+            tuple(self.texts[row] for row in chosen) if self.texts else (),
+        )
+
+    def __add__(self, other: Prompts) -> Prompts:
+        """The prompts of both batches.
+
+        Raises:
+            InputError: prompts of another length, twins in one of them alone, or another metric.
+        """
+        if not isinstance(other, Prompts):
+            return NotImplemented
+        if self.clean.shape[1] != other.clean.shape[1]:
+            raise InputError(
+                f"prompts of {self.clean.shape[1]} and of {other.clean.shape[1]} tokens are no "
+                "batch of one length. Keep them in a list: every function here takes one."
+            )
+        if self.corrupt is None or other.corrupt is None:
+            if self.corrupt is not other.corrupt:
+                raise InputError("one of the batches has corrupt twins and the other has none.")
+            corrupt = None
+        else:
+            corrupt = torch.cat([self.corrupt, other.corrupt])
+        return Prompts(
+            torch.cat([self.clean, other.clean]),
+            self.metric.beside(other.metric, len(self)),
+            corrupt,
+            self.texts + other.texts if self.texts and other.texts else (),
+        )
+
+    def __repr__(self) -> str:
+        twins = "" if self.corrupt is None else ", with twins"
+        n_tokens = self.clean.shape[1]
+        return f"Prompts({len(self)} of {n_tokens} tokens, {self.metric.name}{twins})"
+
+    def _repr_html_(self) -> str:
+        shown = pd.DataFrame(self.texts or self.clean.tolist())
+        if self.texts:
+            shown.columns = pd.Index(["clean", "corrupt"])
+        return f"<p>{escape(repr(self))}</p>{shown.to_html()}"
 
     def run(
         self, model: LensModel, edits: Mapping[str, Callable[[Tensor], Tensor | None]]
@@ -126,7 +202,7 @@ def prompts(
         [[read(text) for text in ([one] if isinstance(one, str) else one)] for one in side]
         for side in (right, wrong)
     ]
-    rows: dict[int, list[tuple[Tensor, Tensor, list[int], list[int]]]] = defaultdict(list)
+    rows: dict[int, list[_Row]] = defaultdict(list)
     for text, twin, answer, foil in zip(clean, twins, *ids, strict=True):
         tokens, other = as_tokens(model, text), as_tokens(model, twin)
         if tokens.shape != other.shape:
@@ -134,15 +210,57 @@ def prompts(
                 f"{text!r} has {tokens.shape[-1]} tokens and its corrupt twin {twin!r} has "
                 f"{other.shape[-1]}: a pair needs equal lengths, token by token."
             )
-        rows[tokens.shape[-1]].append((tokens, other, answer, foil))
+        shown = (text, None if corrupt is None else twin)
+        rows[tokens.shape[-1]].append((tokens, other, answer, foil, shown))
     batches = []
     for same in rows.values():
         for start in range(0, len(same), batch_size):
             chosen = same[start : start + batch_size]
             measured = metric([row[2] for row in chosen], [row[3] for row in chosen])
             paired = None if corrupt is None else torch.cat([row[1] for row in chosen])
-            batches.append(Prompts(torch.cat([row[0] for row in chosen]), measured, paired))
+            given = tuple(row[4] for row in chosen)
+            batches.append(Prompts(torch.cat([row[0] for row in chosen]), measured, paired, given))
     return batches
+
+
+@without_autocast()
+def solved(model: LensModel, prompts: Prompts | Iterable[Prompts]) -> list[Prompts]:
+    """The prompts that a model gets right: there is a behaviour to explain on these alone.
+
+    Right is a metric above zero on the clean prompt, and lower on its twin where there is one. One
+    forward pass of the clean and one of the corrupt prompts.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        prompts: of one batch or several.
+
+    Raises:
+        InputError: none is right; or as `Prompts.measure`.
+    """
+    batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    kept: list[Prompts] = []
+    values: list[float] = []
+    for batch in batches:
+        clean = measured(model, batch)
+        right = clean > 0
+        if batch.corrupt is not None:
+            right &= measured(model, replace(batch, clean=batch.corrupt)) < clean
+        values += clean.tolist()
+        rows = right.nonzero().flatten().tolist()
+        kept += [batch[rows]] if rows else []
+    if not kept:
+        mean = sum(values) / len(values) if values else float("nan")
+        raise InputError(
+            f"the model gets none of {len(values)} prompts right (mean metric {mean:+.3g}): there "
+            "is no behaviour to explain. Take other prompts, or another model."
+        )
+    return kept
+
+
+def measured(model: LensModel, batch: Prompts) -> Float[Tensor, " batch"]:
+    """The metric of each clean prompt, by the model as it is; on the CPU."""
+    with evaluating(model), torch.no_grad():
+        return batch.measure(batch.run(model, {})).double().cpu()
 
 
 def single_token(model: LensModel, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Five behaviours that circuits are known for, as pairs of a clean and a corrupt prompt.
+"""Behaviours that circuits are known for, as pairs of a clean and a corrupt prompt.
 
 ================  ==========================================  =======================  ============
 task              clean                                       corrupt                  answer, foil
@@ -12,22 +12,30 @@ task              clean                                       corrupt           
                                                                                        " is"...
 ``induction``     Everyone liked Zelkin Morvash. One day      Everyone liked Zelkin    " Morvash",
                   Zelkin                                      Drutine. ...             the others
+``pronoun``       Mary was tired because                      John was tired because   " she", " he"
+``capitals``      The capital of France is the city of        The capital of Italy...  " Paris",
+                                                                                       " Rome"
 ================  ==========================================  =======================  ============
 
-The texts come from the generator of the embedded model (`lch_plugin.demo.tasks`); for another model
-those are taken that its tokenizer reads pairwise in equal length and with answers of one token. The
-tasks are those of Wang et al. (arXiv 2211.00593, IOI), Hanna et al. (arXiv 2305.00586,
-greater-than), and of the LCH paper (a/an), with texts of our own.
+The texts come from the generator of the embedded model (`lch_plugin.demo.tasks`), which knows no
+capitals; for another model those are taken that its tokenizer reads pairwise in equal length and
+with answers of one token. Where that has invented words in pieces, induction takes names; where it
+has the digits of a year one by one, greater-than asks for the decade: after 1752, what follows 17
+is a digit above 5, and not below. The tasks are those of Wang et al. (arXiv 2211.00593, IOI), Hanna
+et al. (arXiv 2305.00586, greater-than), and of the LCH paper (a/an), with texts of our own.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import dataclass, replace
+
+import torch
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.metrics import Comparison, logit_difference
-from lch_plugin.circuits.prompts import Prompts, prompts, single_token
+from lch_plugin.circuits.prompts import Prompts, measured, prompts, single_token
 from lch_plugin.demo import vocabulary
 from lch_plugin.demo.tasks import Example, askable, check_split, examples, is_held_out
 from lch_plugin.errors import InputError
@@ -38,13 +46,29 @@ _BEHAVIOURS = {
     "greater_than": "greater_than",
     "agreement": "agreement",
     "induction": "induction",
+    "pronoun": "pronoun",
 }
-TASKS = tuple(_BEHAVIOURS)
+TASKS = (*_BEHAVIOURS, "capitals")
 # How many examples are tried for each one wanted, where the tokenizer may refuse some.
 _TRIED = 5
 # In the generator's texts what begins in 01 ends by 31. Where that is late enough to be an answer
 # to the clean prompt as well, the corrupt one would not be wrong: it would be more right.
 _LAST_YEAR_OF_TWIN = 31
+_CAPITALS = {
+    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
+    "Russia": "Moscow", "Greece": "Athens", "Ireland": "Dublin", "Egypt": "Cairo",
+    "Austria": "Vienna", "Poland": "Warsaw", "Cuba": "Havana", "Kenya": "Nairobi",
+    "Iraq": "Baghdad", "Iran": "Tehran", "China": "Beijing", "Sweden": "Stockholm",
+    "Norway": "Oslo", "Portugal": "Lisbon", "Canada": "Ottawa", "Peru": "Lima",
+    "Chile": "Santiago", "Turkey": "Ankara", "Hungary": "Budapest", "Finland": "Helsinki",
+    "Denmark": "Copenhagen", "Belgium": "Brussels", "Colombia": "Bogota", "Syria": "Damascus",
+    "Lebanon": "Beirut", "Thailand": "Bangkok", "Ukraine": "Kiev",
+}  # fmt: skip
+_CAPITAL_TEMPLATES = {
+    "city": "The capital of {country} is the city of",
+    "question": "Q: What is the capital of {country}? A: The capital is",
+    "lies": "{country} is a country, and its capital is the city of",
+}
 
 
 def task(
@@ -69,6 +93,79 @@ def task(
     Raises:
         InputError: no such task or split, or the tokenizer reads too few of its texts as needed.
     """
+    return _prompts(model, _usable(model, name, n, split, seed), metric)
+
+
+@dataclass(frozen=True)
+class TemplateReport:
+    """What a model makes of the pairs of one template of a task.
+
+    Attributes:
+        template: its name.
+        example: a clean prompt.
+        n: pairs.
+        accuracy: share of the pairs on which the metric is above zero.
+        clean, corrupt: mean of the metric on the prompts and on their twins, both by the answer to
+            the clean prompt.
+    """
+
+    template: str
+    example: str
+    n: int
+    accuracy: float
+    clean: float
+    corrupt: float
+
+
+def task_templates(
+    model: LensModel,
+    name: str,
+    n: int = 60,
+    *,
+    split: str = "train",
+    metric: Comparison = logit_difference,
+    seed: int = 0,
+) -> list[TemplateReport]:
+    """Which templates of a task a tokenizer can express, and how well the model does each.
+
+    To be asked before a circuit is searched for: a model that gets a task wrong has no circuit of
+    it. `solved` keeps the pairs that it gets right.
+
+    Args, Raises:
+        As `task`.
+    """
+    by_template: dict[str, list[Example]] = {}
+    for example in _usable(model, name, n, split, seed):
+        by_template.setdefault(_template(example), []).append(example)
+    found = []
+    for template, some in by_template.items():
+        batches = _prompts(model, some, metric)
+        clean = torch.cat([measured(model, batch) for batch in batches])
+        twins = [replace(b, clean=b.corrupt) for b in batches if b.corrupt is not None]
+        corrupt = torch.cat([measured(model, batch) for batch in twins])
+        accuracy = float((clean > 0).double().mean())
+        means = float(clean.mean()), float(corrupt.mean())
+        found.append(TemplateReport(template, some[0].prompt, len(some), accuracy, *means))
+    return found
+
+
+def _prompts(model: LensModel, some: list[Example], metric: Comparison) -> list[Prompts]:
+    return prompts(
+        model,
+        [e.prompt for e in some],
+        [e.answers for e in some],
+        [e.foils for e in some],
+        [e.corrupt for e in some],
+        metric=metric,
+    )
+
+
+def _template(example: Example) -> str:
+    place = {"agreement": 1, "induction": 2}.get(example.behaviour, 0)
+    return example.combination[place]
+
+
+def _usable(model: LensModel, name: str, n: int, split: str, seed: int) -> list[Example]:
     reads = _Reader(model)
     usable = [e for e in _candidates(reads, name, n, split, seed) if reads.example(e)][:n]
     if len(usable) < n:
@@ -77,14 +174,7 @@ def task(
             "tokenizer: clean and corrupt prompts need equal lengths, answers and foils one token "
             "each. Ask for fewer, or pass texts of your own to lch_plugin.circuits.prompts."
         )
-    return prompts(
-        model,
-        [e.prompt for e in usable],
-        [e.answers for e in usable],
-        [e.foils for e in usable],
-        [e.corrupt for e in usable],
-        metric=metric,
-    )
+    return usable
 
 
 class _Reader:
@@ -106,25 +196,64 @@ class _Reader:
 
     def example(self, example: Example) -> bool:
         """As a pair that differs, of equal length, with answers and foils of one token each."""
-        if example.behaviour == "greater_than" and int(example.answers[0]) <= _LAST_YEAR_OF_TWIN:
-            return False
         clean, corrupt = (self._model.to_tokens(t).shape for t in (example.prompt, example.corrupt))
         return clean == corrupt and all(map(self.token, (*example.answers, *example.foils)))
 
 
 def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> list[Example]:
-    if name not in _BEHAVIOURS:
+    """Examples of a task, as many as needed or, where some cannot be used, several times that."""
+    if name not in TASKS:
         raise InputError(f"no task is called {name!r}; there are {', '.join(TASKS)}.")
     check_split(split)
+    if name == "capitals":
+        return _capitals(n * _TRIED, split, seed)
     behaviour = _BEHAVIOURS[name]
     if name == "induction" and not reads.token(f" {vocabulary.INVENTED[0]}"):
         return _induction_of_names(reads, n, split, seed)
-    found = examples(behaviour, n, split=split, seed=seed)
-    if all(map(reads.example, found)):
-        return found
-    # As many more as there are: some cannot be used.
+    if name != "greater_than":
+        found = examples(behaviour, n, split=split, seed=seed)
+        if all(map(reads.example, found)):
+            return found
     most = len(askable(behaviour, split))
-    return examples(behaviour, min(_TRIED * n, most), split=split, seed=seed)
+    found = examples(behaviour, min(_TRIED * n, most), split=split, seed=seed)
+    if name != "greater_than":
+        return found
+    if not reads.token("32") and reads.token("3"):
+        return [e for e in map(_by_decade, found) if e.answers and e.foils]
+    return [e for e in found if int(e.answers[0]) > _LAST_YEAR_OF_TWIN]
+
+
+def _by_decade(example: Example) -> Example:
+    """Greater-than in digits: the decade of the second year, which is not before the first."""
+    century, year = example.prompt[-2:], example.combination[2]
+    decade = int(year[0])
+    return replace(
+        example,
+        corrupt=example.prompt.replace(f"{century}{year}", f"{century}0{year[1]}"),
+        answers=tuple(str(digit) for digit in range(decade + 1, 10)),
+        foils=tuple(str(digit) for digit in range(decade)),
+    )
+
+
+def _capitals(n: int, split: str, seed: int) -> list[Example]:
+    asked = [
+        (template, *pair)
+        for template in _CAPITAL_TEMPLATES
+        for pair in itertools.permutations(_CAPITALS, 2)
+        if is_held_out("capitals", pair) == (split == "test")
+    ]
+    return [
+        Example(
+            behaviour="capitals",
+            prompt=_CAPITAL_TEMPLATES[template].format(country=country),
+            corrupt=_CAPITAL_TEMPLATES[template].format(country=other),
+            answers=(f" {_CAPITALS[country]}",),
+            foils=(f" {_CAPITALS[other]}",),
+            ending=f" {_CAPITALS[country]}.",
+            combination=(template, country, other),
+        )
+        for template, country, other in random.Random(seed).sample(asked, min(n, len(asked)))
+    ]
 
 
 def _induction_of_names(reads: _Reader, n: int, split: str, seed: int) -> list[Example]:
@@ -148,7 +277,7 @@ def _induction_of_names(reads: _Reader, n: int, split: str, seed: int) -> list[E
                 answers=(f" {second}",),
                 foils=(f" {other}",),
                 ending=f" {second} came in.",
-                combination=(first, second, other),
+                combination=(first, second, "liked"),
             )
         )
     return found

@@ -103,7 +103,7 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lch_plugin.circuits.evaluation.masks._STEP", 1e3)
     demo = lch.load_demo_model()
     an = task(demo, "an", 4)
-    with pytest.raises(lch.InputError, match="the masks collapsed: at .* Keep the scores"):
+    with pytest.raises(lch.InputError, match=r"the masks collapsed: at .* Keep the scores"):
         learn_masks(demo, an, node_attribution(demo, an), steps=3)
 
 

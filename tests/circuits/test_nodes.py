@@ -235,3 +235,40 @@ def test_circuits_of_nothing_and_of_unknown_nodes_are_refused() -> None:
     ):
         with pytest.raises(lch.InputError, match="should be indices"):
             Circuit.from_dict(POINTS, found)
+
+
+# ------------------------------------------------------------------ results you can hold
+
+
+@settings(max_examples=30)
+@given(SCORES)
+def test_the_table_says_what_single_nodes_do(scores: NodeScores) -> None:
+    table = scores.to_dataframe()
+    assert list(table.columns) == ["node", "kind", "layer", "index", "score", "rank", "percentile"]
+    assert len(table) == N_NODES
+    assert table["score"].is_monotonic_decreasing
+    for row in table.itertuples(index=False):
+        node = Node(row.kind, row.layer, row[3])
+        assert row.node == str(node)
+        peers = torch.cat([scores.of(row.kind, layer) for layer in range(2)])
+        assert row.rank == 1 + int((peers > row.score).sum())
+        assert row.percentile == pytest.approx(100 * float((peers < row.score).double().mean()))
+        assert (scores.node(node).rank, scores.node(node).score) == (row.rank, row.score)
+    assert [one.node for one in scores.top(4)] == [
+        Node(r.kind, r.layer, r[3]) for r in table.head(4).itertuples(index=False)
+    ]
+
+
+def test_results_show_themselves_in_a_line_and_in_a_notebook() -> None:
+    scores = NodeScores(POINTS, torch.arange(N_NODES) / 10)
+    assert repr(Node("head", 23, 4)) == str(Node("head", 23, 4)) == "a23.h4"
+    assert repr(Node("neuron", 5, 31)) == "m5.n31"
+    assert repr(Node("mlp", 5)) == "m5"
+    assert repr(scores) == (
+        "NodeScores(22 nodes: heads, neurons; highest m1.n7 +2.1, m1.n6 +2, m1.n5 +1.9)"
+    )
+    assert repr(scores.top(1)) == "[m1.n7 +2.1 (rank 1)]"
+    circuit = scores.circuit(2)
+    assert repr(circuit) == "Circuit(2 of 22 nodes: heads, neurons, 9.09%)"
+    assert "m1.n7" in scores._repr_html_()
+    assert "<td>2</td>" in circuit._repr_html_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lch_plugin as lch
-from lch_plugin.circuits import Prompts, log_odds, logit_difference, prompts
+from lch_plugin.circuits import Prompts, log_odds, logit_difference, prompts, solved
 from lch_plugin.circuits.prompts import single_token
 from lch_plugin.cotangents import Metric
 from tests import models
@@ -67,6 +67,98 @@ def test_metrics_are_computed_at_least_in_float32() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         Prompts(models.tokens(), metric).measure(torch.zeros(2, 7, 3, dtype=dtype))
     assert seen == [torch.float32, torch.float32, torch.float64]
+
+
+def rows_of(values: list[float]) -> Metric:
+    """A metric of a user's own, with a constant for each row of the whole batch."""
+    weights = torch.tensor(values, dtype=torch.float64)
+    return Metric(
+        lambda logits: weights * logits[:, -1, 0] ** 3 + logits[:, -1, 1].log(), "own", -1
+    )
+
+
+def test_some_rows_of_a_batch_are_measured_as_in_it() -> None:
+    """The metric and its gradient, of every way to name rows, and of rows of rows."""
+    whole = Prompts(models.tokens(5), rows_of([1, 2, 3, 4, 5]), models.tokens(5, seed=1))
+    logits = torch.rand(5, 7, 3, dtype=torch.float64, requires_grad=True)
+    values = whole.measure(logits)
+    for rows, expected in [
+        (3, [3]),
+        (-1, [4]),
+        (slice(1, 4), [1, 2, 3]),
+        ([4, 0], [4, 0]),
+        (torch.tensor([2, 1]), [2, 1]),
+    ]:
+        some = whole[rows]
+        assert torch.equal(some.clean, whole.clean[expected])
+        assert torch.equal(some.corrupt, whole.corrupt[expected])
+        found = some.measure(logits[expected])
+        assert torch.equal(found, values[expected])
+        weights = torch.arange(1.0, 1 + len(expected))
+        slopes = [
+            torch.autograd.grad((weights * of).sum(), logits, retain_graph=True)[0]
+            for of in (found, values[expected])
+        ]
+        assert bool(slopes[0].isfinite().all())
+        torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+    assert torch.equal(whole[[4, 2, 0]][1:].measure(logits[[2, 0]]), values[[2, 0]])
+    assert [len(one) for one in whole] == [1] * 5
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_batches_are_put_together_as_they_were() -> None:
+    whole = Prompts(models.tokens(5), rows_of([1, 2, 3, 4, 5]), models.tokens(5, seed=1))
+    logits = torch.rand(5, 7, 3, dtype=torch.float64)
+    again = whole[[3, 1]] + whole[4] + whole[:1]
+    order = [3, 1, 4, 0]
+    assert torch.equal(again.clean, whole.clean[order])
+    assert torch.equal(again.corrupt, whole.corrupt[order])
+    assert torch.equal(again.measure(logits[order]), whole.measure(logits)[order])
+    other = rows_of([1])
+    for wrong, match in [
+        (Prompts(models.tokens(1, pos=6), other), "of 7 and of 6 tokens"),
+        (Prompts(models.tokens(1), other), "the other has none"),
+        (Prompts(models.tokens(1), Metric(other.fn, "other", -1), models.tokens(1)), "are not one"),
+        (Prompts(models.tokens(1), Metric(other.fn, "own", 0), models.tokens(1)), "are not one"),
+    ]:
+        with pytest.raises(lch.InputError, match=match):
+            whole + wrong
+    for rows in ([], slice(5, 9), [0, 0], "a", 1.5):
+        with pytest.raises(lch.InputError):
+            whole[rows]
+    with pytest.raises(IndexError):
+        whole[5]
+    scalar = Prompts(models.tokens(5), Metric(lambda y: y.sum(), "own", -1))
+    with pytest.raises(lch.InputError, match="one number for each"):
+        scalar[:2].measure(logits[:2])
+
+
+def test_batches_show_themselves(model) -> None:
+    (batch,) = prompts(model, "The keys to the cabinet", " are", " is", "The key to the cabinet")
+    assert repr(batch) == "Prompts(1 of 6 tokens, logit_difference, with twins)"
+    assert batch.texts == (("The keys to the cabinet", "The key to the cabinet"),)
+    shown = batch._repr_html_()
+    assert "The keys to the cabinet" in shown
+    assert "The key to the cabinet" in shown
+    odd = Prompts(batch.clean, batch.metric, batch.corrupt, (("<b>", "&"),))
+    assert "&lt;b&gt;" in odd._repr_html_()
+    assert repr(Prompts(batch.clean, batch.metric)) == "Prompts(1 of 6 tokens, logit_difference)"
+
+
+def test_what_a_model_gets_right_is_kept(model) -> None:
+    texts = list(TEXTS)
+    answers, foils = [" are", " are", " she", " are"], [" is", " is", " he", " is"]
+    batches = prompts(model, texts, answers, foils, list(TEXTS.values()))
+    # The second is asked for the wrong number.
+    assert {clean for b in solved(model, batches) for clean, _ in b.texts} == {
+        text for i, text in enumerate(texts) if i != 1
+    }
+    wrong = prompts(model, texts[:1], [" is"], [" are"], list(TEXTS.values())[:1])
+    with pytest.raises(lch.InputError, match=r"none of 1 prompts right \(mean metric -"):
+        solved(model, wrong)
+    same = prompts(model, texts[:1], [" are"], [" is"], texts[:1])
+    with pytest.raises(lch.InputError, match="none of 1 prompts right"):
+        solved(model, same)
 
 
 @pytest.mark.usefixtures("as_users_run")

@@ -1,4 +1,4 @@
-"""The five tasks: on the embedded model, and with tokenizers that read their texts otherwise."""
+"""The tasks: on the embedded model, and with tokenizers that read their texts otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lch_plugin as lch
-from lch_plugin.circuits import TASKS, task
+from lch_plugin.circuits import TASKS, task, task_templates
+from lch_plugin.circuits.tasks import _CAPITALS
 from lch_plugin.demo import tasks as generator
 from lch_plugin.demo import vocabulary
 
@@ -75,7 +76,10 @@ def texts(model: TransformerBridge, name: str, n: int, **options: Any) -> list[t
     ]
 
 
-@pytest.mark.parametrize("name", TASKS)
+EMBEDDED = [name for name in TASKS if name != "capitals"]
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_the_embedded_model_tells_clean_from_corrupt(model, name: str) -> None:
     clean, corrupt = [], []
     with torch.no_grad():
@@ -87,7 +91,7 @@ def test_the_embedded_model_tells_clean_from_corrupt(model, name: str) -> None:
     assert float((torch.cat(clean) > 1 + torch.cat(corrupt)).double().mean()) > 0.9
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_splits_share_no_example_and_seeds_choose(model, name: str) -> None:
     train, test = (pairs(model, name, 40, split=split) for split in ("train", "test"))
     assert len(train) == len(test) == 40
@@ -130,10 +134,41 @@ def test_another_tokenizer_is_given_what_it_reads(english, name: str) -> None:
         assert len(batch.measure(english(batch.clean).detach())) == len(batch)
 
 
-def test_a_tokenizer_that_cannot_read_a_task_is_told_so(english) -> None:
-    # Two digits are two tokens to it.
-    with pytest.raises(lch.InputError, match="0 of 20 pairs of the task 'greater_than'"):
-        task(english, "greater_than", 20)
+def test_a_tokenizer_of_digits_is_asked_for_the_decade(english) -> None:
+    """Two digits are two tokens to it."""
+    (first, *_) = task(english, "greater_than", 20)
+    for (clean, corrupt), row in zip(first.texts, range(len(first)), strict=True):
+        century, year = clean[-2:], next(w for w in clean.replace("?", " ").split() if len(w) == 4)
+        assert year.startswith(century)
+        assert corrupt == clean.replace(year, f"{century}0{year[3]}")
+        logits = torch.zeros(1, first.clean.shape[1], english.cfg.d_vocab)
+        decade = int(year[2])
+        for digit in range(10):
+            logits[..., english.to_single_token(str(digit))] = digit > decade
+        # Digits above the decade are answers, those below foils, and the decade itself is neither.
+        assert float(first[row].measure(logits)) == 1
+
+
+def test_capitals_are_asked_of_tokenizers_that_know_them(tmp_path: Any) -> None:
+    texts_ = [f"The capital of {c} is the city of {d}." for c, d in _CAPITALS.items()]
+    model = bridge_of(texts_ * 2, tmp_path)
+    train, test = (texts(model, "capitals", 12, split=split) for split in ("train", "test"))
+    assert not set(train) & set(test)
+    assert all(clean != corrupt for clean, corrupt in train)
+
+
+def test_templates_are_reported_one_by_one(model) -> None:
+    found = task_templates(model, "an", 30)
+    assert sum(one.n for one in found) == 30
+    batches = task(model, "an", 30, split="train")
+    with torch.no_grad():
+        clean = torch.cat([batch.measure(model(batch.clean)) for batch in batches])
+        twins = torch.cat([batch.measure(model(batch.corrupt)) for batch in batches])
+    for values, field in ((clean, "clean"), (twins, "corrupt"), (100.0 * (clean > 0), "accuracy")):
+        mean = sum(one.n * getattr(one, field) for one in found) / 30
+        assert mean * (100 if field == "accuracy" else 1) == pytest.approx(float(values.mean()))
+    (tree,) = [one for one in found if one.template == "tree"] or found[:1]
+    assert tree.example in {clean for batch in batches for clean, _ in batch.texts}
 
 
 def test_without_names_there_is_no_induction(tmp_path: Any) -> None:
@@ -144,8 +179,10 @@ def test_without_names_there_is_no_induction(tmp_path: Any) -> None:
 
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused(model, english) -> None:
-    with pytest.raises(lch.InputError, match="no task is called 'pronoun'"):
-        task(model, "pronoun")
+    with pytest.raises(lch.InputError, match="no task is called 'rhyme'"):
+        task(model, "rhyme")
+    with pytest.raises(lch.InputError, match="0 of 60 pairs of the task 'capitals'"):
+        task(model, "capitals")
     for reader, name in ((model, "an"), (model, "induction"), (english, "induction")):
         with pytest.raises(lch.InputError, match="no split is called 'validation'"):
             task(reader, name, split="validation")
