@@ -10,7 +10,7 @@ one.
 - `attribution_patching`: ``(a - a') . dm/da`` with the gradient on the corrupt prompt, as
   TransformerLens has it (`transformer_lens.tools.analysis.attribution_patch`, held to it by
   `check_attribution_patching`; its nodes are heads and whole MLPs). Nanda 2023; Syed et al., arXiv
-  2310.10348. With the gradient on the clean prompt it is `node_attribution` with the Jacobian.
+  2310.10348. With the gradient on the clean prompt it is `node_attribution` by ``"jacobian"``.
 - `integrated_gradients`: ``(a - a') . g``, with ``g`` the mean gradient along the straight line
   between the embeddings of the two prompts. At nodes, this is EAP-IG (Hanna et al., arXiv
   2403.17806; "inputs" in the MIB benchmark, arXiv 2504.13151). No package on PyPI holds it.

@@ -1,21 +1,23 @@
 """Targeted centroids beside what circuits are found with today, on the tasks of `lch.circuits`.
 
-    python -W ignore benchmarks/circuits.py --json FILE
+    python -W ignore benchmarks/circuits.py --json FILE                      the embedded model
+    python -W ignore benchmarks/circuits.py --model DIR --pairs 16 --json FILE     another
 
-On the embedded model, for two sets of nodes: heads and neurons (2,064), and heads and whole MLPs
-(20, as the MIB benchmark has them). Nodes are scored on the training split of a task and judged on
-the test split:
+Two sets of nodes: heads and neurons, and heads and whole MLPs (as the MIB benchmark has them).
+Nodes are scored on prompts of the training split of a task and judged on the test split, both such
+as the model gets right:
 
-- rank agreement with exact activation patching of one node at a time, on a few pairs of the
-  training split: Spearman's coefficient over all nodes and over the 100 that matter most, and which
-  share of the 50 largest (of 20 nodes, 10) is among the 50 largest of the method;
-- CPR, nodes ranked by score, and CMD, by magnitude, everything outside the circuit replaced by the
-  activations of the corrupt prompt (`lch.circuits.faithfulness`); and the share of the metric that
-  the top 5 % of the nodes recover;
-- time to score all nodes, in forward passes of all prompts, the median of rounds in which the
-  methods take turns; and the most memory that tensors made meanwhile hold, for one batch.
+- the share f of the metric that circuits of the highest scores recover, by size; CPR, nodes ranked
+  by score, and CMD, by magnitude; everything outside the circuit is replaced by the activations of
+  the corrupt prompt (`lch.circuits.faithfulness`);
+- with ``--patched N``, rank agreement with exact activation patching of one node at a time, on N
+  pairs of the training split: Spearman's coefficient over all nodes and over the 100 that matter
+  most;
+- time to score all nodes, in seconds and in forward passes of all prompts, the median of rounds in
+  which the methods take turns; and the most memory that tensors made meanwhile hold, for one batch.
 
-Markdown on the standard output, and all figures as JSON with ``--json``.
+Tasks that a model does on fewer than seven in ten pairs, or cannot express, are left out. Markdown
+on the standard output, and all figures as JSON with ``--json``.
 """
 
 from __future__ import annotations
@@ -42,15 +44,32 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import node_points
-from lch_plugin.circuits import TASKS, Circuit, NodeScores, Prompts, node_attribution, task
+from lch_plugin.circuits import (
+    METHODS,
+    TASKS,
+    Circuit,
+    NodeScores,
+    Prompts,
+    learn_masks,
+    node_attribution,
+    solved,
+    task,
+    task_templates,
+)
 from lch_plugin.circuits.evaluation.ablation import Ablation
 from lch_plugin.circuits.evaluation.faithfulness import SHARES, cmd, cpr
 
 Score = Callable[[], NodeScores]
 UNIVERSES = {"heads and neurons": ("head", "neuron"), "heads and MLPs": ("head", "mlp")}
-TOP, PRECISION_AT, SHARE = 100, 50, 0.05
+TOP = 100
+#: Shares of the nodes that a table shows.
+SHOWN = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 RANDOM_SEEDS = 3
 PLAIN = "plain forward passes"
+#: Of the pairs, those that a model has to get right.
+RIGHT = 0.7
+#: Layers times steps from which integrated gradients of activations are not affordable.
+MOST_PASSES = 100
 
 
 @dataclass(frozen=True)
@@ -60,12 +79,11 @@ class Row:
     task: str
     nodes: str
     method: str
-    spearman: float
-    spearman_top: float
-    precision: float
+    recovered: list[float]
     cpr: float
     cmd: float
-    recovered: float
+    spearman: float | None = None
+    spearman_top: float | None = None
     seconds: float | None = None
     passes: float | None = None
     mebibytes: float | None = None
@@ -102,36 +120,37 @@ def methods(
 ) -> dict[str, Score]:
     """Every method but exact patching and the random control."""
     points = node_points(model, kinds)
-    alone = [Prompts(batch.clean, batch.metric) for batch in train]
-    ours = partial(node_attribution, model, kinds=kinds)
     found: dict[str, Score] = {
-        "targeted centroids": partial(ours, train),
-        "targeted centroids, QK paths": partial(ours, train, through_patterns=True),
-        "targeted centroids, zero reference": partial(ours, alone),
-        "targeted centroids, Jacobian": partial(ours, train, linearization="jacobian"),
+        f"targeted centroids, {name}": partial(
+            node_attribution, model, train, kinds=kinds, method=name
+        )
+        for name in METHODS
     }
+    found["masks from integrated"] = partial(masks, model, train, kinds)
     for name in ("attribution_patching", "gradient_x_activation"):
         found[name.replace("_", " ")] = partial(getattr(baselines, name), model, train, points)
-    for steps in (5, 20):
-        found[f"integrated gradients (EAP-IG), {steps} steps"] = partial(
-            baselines.integrated_gradients, model, train, points, steps=steps
-        )
-    found["integrated gradients of activations, 5 steps"] = partial(
-        baselines.integrated_gradients_of_activations, model, train, points, steps=5
+    found["integrated gradients (EAP-IG), 5 steps"] = partial(
+        baselines.integrated_gradients, model, train, points, steps=5
     )
+    if model.cfg.n_layers * 2 * 5 <= MOST_PASSES:
+        found["integrated gradients of activations, 5 steps"] = partial(
+            baselines.integrated_gradients_of_activations, model, train, points, steps=5
+        )
     return found
 
 
+def masks(model: TransformerBridge, train: list[Prompts], kinds: tuple[Any, ...]) -> NodeScores:
+    """Learned from the default scores, which are part of what they cost."""
+    scores = node_attribution(model, train, kinds)
+    return learn_masks(model, train, scores, generator=torch.Generator().manual_seed(0))
+
+
 def agreement(scores: NodeScores, exact: NodeScores) -> dict[str, float]:
-    """Spearman over all nodes and over those that matter most, and precision at 50."""
-    top = exact.values.abs().argsort(descending=True)
-    chosen = top[:TOP]
-    n = min(PRECISION_AT, len(top) // 2)
-    largest = scores.values.abs().argsort(descending=True)[:n]
+    """Spearman over all nodes and over those that matter most."""
+    chosen = exact.values.abs().argsort(descending=True)[:TOP]
     return {
         "spearman": float(spearmanr(scores.values, exact.values).statistic),
         "spearman_top": float(spearmanr(scores.values[chosen], exact.values[chosen]).statistic),
-        "precision": len({*largest.tolist()} & {*top[:n].tolist()}) / n,
     }
 
 
@@ -148,13 +167,13 @@ class Judge:
     def _metric(self, circuit: Circuit) -> float:
         return float(self._ablation.metric(circuit).mean())
 
-    def __call__(self, scores: NodeScores) -> dict[str, float]:
-        """CPR, CMD and the share of the metric that a small circuit recovers."""
+    def __call__(self, scores: NodeScores) -> dict[str, Any]:
+        """CPR, CMD and the share of the metric that circuits recover, by size."""
         by_score, by_magnitude = (self._recovered(scores, by) for by in ("score", "magnitude"))
         return {
             "cpr": float(cpr(SHARES, by_score)),
             "cmd": float(cmd(SHARES, by_magnitude)),
-            "recovered": float(by_score[SHARES.index(SHARE)]),
+            "recovered": by_score.tolist(),
         }
 
     def _recovered(self, scores: NodeScores, by: Literal["score", "magnitude"]) -> torch.Tensor:
@@ -175,34 +194,41 @@ def compare(
     model: TransformerBridge, name: str, nodes: str, *, pairs: int, patched: int, rounds: int
 ) -> list[Row]:
     """All methods on one task and set of nodes."""
-    train, test = (task(model, name, pairs, split=split) for split in ("train", "test"))
-    few = task(model, name, patched, split="train")
+    train, test = (solved(model, task(model, name, pairs, split=s)) for s in ("train", "test"))
     kinds = UNIVERSES[nodes]
     points = node_points(model, kinds)
-    if "mlp" in kinds:
-        baselines.check_attribution_patching(model, few, points)
-    exact, judge = baselines.exact_patching(model, few, points), Judge(model, test, points)
-    found, on_few = methods(model, train, kinds), methods(model, few, kinds)
+    judge = Judge(model, test, points)
+    found = methods(model, train, kinds)
+    few, exact = [], None
+    if patched:
+        few = solved(model, task(model, name, patched, split="train"))
+        if "mlp" in kinds:
+            baselines.check_attribution_patching(model, few, points)
+        exact = baselines.exact_patching(model, few, points)
+    on_few = methods(model, few, kinds)
     # Memory grows with the batch, not with the number of batches.
     on_one_batch = methods(model, train[:1], kinds)
     seconds = in_turn({**found, PLAIN: partial(plain_passes, model, train)}, rounds)
 
-    def row(method: str, scores: NodeScores, compared: NodeScores, **cost: float) -> Row:
-        figures = {**agreement(compared, exact), **judge(scores)}
-        return Row(name, nodes, method, **figures, **cost)
+    def row(method: str, scores: NodeScores, compared: NodeScores | None, **cost: float) -> Row:
+        agreed = agreement(compared, exact) if compared and exact else {}
+        return Row(name, nodes, method, **judge(scores), **agreed, **cost)
 
     rows = [
         row(
             method,
             score(),
-            on_few[method](),
+            on_few[method]() if patched else None,
             seconds=statistics.median(seconds[method]),
             passes=ratio(seconds, method, PLAIN),
             mebibytes=peak_mebibytes(on_one_batch[method]),
         )
+        if rounds
+        else row(method, score(), on_few[method]() if patched else None)
         for method, score in found.items()
     ]
-    rows.append(row(f"exact patching, {patched} pairs", exact, exact))
+    if exact:
+        rows.append(row(f"exact patching, {patched} pairs", exact, exact))
     orders = (baselines.random_scores(points, seed) for seed in range(RANDOM_SEEDS))
     return [*rows, mean_row([row("random", order, order) for order in orders])]
 
@@ -211,19 +237,19 @@ def plain_passes(model: TransformerBridge, batches: list[Prompts]) -> None:
     """What time is measured in: a forward pass of every prompt."""
     with torch.no_grad():
         for batch in batches:
-            model(batch.clean)
+            batch.run(model, {})
 
 
 def mean_row(rows: list[Row]) -> Row:
     """Figures averaged over rows that differ in nothing else."""
-    first = asdict(rows[0])
-    columns = {key: [getattr(row, key) for row in rows] for key in first}
-    return Row(
-        **{
-            key: statistics.fmean(values) if isinstance(first[key], float) else first[key]
-            for key, values in columns.items()
-        }
-    )
+
+    def mean(values: list[Any]) -> Any:
+        if isinstance(values[0], list):
+            return [statistics.fmean(column) for column in zip(*values, strict=True)]
+        return statistics.fmean(values) if isinstance(values[0], float) else values[0]
+
+    columns = [asdict(row) for row in rows]
+    return Row(**{key: mean([column[key] for column in columns]) for key in columns[0]})
 
 
 def markdown(rows: list[Row]) -> str:
@@ -243,50 +269,74 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    columns = {
-        "Spearman": "{0.spearman:.3f}",
-        f"top {TOP}": "{0.spearman_top:.3f}",
-        f"precision at {PRECISION_AT}": "{0.precision:.2f}",
-        "CPR": "{0.cpr:.3f}",
-        "CMD": "{0.cmd:.3f}",
-        f"f at {SHARE:.0%}": "{0.recovered:.2f}",
-        "passes": "{0.passes:.1f}",
-        "MiB": "{0.mebibytes:.0f}",
+    places = {f"{share:.1%}".replace(".0", ""): SHARES.index(share) for share in SHOWN}
+    columns: dict[str, Callable[[Row], float | None]] = {
+        **{
+            f"f at {name}": partial(lambda at, row: row.recovered[at], i)
+            for name, i in places.items()
+        },
+        "CPR": lambda row: row.cpr,
+        "CMD": lambda row: row.cmd,
+        "Spearman": lambda row: row.spearman,
+        f"top {TOP}": lambda row: row.spearman_top,
+        "seconds": lambda row: row.seconds,
+        "passes": lambda row: row.passes,
+        "MiB": lambda row: row.mebibytes,
     }
-    costs = ("passes", "MiB")
+    shown = {
+        name: get for name, get in columns.items() if any(get(row) is not None for row in rows)
+    }
+    digits = {"CPR": 3, "CMD": 3, "MiB": 0, "passes": 1, "seconds": 1}
 
-    def line(row: Row) -> str:
-        shown = (
-            "" if row.seconds is None and c in costs else f.format(row) for c, f in columns.items()
-        )
-        return f"| {row.method} | " + " | ".join(shown) + " |"
+    def cell(name: str, value: float | None) -> str:
+        return "" if value is None else f"{value:.{digits.get(name, 2)}f}"
 
-    return [
-        "| method | " + " | ".join(columns) + " |",
-        "| --- |" + " ---: |" * len(columns),
-        *map(line, rows),
+    lines = [
+        f"| {row.method} | "
+        + " | ".join(cell(name, get(row)) for name, get in shown.items())
+        + " |"
+        for row in rows
     ]
+    head = "| method | " + " | ".join(shown) + " |"
+    return [head, "| --- |" + " ---: |" * len(shown), *lines]
+
+
+def able(model: TransformerBridge, pairs: int) -> list[str]:
+    """Tasks that the model's tokenizer can express, and that it does."""
+    found = []
+    for name in TASKS:
+        try:
+            templates = task_templates(model, name, pairs)
+        except lch.InputError:
+            continue
+        if sum(one.n * one.accuracy for one in templates) >= RIGHT * pairs:
+            found.append(name)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--model", help="directory, hub name or .gguf; the embedded model if none")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--nodes", nargs="+", choices=list(UNIVERSES), default=list(UNIVERSES))
     parser.add_argument("--pairs", type=int, default=60, help="of each split")
-    parser.add_argument("--patched", type=int, default=12, help="of these, for exact patching")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patched", type=int, default=0, help="of these, for exact patching")
+    parser.add_argument("--rounds", type=int, default=1, help="to measure time in; 0 for none")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     console = Console(width=200)
-    console.print(f"{machine()}; embedded model, {options.pairs} pairs of each split\n")
-    model = lch.load_demo_model()
+    model = lch.load(options.model).bridge() if options.model else lch.load_demo_model()
+    name = options.model or "the embedded model"
+    console.print(
+        f"{machine()}; {name}, {options.pairs} pairs of each split, less those it fails\n"
+    )
     rows = []
     for nodes in options.nodes:
-        for name in options.tasks:
+        for chosen in options.tasks or able(model, options.pairs):
             rows += compare(
                 model,
-                name,
+                chosen,
                 nodes,
                 pairs=options.pairs,
                 patched=options.patched,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens import NodeKind, NodePoint
+from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.sites import integers
 
@@ -273,6 +273,21 @@ class Circuit:
                     )
                 nodes += [Node(kind, int(layer), index) for index in listed]  # type: ignore[arg-type]
         return cls.of(points, nodes)
+
+
+def whole_mlps(model: LensModel, scores: NodeScores) -> NodeScores:
+    """Scores of heads and whole MLPs, from those of heads and neurons.
+
+    At any place, what an MLP is worth is the sum of what its neurons are.
+    """
+    points = node_points(model, ("head", "mlp"))
+    parts = [
+        scores.of("head", point.layer)
+        if point.kind == "head"
+        else scores.of("neuron", point.layer).sum(0, keepdim=True)
+        for point in points
+    ]
+    return NodeScores(points, torch.cat(parts))
 
 
 def place(score: Float[Tensor, ""], peers: Float[Tensor, " n"]) -> tuple[int, float]:

@@ -257,6 +257,26 @@ def solved(model: LensModel, prompts: Prompts | Iterable[Prompts]) -> list[Promp
     return kept
 
 
+def deal(prompts: Iterable[Prompts], shares: Sequence[int]) -> list[list[Prompts]]:
+    """Prompts dealt like cards: of every ``sum(shares)`` in a row, so many to each hand.
+
+    >>> from lch_plugin.circuits import Prompts, logit_difference
+    >>> ten = Prompts(torch.arange(10)[:, None], logit_difference([[1]] * 10, [[2]] * 10))
+    >>> [[len(batch) for batch in hand] for hand in deal([ten], (2, 1, 2))]
+    [[4], [2], [4]]
+    """
+    order = [hand for hand, share in enumerate(shares) for _ in range(share)]
+    hands: list[list[Prompts]] = [[] for _ in shares]
+    dealt = 0
+    for batch in prompts:
+        to = [order[(dealt + row) % len(order)] for row in range(len(batch))]
+        dealt += len(batch)
+        for hand, held in enumerate(hands):
+            rows = [row for row, at in enumerate(to) if at == hand]
+            held += [batch[rows]] if rows else []
+    return hands
+
+
 def measured(model: LensModel, batch: Prompts) -> Float[Tensor, " batch"]:
     """The metric of each clean prompt, by the model as it is; on the CPU."""
     with evaluating(model), torch.no_grad():

@@ -14,14 +14,39 @@ def circuit(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Find and test its circuit: an, ioi, greater_than, agreement, induction."
+            help="Find and test its circuit: an, ioi, greater_than, agreement, induction, pronoun "
+            "or capitals."
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of a task: prompts of your own, a .csv or .json file with clean, "
+            "corrupt, answer and foil."
         ),
     ] = None,
     n: Annotated[
-        int | None, typer.Option(help="Prompts to find it on, and as many to test it; 60.")
+        int | None,
+        typer.Option(help="Prompts of the task to find it on, and as many to test it; 60."),
+    ] = None,
+    recover: Annotated[
+        float | None,
+        typer.Option(
+            help="The smallest circuit that recovers this share of the metric, and not more than "
+            "as far above 1; 0.8."
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Or a circuit of so many heads and neurons.")
     ] = None,
     share: Annotated[
-        float | None, typer.Option(help="Of all heads and neurons that make it up; 0.05.")
+        float | None, typer.Option(help="Or of this share of all heads and neurons.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Scored by: integrated (the default), blended, jacobian, detached or patterns."
+        ),
     ] = None,
     metric: Annotated[
         str | None,
@@ -56,7 +81,14 @@ def circuit(
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
-    of_task: dict[str, Any] = {"n": n, "share": share, "metric": metric}
+    of_task: dict[str, Any] = {
+        "n": n,
+        "recover": recover,
+        "nodes": nodes,
+        "share": share,
+        "method": method,
+        "metric": metric,
+    }
     of_prompt: dict[str, Any] = {
         "layer": layer,
         "answer": answer,
@@ -65,15 +97,17 @@ def circuit(
         "radius": radius,
         "n_samples": samples,
     }
-    if (task is None) == (prompt is None):
+    if [task, prompts, prompt].count(None) != 2:
         raise InputError(
-            "give either --task, to find and test a circuit, or --prompt with --layer, to score "
-            "neurons."
+            "give one of --task or --prompts, to find and test a circuit, and --prompt with "
+            "--layer, to score neurons."
         )
+    if prompts is not None and n is not None:
+        raise InputError("--n has no meaning with --prompts: all of the file are used.")
     own, other = (of_task, of_prompt) if prompt is None else (of_prompt, of_task)
     stray = [name.removeprefix("n_") for name, value in other.items() if value is not None]
     if stray:
-        chosen = "--task" if prompt is None else "--prompt"
+        chosen = "--prompt" if prompt is not None else "--task" if task else "--prompts"
         raise InputError(f"--{stray[0]} has no meaning with {chosen}. Leave it out.")
     settings = {name: value for name, value in own.items() if value is not None}
     check_new_directory(out)
@@ -81,9 +115,10 @@ def circuit(
     def bridge() -> Any:
         return load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
 
-    if task is not None:
-        task_run.check(task, **settings)
-        task_run.run(bridge(), task, out, **settings, seed=seed)
+    asked = task or prompts
+    if asked is not None:
+        task_run.check(asked, **settings)
+        task_run.run(bridge(), asked, out, **settings, seed=seed)
     elif prompt is not None:
         if layer is None:
             raise InputError("--prompt needs a --layer, whose neurons are scored.")

@@ -73,8 +73,8 @@ def learn_masks(
         generator: of the sizes and of the order of the batches, on the CPU.
 
     Returns:
-        Values that order the nodes, highest first: minus the logarithm of a rank. They are in no
-        unit, and have no sign.
+        Values that order the nodes, highest first: one over a rank. They are in no unit, and none
+        is negative: no node works against a circuit that it belongs to.
 
     Raises:
         InputError: sizes out of range, no steps; the masks collapsed: circuits recover the metric
@@ -104,7 +104,7 @@ def learn_masks(
     for step, count in enumerate(track(counts, "masks", transient=True)):
         derivative, loss = task.loss(step % task.n_batches, order.kept(count))
         order.move(derivative, loss, count)
-    learned = NodeScores(scores.points, order.values.float())
+    learned = NodeScores(scores.points, order.values.exp().float())
     compared = [
         max(1, round(n_nodes * smallest * (largest / smallest) ** (i / (_N_COMPARED - 1))))
         for i in range(_N_COMPARED)

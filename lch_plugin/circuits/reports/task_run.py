@@ -1,28 +1,33 @@
-"""What ``lch circuit --task`` does: find a circuit, test it, draw it.
+"""What ``lch circuit --task`` and ``--prompts`` do: find a circuit, test it, draw it.
 
-1. Score all heads and neurons on the task's training prompts; the circuit is the share of them that
-   score highest.
-2. Test it on held-out prompts: what it recovers of the metric beside random circuits, by size;
-   what is left without it; what each of its nodes is worth to it.
-3. Draw how it works on one held-out prompt, as a graph.
-4. ``report.html`` with all of it, and the same as files: ``results.json``, ``circuit.json``,
-   ``graph.json``, ``graph.graphml``, ``mib.json`` and the plots as PNG.
+1. Say which of the prompts the model gets right. The others have no behaviour to explain, and are
+   left out.
+2. Score all heads and neurons on some of them, and choose the circuit: the fewest of the highest
+   scores that recover a share of the metric on others, or a number of nodes, or a share of them.
+3. Test it on the rest: what it recovers of the metric beside random circuits, and circuits of other
+   sizes; what is left without it; what single nodes of it are worth to it.
+4. Draw how it works on one of these prompts, as a graph.
+5. ``report.html`` with all of it, and the same as files: ``results.json``, ``circuit.json``,
+   ``scores.csv``, ``graph.json``, ``graph.graphml``, ``mib.json`` and the plots as PNG.
+
+What is finished waits in ``.NAME.partial`` beside the output: a run that was cut short keeps its
+scores, as ``scores.csv``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import torch
-from jaxtyping import Int
+from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
+from rich.table import Table
+from rich.text import Text
 
 from lch_plugin import plots
 from lch_plugin.adapters.states import evaluating
@@ -37,50 +42,72 @@ from lch_plugin.circuits.evaluation.faithfulness import (
 from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, prune, save_graph
 from lch_plugin.circuits.metrics import COMPARISONS
-from lch_plugin.circuits.nodes import ScoredNode
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.nodes import Circuit, NodeScores, ScoredNode, whole_mlps
+from lch_plugin.circuits.prompt_files import read_prompts
+from lch_plugin.circuits.prompts import Prompts, deal, solved
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import UNITS, NodeDetail, page_data
-from lch_plugin.circuits.scores.attribution import node_attribution
-from lch_plugin.circuits.tasks import TASKS, task
+from lch_plugin.circuits.scores.attribution import METHODS, node_attribution
+from lch_plugin.circuits.tasks import TASKS, TemplateReport, task, task_templates
 from lch_plugin.errors import InputError
-from lch_plugin.files import check_new_directory, new_directory, portable
+from lch_plugin.files import (
+    SETTINGS,
+    check_new_directory,
+    portable,
+    resumable_directory,
+    write_file,
+)
 from lch_plugin.report import write_report
 
-#: Prompts a circuit is found on, the share of heads and neurons that it is made of, and by what.
-N_PROMPTS, SHARE, METRIC = 60, 0.05, "logit_difference"
-#: Share of the metric that the smallest circuit looked for recovers.
-ENOUGH = 0.8
-# Of the circuit, the highest nodes that are listed; these, and as many of the lowest, are taken out
-# one at a time.
-_N_LISTED = 20
-# Random circuits of its size, and of each other size.
-_N_RANDOM, _N_RANDOM_BY_SIZE = 20, 5
+#: Prompts a circuit is found on; the share of the metric that it recovers; what it is scored and
+#: measured by.
+N_PROMPTS, RECOVER, METHOD, METRIC = 60, 0.8, "integrated", "logit_difference"
+# Of the circuit, the highest nodes that are listed. One pass each tells what the highest of these,
+# and as many of the circuit's lowest, are worth to it.
+_N_LISTED, _N_TAKEN_OUT = 20, 5
+# Random circuits of its size, and of each other size; subsets taken out of it.
+_N_RANDOM, _N_RANDOM_BY_SIZE, _N_SUBSETS = 10, 1, 3
+# Nodes of the graph, at one position each.
+_MAX_NODES = 300
+# How prompts are dealt: to find, to choose the size by, and to test.
+_DEALT = (2, 1, 2)
+# A mean over fewer prompts says nothing.
+_FEWEST = 2
 _PACKAGES = ("lch-plugin", "torch", "transformer-lens", "transformers")
 
 
 def run(
     model: LensModel,
-    name: str,
+    name: str | Path,
     out: str | Path,
     *,
     n: int = N_PROMPTS,
-    share: float = SHARE,
+    recover: float | None = None,
+    nodes: int | None = None,
+    share: float | None = None,
+    method: str = METHOD,
     metric: str = METRIC,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Find a task's circuit, test it on held-out prompts, and write a report.
+    """Find the circuit of a task or of prompts of one's own, test it, and write a report.
 
     Nodes outside the circuit take the activations that they have on the corrupt twin of each
     prompt. The same seed gives the same numbers on the same machine.
 
     Args:
         model: TransformerBridge or HookedTransformer.
-        name: of the task, one of `lch_plugin.circuits.TASKS`.
+        name: of the task, one of `lch_plugin.circuits.TASKS`; or the path of a file of prompts
+            with twins (`lch_plugin.circuits.read_prompts`), two in five of which the circuit is
+            found on, and as many tested on.
         out: directory to make.
-        n: prompts to find the circuit on, and as many others to test it on.
-        share: of all heads and neurons that make up the circuit.
+        n: prompts of the task to find the circuit on, as many others to test it on, and half as
+            many to choose its size by.
+        recover: the share of the metric that the circuit is to recover, and no more than as far
+            above 1; 0.8 if none of the three is given.
+        nodes: or how many of the heads and neurons make it up.
+        share: or which share of them does.
+        method: that they are scored by, one of `lch_plugin.circuits.METHODS`.
         metric: that it is found and tested by, one of `lch_plugin.circuits.metrics.COMPARISONS`.
         seed: of everything random.
 
@@ -88,89 +115,184 @@ def run(
         What ``results.json`` holds.
 
     Raises:
-        InputError: no such task or metric, n or share out of range, or as
-            `lch_plugin.circuits.task`.
+        InputError: no such task, file, method or metric; n, recover, nodes or share out of range,
+            or two of the last three; too few prompts that the model gets right; no circuit recovers
+            what is asked for; or as `lch_plugin.circuits.task` and `read_prompts`.
         SiteError: as `lch_plugin.circuits.node_attribution`.
         OutputError: ``out`` holds other content or cannot be written.
     """
-    check(name, n, share, metric)
+    check(name, n=n, recover=recover, nodes=nodes, share=share, method=method, metric=metric)
     check_new_directory(out)
     console, generator = Console(), torch.Generator().manual_seed(seed)
-    choose = partial(task, model, name, metric=COMPARISONS[metric], seed=seed)
-    train, test = (choose(n, split=split) for split in ("train", "test"))
-    console.print(f"scores of all heads and neurons on {n} prompts")
-    scores = node_attribution(model, train)
-    whole = node_attribution(model, train, ("head", "mlp"))
-    circuit = scores.circuit(size_of(share, len(scores.values)))
-    ranked = scores.top(len(circuit))
-    top = ranked[:_N_LISTED]
-    by_size = faithfulness(model, test, scores, n_random=_N_RANDOM_BY_SIZE, generator=generator)
-    tested = judge(
-        model,
-        test,
-        circuit,
-        nodes=[one.node for one in dict.fromkeys((*top, *ranked[-_N_LISTED:]))],
-        n_random=_N_RANDOM,
-        generator=generator,
-    )
-    smallest = smallest_circuit(model, test, scores, ENOUGH)
-    (shown,) = choose(1)
-    console.print("the graph of one prompt")
-    graph = prune(attribution_graph(model, shown, circuit=circuit))
-    details = node_details(model, shown, graph, scores)
-    results: dict[str, Any] = {
-        "run": {
-            **_describe(model),
-            "task": name,
-            "n_prompts": n,
-            "share": share,
+    found_on, sized_on, tested_on = _prompts(model, name, n, metric, seed, console)
+    settings = {
+        "prompts": str(name),
+        "n": n,
+        "method": method,
+        "metric": metric,
+        "seed": seed,
+        "model": portable(model.cfg.model_name),
+    }
+    with resumable_directory(out, settings) as directory:
+        console.print(f"scores of all heads and neurons on {_count(found_on)} prompts")
+        scores = node_attribution(model, found_on, method=method)
+        table = scores.to_dataframe().to_csv(index=False)
+        write_file(directory / "scores.csv", table)
+        if nodes is not None:
+            circuit = scores.circuit(nodes)
+        elif share is not None:
+            circuit = scores.circuit(size_of(share, len(scores.values)))
+        else:
+            recover = RECOVER if recover is None else recover
+            console.print(f"the size of the circuit, by {_count(sized_on)} other prompts")
+            circuit = smallest_circuit(model, sized_on, scores, recover)
+        console.print(f"{circuit}, tested on {_count(tested_on)} prompts that it has not seen")
+        results, figures, page, graph = _tested(
+            model, scores, circuit, tested_on, generator=generator
+        )
+        results["run"] |= {
+            "task": name if name in TASKS else Path(name).name,
+            "n_prompts": _count(found_on),
+            "n_sized_on": _count(sized_on),
+            "recover": recover,
             "seed": seed,
+            "method": method,
             "metric": metric,
             "units": UNITS[metric],
-            "n_positive": int((tested.full > 0).sum()),
-            "n_heads": sum(p.n_nodes for p in scores.points if p.kind == "head"),
-            "n_neurons": sum(p.n_nodes for p in scores.points if p.kind == "neuron"),
-            "example": _example(model, test),
-        },
-        "circuit": tested.to_dict(),
-        "by_size": by_size.to_dict(),
-        "smallest": {
-            "recovered": ENOUGH,
-            "n_nodes": len(smallest),
-            "share": smallest.share,
-        },
-        "shown": _predictions(model, shown),
-        "top_nodes": _listed(model, top, tested, graph, details),
-    }
-    figures = {
-        "scores": plots.node_scores(scores, circuit),
-        "faithfulness": plots.faithfulness_curves({"highest scores": by_size}),
-    }
-    with new_directory(out) as directory:
-        page = {"graph": page_data(graph, details)}
+        }
         write_report(directory, "circuit.html", results, figures, beside=page)
         record = {**results["run"], "nodes": circuit.to_dict()}
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (directory / "circuit.json").write_text(text + "\n", encoding="utf-8")
         save_graph(graph, directory / "graph.json")
         save_graph(graph, directory / "graph.graphml")
-        save_mib(model, whole, directory / "mib.json")
+        save_mib(model, whole_mlps(model, scores), directory / "mib.json")
+        (directory / SETTINGS).unlink()
     console.print(summary(results))
     return results
 
 
-def check(name: str, n: int = N_PROMPTS, share: float = SHARE, metric: str = METRIC) -> None:
+def _tested(
+    model: LensModel,
+    scores: NodeScores,
+    circuit: Circuit,
+    tested_on: list[Prompts],
+    *,
+    generator: torch.Generator,
+) -> tuple[dict[str, Any], dict[str, Figure], dict[str, Any], nx.DiGraph]:
+    """Results of the tests, figures, what the page draws, and the graph of a prompt."""
+    by_size = faithfulness(
+        model, tested_on, scores, n_random=_N_RANDOM_BY_SIZE, generator=generator
+    )
+    ranked = scores.top(len(circuit))
+    taken_out = dict.fromkeys((*ranked[:_N_TAKEN_OUT], *ranked[-_N_TAKEN_OUT:]))
+    tested = judge(
+        model,
+        tested_on,
+        circuit,
+        nodes=[one.node for one in taken_out],
+        n_subsets=_N_SUBSETS,
+        n_random=_N_RANDOM,
+        generator=generator,
+    )
+    shown = tested_on[0][0]
+    graph = prune(attribution_graph(model, shown, circuit=circuit, max_nodes=_MAX_NODES))
+    details = node_details(model, shown, graph, scores)
+    results: dict[str, Any] = {
+        "run": {
+            **_describe(model),
+            "n_positive": int((tested.full > 0).sum()),
+            "n_heads": sum(p.n_nodes for p in scores.points if p.kind == "head"),
+            "n_neurons": sum(p.n_nodes for p in scores.points if p.kind == "neuron"),
+            "example": dict(zip(("clean", "corrupt"), tested_on[0].texts[0], strict=True)),
+        },
+        "circuit": tested.to_dict(),
+        "by_size": by_size.to_dict(),
+        "shown": _predictions(model, shown),
+        "top_nodes": _listed(model, ranked[:_N_LISTED], tested, graph, details),
+    }
+    figures = {
+        "scores": plots.node_scores(scores, circuit),
+        "faithfulness": plots.faithfulness_curves({"highest scores": by_size}),
+    }
+    return results, figures, {"graph": page_data(graph, details)}, graph
+
+
+def _prompts(
+    model: LensModel, name: str | Path, n: int, metric: str, seed: int, console: Console
+) -> tuple[list[Prompts], list[Prompts], list[Prompts]]:
+    """The prompts that the model gets right: to find on, to choose a size by, and to test on."""
+    measure = COMPARISONS[metric]
+    if name in TASKS:
+        name = str(name)
+        _tell_templates(task_templates(model, name, n, metric=measure, seed=seed), console)
+        train = task(model, name, n + n // 2, split="train", metric=measure, seed=seed)
+        find, choose = deal(solved(model, train), _DEALT[:2])
+        test = solved(model, task(model, name, n, split="test", metric=measure, seed=seed))
+    else:
+        every = read_prompts(model, name, metric=measure)
+        if any(batch.corrupt is None for batch in every):
+            raise InputError(
+                f"{name} has no corrupt prompts, which nodes outside a circuit take their values "
+                "from. Give a column 'corrupt'."
+            )
+        right = solved(model, every)
+        console.print(f"the model gets {_count(right)} of {_count(every)} prompts right")
+        find, choose, test = deal(right, _DEALT)
+    for prompts, what in ((find, "find a circuit on"), (choose, "choose"), (test, "test it on")):
+        if _count(prompts) < _FEWEST:
+            raise InputError(
+                f"{_count(prompts)} prompts that the model gets right are too few to {what}: at "
+                f"least {_FEWEST} are needed. Give more prompts, or another model."
+            )
+    return find, choose, test
+
+
+def _tell_templates(templates: Sequence[TemplateReport], console: Console) -> None:
+    """What the model makes of each template, before a circuit is searched for."""
+    table = Table("template", "pairs", "right", "metric", "on twins", "such as", box=None)
+    for one in templates:
+        means = (f"{value:+.2f}" for value in (one.clean, one.corrupt))
+        table.add_row(
+            one.template, str(one.n), f"{one.accuracy:.0%}", *means, Text(one.example[-40:])
+        )
+    console.print(table)
+
+
+def _count(prompts: Sequence[Prompts]) -> int:
+    return sum(map(len, prompts))
+
+
+def check(
+    name: str | Path,
+    *,
+    n: int = N_PROMPTS,
+    recover: float | None = None,
+    nodes: int | None = None,
+    share: float | None = None,
+    method: str = METHOD,
+    metric: str = METRIC,
+) -> None:
     """Refuse what cannot be run, before a model is loaded for it.
 
     Raises:
         InputError: as `run`.
     """
-    if name not in TASKS:
-        raise InputError(f"no task is called {name!r}; there are {', '.join(TASKS)}.")
-    if n < 2:
-        raise InputError(f"n={n}: at least 2 prompts are needed to find and to test a circuit.")
-    if not 0 < share < 1:
-        raise InputError(f"share={share} must lie between 0 and 1, as 0.05 does.")
+    if name not in TASKS and not Path(name).is_file():
+        raise InputError(
+            f"no task or file of prompts is called {str(name)!r}; tasks are {', '.join(TASKS)}."
+        )
+    if n < 4:
+        raise InputError(f"n={n}: at least 4 prompts are needed to find and to test a circuit.")
+    if sum(one is not None for one in (recover, nodes, share)) > 1:
+        raise InputError("give one of recover, nodes and share: each chooses a circuit by itself.")
+    if nodes is not None and nodes < 1:
+        raise InputError(f"nodes={nodes} must be at least 1.")
+    for what, value in (("recover", recover), ("share", share)):
+        if value is not None and not 0 < value < 1:
+            raise InputError(f"{what}={value} must lie between 0 and 1, as 0.05 does.")
+    if method not in METHODS:
+        raise InputError(f"no method is called {method!r}; there are {', '.join(METHODS)}.")
     if metric not in COMPARISONS:
         raise InputError(
             f"no metric of tasks is called {metric!r}; there are {', '.join(COMPARISONS)}."
@@ -182,13 +304,21 @@ def summary(results: dict[str, Any]) -> str:
     c = results["circuit"]
     low, high = c["interval"]
     random = c["random"]
+    asked = results["run"]["recover"]
+    said = ""
+    if asked is not None and not asked <= c["recovered"] <= 2 - asked:
+        side = "less" if c["recovered"] < asked else "more"
+        said = (
+            f" That is {side} than the {asked:.0%} to {2 - asked:.0%} asked for, which it "
+            "recovered of the prompts that its size was chosen by."
+        )
     return (
         f"The circuit found for {results['run']['task']!r} recovers {c['recovered']:.1%} "
         f"({c['confidence']:.0%} interval {low:.1%} to {high:.1%}) of the "
         f"{results['run']['metric'].replace('_', ' ')} with {c['n_nodes']:,} "
         f"node{'s' if c['n_nodes'] > 1 else ''}, {c['share']:.1%} of all neurons and heads. "
         f"{len(random)} random circuits of the same size and layers recover "
-        f"{sum(random) / len(random):.1%} (range {min(random):.1%} to {max(random):.1%})."
+        f"{sum(random) / len(random):.1%} (range {min(random):.1%} to {max(random):.1%}).{said}"
     )
 
 
@@ -202,19 +332,6 @@ def _describe(model: LensModel) -> dict[str, Any]:
         "device": str(parameter.device),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-
-
-def _example(model: LensModel, batches: Sequence[Prompts]) -> dict[str, str]:
-    """The first prompt, with its twin."""
-    first = batches[0]
-    assert first.corrupt is not None
-    return {"clean": _text(model, first.clean[0]), "corrupt": _text(model, first.corrupt[0])}
-
-
-def _text(model: LensModel, tokens: Int[Tensor, " pos"]) -> str:
-    ids = tokens.tolist()
-    bos = getattr(model.tokenizer, "bos_token_id", None)
-    return str(model.to_string(ids[1:] if ids[0] == bos else ids))
 
 
 def _predictions(model: LensModel, shown: Prompts) -> dict[str, str]:
@@ -249,7 +366,7 @@ def _listed(
             "score": one.score,
             "rank": one.rank,
             "percentile": one.percentile,
-            "fall": tested.falls[one.node],
+            "fall": tested.falls.get(one.node),
             "promotes": tokens(one),
         }
         for one in top
