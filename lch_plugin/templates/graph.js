@@ -310,5 +310,8 @@
   threshold();
   rove(current);
   drawing.scrollLeft = nodes[current].x;  // The end of the prompt, where most of it happens.
-  select(null);
+  // What to begin with: the node that does most.
+  const doers = nodes.map((n, i) => [Math.abs(n.contribution), i])
+    .filter(([, i]) => !["metric", "embedding", "position", "attn_rest", "mlp_rest"].includes(nodes[i].kind));
+  select(doers.length ? doers.sort((a, b) => b[0] - a[0])[0][1] : null);
 }

@@ -281,6 +281,8 @@ SCRIPT = """
   found.legend = document.querySelector(".legend").textContent;
   found.fits = document.documentElement.scrollWidth <= document.documentElement.clientWidth;
 
+  found.opened = selected();
+  press("Escape");
   point(head, "pointerover");
   found.tip = document.querySelector(".tip").textContent;
   found.strong = all(".strong path").length;
@@ -363,6 +365,15 @@ def test_a_browser_draws_every_node_apart(browsed: dict[str, Any]) -> None:
         assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
 
 
+def test_rows_of_rests_alone_are_thin_and_have_no_name() -> None:
+    graph = small().copy()
+    kept = [k for k, d in graph.nodes(data=True) if d["layer"] != 1 or "rest" in d["kind"]]
+    assert {d["kind"] for k, d in graph.nodes(data=True) if d["layer"] == 1 and k in kept}
+    folded, whole = layout(graph.subgraph(kept).copy()), layout(graph)
+    assert {n for n, _, _ in folded.rows} == {n for n, _, _ in whole.rows} - {1}
+    assert folded.height < whole.height - 2 * 30
+
+
 def signed(x: float) -> str:
     return f"{x:+.3f}".replace("-", "−")
 
@@ -397,7 +408,15 @@ def test_a_click_shows_what_the_node_does(browsed: dict[str, Any]) -> None:
 
 
 def test_the_keyboard_moves_selects_and_clears(browsed: dict[str, Any]) -> None:
-    assert browsed["stops"] == ["metric"]
+    strongest = max(
+        (
+            key
+            for key, d in small().nodes(data=True)
+            if d["kind"] in ("head", "mlp", "neuron", "feature")
+        ),
+        key=lambda key: abs(small().nodes[key]["contribution"]),
+    )
+    assert browsed["opened"] == browsed["stops"] == [strongest]
     assert browsed["down"] in (f"m2@{LAST}", f"rest m2@{LAST}")
     assert browsed["up"] == "metric"
     assert browsed["right"] in ("embedding@1", "position@1")

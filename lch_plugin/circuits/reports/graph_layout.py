@@ -3,7 +3,8 @@
 A row holds the attention or the MLP of one layer, a column one position. The nodes of a cell stand
 side by side, the largest contribution first, in lines as long as the column is wide. Columns get
 width, and rows height, by their fullest cell, so that no node hides another, and positions where
-little happens leave the room to those where much does.
+little happens leave the room to those where much does. So do rows: one that holds rests alone, as
+most do in a model of many layers, is thin, and has no name.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _NEEDED = ("kind", "layer", "position", "token", "contribution")
 _ABOUT = ("tokens", "prompt", "corrupt", "metric", "model", "linearization")
 # In CSS pixels: from node to node where they are many, between rows, and of a column at least.
 _STEP, _GAP, _COLUMN = 17.0, 28.0, 18.0
+# Height of a row that holds rests alone.
+_THIN = 9.0
+_RESTS = ("attn_rest", "mlp_rest")
 # From node to node where there is room to name them, at least and at most, and from line to line.
 _NAMED, _APART, _NAMED_LINE = 34.0, 48.0, 28.0
 # Lines that nodes with names may take; more nodes stand close together.
@@ -55,7 +59,8 @@ class Layout:
     Attributes:
         nodes: centre ``(x, y)`` of each node.
         room: of each node, the width it has for itself.
-        rows: layer, part of it, and the height ``y`` of the middle, of each row from the bottom.
+        rows: layer, part of it, and the height ``y`` of the middle, of each row from the bottom that
+            has a name.
         columns: left edge and width of each position's column.
         width, height: of everything.
     """
@@ -80,6 +85,10 @@ def layout(graph: nx.DiGraph) -> Layout:
     for key in sorted(graph, key=lambda key: (-size[key], key)):
         data = graph.nodes[key]
         cells[(data["layer"], PARTS[data["kind"]]), data["position"]].append(key)
+
+    def is_rest(key: str) -> bool:
+        return graph.nodes[key]["kind"] in _RESTS
+
     # Sideways first: how many nodes stand side by side decides how high the rows are.
     fullest = [0] * len(graph.graph["tokens"])
     for (_, position), keys in cells.items():
@@ -91,7 +100,14 @@ def layout(graph: nx.DiGraph) -> Layout:
     for (row, position), keys in cells.items():
         of_cell = lines[row, position]
         deep[row] = max(deep[row], of_cell.height * math.ceil(len(keys) / of_cell.n_nodes))
-    spans = list(_spans(deep[row] + _GAP for row in reversed(rows)))
+    named = {
+        row
+        for (row, _), keys in cells.items()
+        for k in keys
+        if graph.nodes[k]["kind"] not in _RESTS
+    }
+    tall = [deep[row] + _GAP if row in named else _THIN for row in reversed(rows)]
+    spans = list(_spans(tall))
     middle = {row: y + h / 2 for row, (y, h) in zip(reversed(rows), spans, strict=True)}
     nodes, room = {}, {}
     for (row, position), keys in cells.items():
@@ -105,7 +121,7 @@ def layout(graph: nx.DiGraph) -> Layout:
     return Layout(
         nodes=nodes,
         room=room,
-        rows=[(*row, middle[row]) for row in rows],
+        rows=[(*row, middle[row]) for row in rows if row in named],
         columns=columns,
         width=sum(columns[-1]),
         height=sum(spans[-1]),
