@@ -18,6 +18,7 @@ from lch_plugin.circuits.evaluation.faithfulness import (
     judge,
     smallest_circuit,
 )
+from lch_plugin.circuits.evaluation.intervention import Intervention, intervene
 from lch_plugin.circuits.evaluation.masks import learn_masks
 from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, load_graph, prune, save_graph
@@ -53,6 +54,7 @@ __all__ = [
     "Contributions",
     "Faithfulness",
     "FeatureScores",
+    "Intervention",
     "Judgement",
     "Method",
     "Neuron",
@@ -68,6 +70,7 @@ __all__ = [
     "contributions",
     "faithfulness",
     "feature_attribution",
+    "intervene",
     "judge",
     "kl_divergence",
     "learn_masks",

@@ -12,6 +12,7 @@ gradient at the logits of the clean prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -25,8 +26,41 @@ from lch_plugin.sites import integers
 
 #: For each prompt, the ids of some tokens.
 TokenLists: TypeAlias = Sequence[Sequence[int]]
-#: What makes a metric of the answers and the foils of prompts.
-Comparison: TypeAlias = Callable[[TokenLists, TokenLists], Metric]
+#: What makes a metric of the answers and the foils of prompts, and a position.
+Comparison: TypeAlias = Callable[..., Metric]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared(Metric):
+    """A metric that compares answers with foils, and knows them: it can be written to a file.
+
+    Attributes:
+        answers, foils: token ids, for each prompt.
+    """
+
+    answers: TokenLists = ()
+    foils: TokenLists = ()
+
+    def of_rows(self, rows: Sequence[int], n: int) -> Metric:
+        """The metric of some of the prompts, as `Metric.of_rows`."""
+        make = COMPARISONS[self.name]
+        answers, foils = ([side[row] for row in rows] for side in (self.answers, self.foils))
+        return make(answers, foils, self._position)
+
+    def beside(self, other: Metric, n: int) -> Metric:
+        """The metric of the prompts of both, as `Metric.beside`."""
+        if not isinstance(other, Compared) or (other.name, other.position) != (
+            self.name,
+            self.position,
+        ):
+            return super().beside(other, n)
+        answers, foils = [*self.answers, *other.answers], [*self.foils, *other.foils]
+        return COMPARISONS[self.name](answers, foils, self._position)
+
+    @property
+    def _position(self) -> int:
+        assert self.position is not None
+        return self.position
 
 
 def logit_difference(answers: TokenLists, foils: TokenLists, position: int = -1) -> Metric:
@@ -46,7 +80,7 @@ def logit_difference(answers: TokenLists, foils: TokenLists, position: int = -1)
         at = logits[:, -1]
         return right.mean(at) - wrong.mean(at)
 
-    return Metric(value, "logit_difference", position)
+    return Compared(value, "logit_difference", position, right.listed, wrong.listed)
 
 
 def log_odds(answers: TokenLists, foils: TokenLists, position: int = -1) -> Metric:
@@ -64,7 +98,7 @@ def log_odds(answers: TokenLists, foils: TokenLists, position: int = -1) -> Metr
         at = logits[:, -1]
         return right.logsumexp(at) - wrong.logsumexp(at)
 
-    return Metric(value, "log_odds", position)
+    return Compared(value, "log_odds", position, right.listed, wrong.listed)
 
 
 #: Metrics that compare answers with foils, by name.
@@ -148,7 +182,9 @@ class _Tokens:
     """One or several tokens for each prompt."""
 
     def __init__(self, tokens: TokenLists, role: str) -> None:
-        listed = [_ids(one, role) for one in tokens] if isinstance(tokens, Sequence) else []
+        self.listed = listed = (
+            [_ids(one, role) for one in tokens] if isinstance(tokens, Sequence) else []
+        )
         if not all(listed) or not listed:
             raise InputError(
                 f"every prompt needs at least one {role}, as in [[3], [4, 5]]; got {tokens}."

@@ -15,10 +15,12 @@ from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint,
 from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
 from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
+from lch_plugin.circuits.metrics import Compared
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.circuits.scores.attribution import Contributions, contributions
 from lch_plugin.circuits.scores.features import active_features
+from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import portable
 from lch_plugin.sites import Linearization
@@ -81,7 +83,7 @@ def attribution_graph(
         SiteError: the residual stream is not a sum of what components write, or as `node_points`.
     """
     if len(prompts) != 1:
-        raise InputError(f"{len(prompts)} prompts: a graph is of one. Take one row of them.")
+        raise InputError(f"{len(prompts)} prompts: a graph is of one. Take one, as prompts[0].")
     if max_nodes < 1:
         raise InputError(f"max_nodes={max_nodes} must be at least 1.")
     points = node_points(model, kinds)
@@ -111,10 +113,13 @@ def attribution_graph(
         tokens=tokens,
         prompt=model.to_string(prompts.clean[0]),
         corrupt=None if prompts.corrupt is None else model.to_string(prompts.corrupt[0]),
+        clean_ids=prompts.clean[0].tolist(),
+        corrupt_ids=None if prompts.corrupt is None else prompts.corrupt[0].tolist(),
         metric={
             "name": prompts.metric.name,
             "value": frozen.metric,
             "reference": frozen.reference,
+            **_tokens_of(prompts.metric),
         },
         model=portable(model.cfg.model_name),
         n_layers=frozen.n_layers,
@@ -125,6 +130,17 @@ def attribution_graph(
         versions={name: version(name) for name in ("lch-plugin", "torch", "transformer-lens")},
     )
     return graph
+
+
+def _tokens_of(metric: Metric) -> dict[str, Any]:
+    """What a metric of the one prompt compares, if that is what it does."""
+    if not isinstance(metric, Compared):
+        return {}
+    return {
+        "position": metric.position,
+        "answers": list(metric.answers[0]),
+        "foils": list(metric.foils[0]),
+    }
 
 
 def _check_gradients(

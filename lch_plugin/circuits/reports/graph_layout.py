@@ -59,8 +59,8 @@ class Layout:
     Attributes:
         nodes: centre ``(x, y)`` of each node.
         room: of each node, the width it has for itself.
-        rows: layer, part of it, and the height ``y`` of the middle, of each row from the bottom that
-            has a name.
+        rows: layer, part of it, and the height ``y`` of the middle, of each row with a name, from
+            the bottom.
         columns: left edge and width of each position's column.
         width, height: of everything.
     """
