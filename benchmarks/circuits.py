@@ -23,6 +23,7 @@ on the standard output, and all figures as JSON with ``--json``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -208,7 +209,8 @@ def compare(
     on_few = methods(model, few, kinds)
     # Memory grows with the batch, not with the number of batches.
     on_one_batch = methods(model, train[:1], kinds)
-    seconds = in_turn({**found, PLAIN: partial(plain_passes, model, train)}, rounds)
+    plain = {PLAIN: partial(plain_passes, model, train)}
+    seconds = in_turn({**found, **plain}, rounds) if rounds else {}
 
     def row(method: str, scores: NodeScores, compared: NodeScores | None, **cost: float) -> Row:
         agreed = agreement(compared, exact) if compared and exact else {}
@@ -331,19 +333,20 @@ def main() -> None:
     console.print(
         f"{machine()}; {name}, {options.pairs} pairs of each split, less those it fails\n"
     )
-    rows = []
-    for nodes in options.nodes:
-        for chosen in options.tasks or able(model, options.pairs):
-            rows += compare(
-                model,
-                chosen,
-                nodes,
-                pairs=options.pairs,
-                patched=options.patched,
-                rounds=options.rounds,
-            )
-            if options.json:
-                options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    rows: list[Row] = []
+    wanted = options.tasks or able(model, options.pairs)
+    for nodes, chosen in itertools.product(options.nodes, wanted):
+        console.print(f"{chosen}, {nodes}", style="dim")
+        rows += compare(
+            model,
+            chosen,
+            nodes,
+            pairs=options.pairs,
+            patched=options.patched,
+            rounds=options.rounds,
+        )
+        if options.json:
+            options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     console.file.write(markdown(rows))
 
 
