@@ -208,17 +208,17 @@ class Metric:
         """The metric of some sequences of a batch of ``n`` that this one was made for.
 
         Args:
-            rows: which of them, in the order in which their logits will come.
+            rows: which of them, each once, in the order in which their logits will come.
             n: sequences in the whole batch.
         """
         index = torch.tensor(rows)
 
         def of_some(logits: Float[Tensor, "rows pos d_vocab"]) -> Float[Tensor, " rows"]:
             # The function knows the sequences by their places. Those that are not here get logits
-            # of one that is, so that nothing is infinite, and their values are not looked at.
-            source = torch.zeros(n, dtype=torch.long)
-            source[index] = torch.arange(len(index))
-            return self._each(logits[source.to(logits.device)], n)[index.to(logits.device)]
+            # of one that is, without a gradient, and their values are not looked at.
+            places = index.to(logits.device)
+            filled = logits.detach()[:1].expand(n, -1, -1).index_copy(0, places, logits)
+            return self._each(filled, n)[places]
 
         return Metric(of_some, self.name, self.position)
 

@@ -74,17 +74,19 @@ def read_prompts(
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, all with the same names."""
-    read = {".csv": _of_csv, ".json": _of_json}.get(path.suffix.lower())
-    if read is None:
+    if path.suffix.lower() not in (".csv", ".json"):
         raise InputError(f"{path} is no .csv or .json file of prompts, going by its name.")
+    if not path.is_file():
+        raise InputError(f"{path} is no file. Name a .csv or .json file of prompts.")
+    if path.stat().st_size > _LARGEST:
+        raise InputError(f"{path} has more than {_LARGEST // 10**6} MB: split it.")
     try:
-        if not path.is_file():
-            raise InputError(f"{path} is no file. Name a .csv or .json file of prompts.")
-        if path.stat().st_size > _LARGEST:
-            raise InputError(f"{path} has more than {_LARGEST // 10**6} MB: split it.")
-        rows = read(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _of_csv(text) if path.suffix.lower() == ".csv" else json.loads(text)
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} cannot be read: {error}. It has to be UTF-8.") from error
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(
             f"{path} holds no prompts: a row each with the fields {', '.join(_NEEDED)}, and "
@@ -104,8 +106,18 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_csv(text: str) -> list[dict[str, Any]]:
-    rows = list(csv.DictReader(StringIO(text, newline=""), strict=True))
-    # A short row has None for the rest, and a long one a list under None.
+    reader = csv.DictReader(StringIO(text, newline=""), strict=True)
+    names = list(reader.fieldnames or ())
+    if len(set(names)) < len(names):
+        raise csv.Error(f"the header names a field twice: {', '.join(names)}")
+    rows = list(reader)
+    for i, row in enumerate(rows, 1):
+        # A long row has a list under None, and a short one None for the rest.
+        if None in row or None in row.values():
+            raise csv.Error(
+                f"row {i} has more or fewer fields than the header; put texts with a comma in "
+                "double quotes"
+            )
     return [
         {
             name: value.split("|") if name in _NEEDED[1:] and value else value
@@ -113,10 +125,6 @@ def _of_csv(text: str) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
-
-
-def _of_json(text: str) -> Any:
-    return json.loads(text)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -41,8 +41,8 @@ class Prompts:
         texts: the prompts as they were given, each with its twin; none if they were given as ids.
 
     Raises:
-        InputError: clean prompts that are no batch of token ids, corrupt ones of another shape, or
-            a metric that is no `Metric`.
+        InputError: clean prompts that are no batch of token ids, corrupt ones of another shape, a
+            metric that is no `Metric`, or another number of texts than of prompts.
     """
 
     clean: Int[Tensor, "batch pos"]
@@ -67,6 +67,10 @@ class Prompts:
             raise InputError(
                 f"clean prompts have shape {tuple(self.clean.shape)} and corrupt ones "
                 f"{tuple(self.corrupt.shape)}: a pair needs equal lengths, token by token."
+            )
+        if len(self.texts) not in (0, len(self.clean)):
+            raise InputError(
+                f"{len(self.texts)} texts for {len(self.clean)} prompts: give one each, or none."
             )
 
     def __len__(self) -> int:
@@ -133,7 +137,8 @@ class Prompts:
         shown = pd.DataFrame(self.texts or self.clean.tolist())
         if self.texts:
             shown.columns = pd.Index(["clean", "corrupt"])
-        return f"<p>{escape(repr(self))}</p>{shown.to_html()}"
+        with pd.option_context("display.max_colwidth", None):  # Answers follow the ends of texts.
+            return f"<p>{escape(repr(self))}</p>{shown.to_html()}"
 
     def run(
         self, model: LensModel, edits: Mapping[str, Callable[[Tensor], Tensor | None]]
@@ -216,14 +221,13 @@ def prompts(
     for same in rows.values():
         for start in range(0, len(same), batch_size):
             chosen = same[start : start + batch_size]
-            measured = metric([row[2] for row in chosen], [row[3] for row in chosen])
+            compared = metric([row[2] for row in chosen], [row[3] for row in chosen])
             paired = None if corrupt is None else torch.cat([row[1] for row in chosen])
             given = tuple(row[4] for row in chosen)
-            batches.append(Prompts(torch.cat([row[0] for row in chosen]), measured, paired, given))
+            batches.append(Prompts(torch.cat([row[0] for row in chosen]), compared, paired, given))
     return batches
 
 
-@without_autocast()
 def solved(model: LensModel, prompts: Prompts | Iterable[Prompts]) -> list[Prompts]:
     """The prompts that a model gets right: there is a behaviour to explain on these alone.
 
@@ -277,6 +281,7 @@ def deal(prompts: Iterable[Prompts], shares: Sequence[int]) -> list[list[Prompts
     return hands
 
 
+@without_autocast()
 def measured(model: LensModel, batch: Prompts) -> Float[Tensor, " batch"]:
     """The metric of each clean prompt, by the model as it is; on the CPU."""
     with evaluating(model), torch.no_grad():

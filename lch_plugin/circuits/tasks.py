@@ -13,8 +13,8 @@ task              clean                                       corrupt           
 ``induction``     Everyone liked Zelkin Morvash. One day      Everyone liked Zelkin    " Morvash",
                   Zelkin                                      Drutine. ...             the others
 ``pronoun``       Mary was tired because                      John was tired because   " she", " he"
-``capitals``      The capital of France is the city of        The capital of Italy...  " Paris",
-                                                                                       " Rome"
+``capitals``      The capital of France is                    The capital of Italy     " Paris",
+                                                              is                       " Rome"
 ================  ==========================================  =======================  ============
 
 The texts come from the generator of the embedded model (`lch_plugin.demo.tasks`), which knows no
@@ -31,6 +31,7 @@ import itertools
 import random
 from dataclasses import dataclass, replace
 
+import pandas as pd
 import torch
 
 from lch_plugin.adapters.transformer_lens import LensModel
@@ -61,13 +62,18 @@ _CAPITALS = {
     "Iraq": "Baghdad", "Iran": "Tehran", "China": "Beijing", "Sweden": "Stockholm",
     "Norway": "Oslo", "Portugal": "Lisbon", "Canada": "Ottawa", "Peru": "Lima",
     "Chile": "Santiago", "Turkey": "Ankara", "Hungary": "Budapest", "Finland": "Helsinki",
-    "Denmark": "Copenhagen", "Belgium": "Brussels", "Colombia": "Bogota", "Syria": "Damascus",
-    "Lebanon": "Beirut", "Thailand": "Bangkok", "Ukraine": "Kiev",
+    "Denmark": "Copenhagen", "Belgium": "Brussels", "Syria": "Damascus", "Lebanon": "Beirut",
+    "Thailand": "Bangkok", "Romania": "Bucharest", "Bulgaria": "Sofia", "Serbia": "Belgrade",
+    "England": "London", "Scotland": "Edinburgh", "Switzerland": "Bern", "Jamaica": "Kingston",
+    "Australia": "Canberra", "Indonesia": "Jakarta", "Vietnam": "Hanoi", "Nepal": "Kathmandu",
+    "Afghanistan": "Kabul",
 }  # fmt: skip
 _CAPITAL_TEMPLATES = {
+    "is": "The capital of {country} is",
     "city": "The capital of {country} is the city of",
     "question": "Q: What is the capital of {country}? A: The capital is",
-    "lies": "{country} is a country, and its capital is the city of",
+    "guide": "Our guide to {country} begins in its capital,",
+    "travelled": "We travelled all over {country} and ended in the capital,",
 }
 
 
@@ -93,24 +99,27 @@ def task(
     Raises:
         InputError: no such task or split, or the tokenizer reads too few of its texts as needed.
     """
-    return _prompts(model, _usable(model, name, n, split, seed), metric)
+    usable, _ = _usable(model, name, n, split, seed)
+    return _prompts(model, usable, metric)
 
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """What a model makes of the pairs of one template of a task.
+    """What a tokenizer and a model make of the pairs of one template of a task.
 
     Attributes:
         template: its name.
         example: a clean prompt.
-        n: pairs.
-        accuracy: share of the pairs on which the metric is above zero.
-        clean, corrupt: mean of the metric on the prompts and on their twins, both by the answer to
-            the clean prompt.
+        readable: share of the template's pairs that the tokenizer reads as the task needs them.
+        n: pairs that were measured.
+        accuracy: share of these on which the metric is above zero.
+        clean, corrupt: mean of the metric on the prompts and on their twins, in its units, both by
+            the answers to the clean prompts.
     """
 
     template: str
     example: str
+    readable: float
     n: int
     accuracy: float
     clean: float
@@ -129,23 +138,34 @@ def task_templates(
     """Which templates of a task a tokenizer can express, and how well the model does each.
 
     To be asked before a circuit is searched for: a model that gets a task wrong has no circuit of
-    it. `solved` keeps the pairs that it gets right.
+    it. `solved` keeps the pairs that it gets right. Templates without a pair are left out.
 
     Args, Raises:
         As `task`.
     """
+    usable, readable = _usable(model, name, n, split, seed)
+    values: dict[tuple[str, str | None], list[float]] = {}
+    for batch in _prompts(model, usable, metric):
+        assert batch.corrupt is not None
+        twins = replace(batch, clean=batch.corrupt)
+        both = torch.stack([measured(model, one) for one in (batch, twins)], 1)
+        values.update(zip(batch.texts, both.tolist(), strict=True))
     by_template: dict[str, list[Example]] = {}
-    for example in _usable(model, name, n, split, seed):
+    for example in usable:
         by_template.setdefault(_template(example), []).append(example)
     found = []
     for template, some in by_template.items():
-        batches = _prompts(model, some, metric)
-        clean = torch.cat([measured(model, batch) for batch in batches])
-        twins = [replace(b, clean=b.corrupt) for b in batches if b.corrupt is not None]
-        corrupt = torch.cat([measured(model, batch) for batch in twins])
-        accuracy = float((clean > 0).double().mean())
-        means = float(clean.mean()), float(corrupt.mean())
-        found.append(TemplateReport(template, some[0].prompt, len(some), accuracy, *means))
+        both = torch.tensor([values[e.prompt, e.corrupt] for e in some], dtype=torch.float64)
+        found.append(
+            TemplateReport(
+                template,
+                some[0].prompt,
+                readable[template],
+                len(some),
+                float((both[:, 0] > 0).double().mean()),
+                *both.mean(0).tolist(),
+            )
+        )
     return found
 
 
@@ -165,16 +185,24 @@ def _template(example: Example) -> str:
     return example.combination[place]
 
 
-def _usable(model: LensModel, name: str, n: int, split: str, seed: int) -> list[Example]:
+def _usable(
+    model: LensModel, name: str, n: int, split: str, seed: int
+) -> tuple[list[Example], dict[str, float]]:
+    """Pairs that the tokenizer can read, and by template, the share of those tried that it can."""
+    if n < 1:
+        raise InputError(f"n={n}: a task has at least one pair.")
     reads = _Reader(model)
-    usable = [e for e in _candidates(reads, name, n, split, seed) if reads.example(e)][:n]
+    tried = _candidates(reads, name, n, split, seed)
+    are_read = list(map(reads.example, tried))
+    usable = list(itertools.compress(tried, are_read))[:n]
     if len(usable) < n:
+        cure = "Ask for fewer" if usable else "Take another task"
         raise InputError(
             f"only {len(usable)} of {n} pairs of the task {name!r} can be used with this "
             "tokenizer: clean and corrupt prompts need equal lengths, answers and foils one token "
-            "each. Ask for fewer, or pass texts of your own to lch_plugin.circuits.prompts."
+            f"each. {cure}, or pass texts of your own to lch_plugin.circuits.prompts."
         )
-    return usable
+    return usable, pd.Series(are_read).groupby(list(map(_template, tried))).mean().to_dict()
 
 
 class _Reader:
@@ -196,8 +224,10 @@ class _Reader:
 
     def example(self, example: Example) -> bool:
         """As a pair that differs, of equal length, with answers and foils of one token each."""
-        clean, corrupt = (self._model.to_tokens(t).shape for t in (example.prompt, example.corrupt))
-        return clean == corrupt and all(map(self.token, (*example.answers, *example.foils)))
+        clean, corrupt = map(self._model.to_tokens, (example.prompt, example.corrupt))
+        if clean.shape != corrupt.shape or torch.equal(clean, corrupt):
+            return False
+        return all(map(self.token, (*example.answers, *example.foils)))
 
 
 def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> list[Example]:
@@ -224,7 +254,7 @@ def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> lis
 
 
 def _by_decade(example: Example) -> Example:
-    """Greater-than in digits: the decade of the second year, which is not before the first."""
+    """Greater-than in digits: the next one is the decade, and its own may go on or be over."""
     century, year = example.prompt[-2:], example.combination[2]
     decade = int(year[0])
     return replace(
@@ -240,7 +270,8 @@ def _capitals(n: int, split: str, seed: int) -> list[Example]:
         (template, *pair)
         for template in _CAPITAL_TEMPLATES
         for pair in itertools.permutations(_CAPITALS, 2)
-        if is_held_out("capitals", pair) == (split == "test")
+        # Both orders in one split: they are each other's twins.
+        if is_held_out("capitals", sorted(pair)) == (split == "test")
     ]
     return [
         Example(

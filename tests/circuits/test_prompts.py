@@ -105,6 +105,18 @@ def test_some_rows_of_a_batch_are_measured_as_in_it() -> None:
     assert [len(one) for one in whole] == [1] * 5
 
 
+def test_what_stands_in_for_other_rows_has_no_gradient() -> None:
+    """Each row has a function of its own, which may not be defined for the logits of another."""
+    least = torch.tensor([0.0, 9.0, 2.0])
+    metric = Metric(lambda logits: (logits[:, -1, 0] - least).sqrt())
+    logits = torch.full((1, 7, 3), 6.0, requires_grad=True)
+    value = Prompts(models.tokens(3), metric)[2].measure(logits)
+    assert value.tolist() == [2]
+    (slope,) = torch.autograd.grad(value.sum(), logits)
+    assert slope[0, -1].tolist() == [0.25, 0, 0]
+    assert float(slope.sum()) == 0.25
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_batches_are_put_together_as_they_were() -> None:
     whole = Prompts(models.tokens(5), rows_of([1, 2, 3, 4, 5]), models.tokens(5, seed=1))
@@ -140,6 +152,8 @@ def test_batches_show_themselves(model) -> None:
     shown = batch._repr_html_()
     assert "The keys to the cabinet" in shown
     assert "The key to the cabinet" in shown
+    long = "word " * 40 + "end"
+    assert long in Prompts(batch.clean, batch.metric, None, ((long, None),))._repr_html_()
     odd = Prompts(batch.clean, batch.metric, batch.corrupt, (("<b>", "&"),))
     assert "&lt;b&gt;" in odd._repr_html_()
     assert repr(Prompts(batch.clean, batch.metric)) == "Prompts(1 of 6 tokens, logit_difference)"
@@ -190,6 +204,8 @@ def test_bad_input_is_refused(model) -> None:
             Prompts(clean, metric)  # type: ignore[arg-type]
     with pytest.raises(lch.InputError, match="metric is a function"):
         Prompts(models.tokens(), metric.fn)  # type: ignore[arg-type]
+    with pytest.raises(lch.InputError, match="1 texts for 2 prompts"):
+        Prompts(models.tokens(), metric, texts=(("a", None),))
     with pytest.raises(lch.InputError, match=r"\(2, 7\) and corrupt ones \(2, 6\)"):
         Prompts(models.tokens(), logit_difference([[1]] * 2, [[2]] * 2), models.tokens(pos=6))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -152,9 +154,16 @@ def test_a_tokenizer_of_digits_is_asked_for_the_decade(english) -> None:
 def test_capitals_are_asked_of_tokenizers_that_know_them(tmp_path: Any) -> None:
     texts_ = [f"The capital of {c} is the city of {d}." for c, d in _CAPITALS.items()]
     model = bridge_of(texts_ * 2, tmp_path)
-    train, test = (texts(model, "capitals", 12, split=split) for split in ("train", "test"))
-    assert not set(train) & set(test)
-    assert all(clean != corrupt for clean, corrupt in train)
+    train, test = (texts(model, "capitals", 60, split=split) for split in ("train", "test"))
+    # Not the other way round either.
+    assert not {frozenset(pair) for pair in train} & {frozenset(pair) for pair in test}
+    (batch, *_) = task(model, "capitals", 60)
+    for row, pair in enumerate(batch.texts):
+        country, other = (next(c for c in _CAPITALS if c in text) for text in pair)
+        logits = torch.zeros(1, 1, model.cfg.d_vocab)
+        logits[..., model.to_single_token(f" {_CAPITALS[country]}")] = 3
+        logits[..., model.to_single_token(f" {_CAPITALS[other]}")] = 1
+        assert float(batch[row].measure(logits)) == 2
 
 
 def test_templates_are_reported_one_by_one(model) -> None:
@@ -167,8 +176,20 @@ def test_templates_are_reported_one_by_one(model) -> None:
     for values, field in ((clean, "clean"), (twins, "corrupt"), (100.0 * (clean > 0), "accuracy")):
         mean = sum(one.n * getattr(one, field) for one in found) / 30
         assert mean * (100 if field == "accuracy" else 1) == pytest.approx(float(values.mean()))
-    (tree,) = [one for one in found if one.template == "tree"] or found[:1]
-    assert tree.example in {clean for batch in batches for clean, _ in batch.texts}
+    assert {one.example for one in found} <= {
+        clean for batch in batches for clean, _ in batch.texts
+    }
+    assert {one.readable for one in found} == {1}
+
+
+def test_templates_say_what_share_of_their_pairs_a_tokenizer_reads(english) -> None:
+    lengths = defaultdict(list)
+    for example in generator.examples("a_an", 100, split="train"):
+        clean, corrupt = map(english.to_tokens, (example.prompt, example.corrupt))
+        lengths[example.combination[0]].append(clean.shape == corrupt.shape)
+    found = {one.template: one.readable for one in task_templates(english, "an", 20)}
+    assert found == {name: pytest.approx(np.mean(lengths[name])) for name in found}
+    assert min(found.values()) < 0.5
 
 
 def test_without_names_there_is_no_induction(tmp_path: Any) -> None:
@@ -181,12 +202,15 @@ def test_without_names_there_is_no_induction(tmp_path: Any) -> None:
 def test_bad_input_is_refused(model, english) -> None:
     with pytest.raises(lch.InputError, match="no task is called 'rhyme'"):
         task(model, "rhyme")
-    with pytest.raises(lch.InputError, match="0 of 60 pairs of the task 'capitals'"):
+    with pytest.raises(
+        lch.InputError, match=r"0 of 60 pairs of the task 'capitals' .* Take another"
+    ):
         task(model, "capitals")
     for reader, name in ((model, "an"), (model, "induction"), (english, "induction")):
         with pytest.raises(lch.InputError, match="no split is called 'validation'"):
             task(reader, name, split="validation")
-        with pytest.raises(lch.InputError):
-            task(reader, name, 0)
+        for n in (0, -1):
+            with pytest.raises(lch.InputError, match=f"n={n}: a task has at least one"):
+                task(reader, name, n)
     with pytest.raises(lch.InputError, match="1000000"):
         task(model, "an", 1_000_000)

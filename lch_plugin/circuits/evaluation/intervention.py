@@ -1,121 +1,107 @@
-"""From a graph back to the model: what scaling a node does, as the graph predicts and as it is.
+r"""From the graph to the model: what a node's change does to all others, predicted and measured.
 
-A graph is of the frozen experts at one prompt. Here the model runs as it is, with what a node
-writes scaled from its value on the corrupt prompt (zero without one)::
+A graph holds attention patterns, norm scales and gates at their values on its prompt. Change what a
+node writes, and the frozen model it describes says by how much the metric and every node after it
+change. The model itself, where nothing is held, says what they do. The closer the two, the more the
+graph is true of the model, and not of its linearisation alone (as Ameisen et al., "Circuit
+Tracing", 2025, validate theirs).
 
-    value = twin + scale * (clean - twin)
+With ``a_ref`` what the node holds on the corrupt twin, or zero without one, it is made to hold::
 
-so that 0 removes the node, 1 leaves it and 2 doubles it. The *predicted* change of the metric is
-``(scale - 1) * contribution``: what flows out of the node, along all paths of the graph. The
-predicted change of another node is that of its contribution ``g . a``, with ``a`` what it holds and
-``g`` the gradient of the metric there: the same perturbation, pushed forward through the frozen
-experts along all paths. The *measured* change is ``g . (a' - a)``, with ``a'`` what the node holds
-in the model that was intervened on. So both are in units of the metric, and differ by what the
-graph holds fixed: attention patterns, gates and norm scales, or with the Jacobian all that is not
-linear.
+    a_ref + scale * (a - a_ref)
 
-Several nodes are scaled at once. Each is set to its value above, so that what one of them would do
-to another does not count.
+0 removes it, 1 changes nothing, 2 doubles it. The change of a node ``t`` is in units of the metric:
+``g_t . (change of what t holds)``, with ``g_t`` its targeted centroid at the prompt.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
 import networkx as nx
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
+from sklearn.metrics import r2_score
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
-from lch_plugin.adapters.transformer_lens.reads import position_embedding_name
 from lch_plugin.circuits.metrics import COMPARISONS
-from lch_plugin.circuits.prompts import Prompts, measured
-from lch_plugin.circuits.scores.attribution import activations, embedding_name, metric_gradients
+from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.scores.attribution import (
+    activations,
+    embedding_name,
+    metric_gradients,
+)
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
-from lch_plugin.mlp import at_least_float32
-from lch_plugin.sites import Linearization
 
-_ENTERING = ("embedding", "position")
-# How far the metric may be from that of the graph, relatively: other threads, another device.
-_TOLERANCE = 1e-3
+# Relative difference up to which the metric of the graph and that of the model are the same.
+_SAME = 1e-3
+_KINDS = ("head", "neuron", "mlp")
 
 
-class Change(NamedTuple):
-    """What became of a node's contribution, in units of the metric.
-
-    Attributes:
-        node, kind, layer, position: of the graph.
-        contribution: before.
-        predicted: change, by the frozen experts.
-        measured: change, in the model.
-    """
-
-    node: str
-    kind: str
-    layer: int
-    position: int
-    contribution: float
-    predicted: float
-    measured: float
-
-
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Intervention:
-    """What a graph predicts of scaling some of its nodes, beside what the model does.
+    """What changing some nodes did, in units of the metric.
 
     Attributes:
-        nodes: those scaled.
-        scale: of what they write.
-        metric: before.
-        metric_predicted: change of the metric, by the frozen experts, in units of the metric.
-        metric_measured: change of the metric, in the model.
-        changes: of every head, neuron and MLP of the graph that comes after the first of the
-            scaled nodes, and of those is none.
+        changed: names of the nodes that were changed.
+        scale: of what they hold, relative to the corrupt twin, or to zero.
+        metric: of the prompt, nothing changed.
+        metric_predicted, metric_measured: by how much it changes.
+        nodes: names of the heads, neurons and MLPs of the graph that it reaches.
+        kinds: of each.
+        predicted, measured: by how much each of them changes.
     """
 
-    nodes: tuple[str, ...]
+    changed: tuple[str, ...]
     scale: float
     metric: float
     metric_predicted: float
     metric_measured: float
-    changes: tuple[Change, ...]
+    nodes: tuple[str, ...]
+    kinds: tuple[str, ...]
+    predicted: Float[Tensor, " node"]
+    measured: Float[Tensor, " node"]
 
     @property
     def r2(self) -> dict[str, float]:
-        """By kind of node, the share of the variance of measured changes that is predicted.
-
-        ``1 - sum (measured - predicted)^2 / sum (measured - mean)^2``: 1 is perfect, 0 no better
-        than the mean of all, below that worse. NaN where all measured changes are the same.
-        """
-        found = {}
-        for kind, group in self.to_dataframe().groupby("kind"):
-            spread = float(((group.measured - group.measured.mean()) ** 2).sum())
-            error = float(((group.measured - group.predicted) ** 2).sum())
-            found[str(kind)] = 1 - error / spread if spread else math.nan
-        return found
+        """R² of the predicted changes, by kind of node; of kinds with two nodes at least."""
+        table = self.to_dataframe()
+        return {
+            str(kind): float(r2_score(of["measured"], of["predicted"]))
+            for kind, of in table.groupby("kind", sort=False)
+            if len(of) > 1
+        }
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a node, columns as in `Change`."""
-        return pd.DataFrame(self.changes, columns=list(Change._fields))
+        """The nodes, with predicted and measured change, the largest measured first."""
+        table = pd.DataFrame(
+            {
+                "node": self.nodes,
+                "kind": self.kinds,
+                "predicted": self.predicted.tolist(),
+                "measured": self.measured.tolist(),
+            }
+        )
+        order = table["measured"].abs().sort_values(ascending=False, kind="stable").index
+        return table.loc[order].reset_index(drop=True)
 
     def __repr__(self) -> str:
-        names = ", ".join(self.nodes[:3]) + (", ..." if len(self.nodes) > 3 else "")
-        r2 = ", ".join(f"{kind} {value:.2f}" for kind, value in self.r2.items())
+        r2 = ", ".join(f"{kind}s {value:.2f}" for kind, value in self.r2.items())
         return (
-            f"Intervention({names} x {self.scale:g}: metric {self.metric_predicted:+.3g} "
-            f"predicted, {self.metric_measured:+.3g} measured; R2 {r2 or 'of no node'})"
+            f"Intervention({', '.join(self.changed)} x {self.scale:g}: metric {self.metric:+.3g}, "
+            f"changes by {self.metric_measured:+.3g}, predicted {self.metric_predicted:+.3g}; "
+            f"R² of {r2 or 'too few nodes'})"
         )
 
 
+@torch.inference_mode(False)
 @without_autocast()
 def intervene(
     model: LensModel,
@@ -125,73 +111,209 @@ def intervene(
     *,
     prompts: Prompts | None = None,
 ) -> Intervention:
-    """Scale what some nodes of a graph write, in the model, and compare with what the graph says.
+    """Change what nodes hold, and compare what the graph predicts with what the model does.
 
     Args:
         model: that the graph is of.
-        graph: of `attribution_graph`, whole or pruned, or loaded from a file.
-        node: name of a head, neuron, MLP or embedding, or of several; of a supernode, which stands
-            for its members. Each is scaled at its own position.
-        scale: of its difference to the corrupt prompt, or to zero: 0 removes, 2 doubles.
-        prompts: the prompt of the graph. The graph knows it, if its metric is a comparison of
-            answers with foils (`lch_plugin.circuits.metrics.COMPARISONS`).
-
-    Returns:
-        Changes of the metric and of the nodes that come after, predicted and measured.
+        graph: of `lch_plugin.circuits.attribution_graph`, pruned or not, from a file or not.
+        node: name of a head, neuron or MLP of the graph; or several, changed together.
+        scale: 0 puts the twin's value in place of the node's, or zero; 2 doubles the difference.
+        prompts: the prompt of the graph, needed if its metric is none that compares answers with
+            foils: a graph cannot hold a function.
 
     Raises:
-        InputError: the graph is of another model or prompt, or does not know its metric; a node
-            that is not in it, or is none of those above; or a scale that is not finite.
+        InputError: the graph is of another model or prompt, or has no such node, or one that holds
+            nothing to scale; or its metric is needed.
         SiteError: as `lch_plugin.circuits.node_attribution`.
 
     Example:
         >>> import lch_plugin as lch
         >>> from lch_plugin import circuits
         >>> model = lch.load_demo_model()
-        >>> graph = circuits.attribution_graph(model, circuits.task(model, "ioi", 1)[0])
-        >>> heads = [n for n, kind in graph.nodes(data="kind") if kind == "head"]
-        >>> found = circuits.intervene(model, graph, heads[-1], 0)
-        >>> abs(found.metric_predicted + graph.nodes[heads[-1]]["contribution"]) < 1e-4
-        True
+        >>> prompt = circuits.task(model, "an", 1)[0]
+        >>> graph = circuits.attribution_graph(model, prompt, max_nodes=50)
+        >>> head = next(n for n, d in graph.nodes(data=True) if d["kind"] == "head")
+        >>> found = circuits.intervene(model, graph, head, 0)
+        >>> sorted(found.r2)
+        ['head', 'neuron']
     """
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise InputError(f"scale={scale} must be finite: 0 removes a node, 1 leaves it.")
-    names = _members(graph, [node] if isinstance(node, str) else list(node))
-    prompt = _prompt(graph) if prompts is None else prompts
-    before = _check_model(model, graph, prompt)
-    places = _Places(model, graph)
-    hooks = places.names(names)
-    with evaluating(model):
-        clean = activations(model, prompt.clean, hooks)
-        twin = (
-            {name: torch.zeros_like(value) for name, value in clean.items()}
-            if prompt.corrupt is None
-            else activations(model, prompt.corrupt, hooks)
+    changed = (node,) if isinstance(node, str) else tuple(node)
+    _check_nodes(graph, changed)
+    batch = _prompt_of(graph) if prompts is None else prompts
+    points = node_points(model, tuple(graph.graph["kinds"]))
+    at = {(point.kind, point.layer): point for point in points}
+    names = [point.name for point in points]
+    linearization = graph.graph["linearization"]
+    found = metric_gradients(model, batch, names, linearization=linearization)
+    metric = float(found.metric[0])
+    if not abs(metric - graph.graph["metric"]["value"]) <= _SAME * (1 + abs(metric)):
+        raise InputError(
+            f"the metric is {metric:.6g} here and {graph.graph['metric']['value']:.6g} in the "
+            f"graph, which is of {graph.graph['model']} on {graph.graph['prompt']!r}. Give the "
+            "model and prompt that it was made with."
         )
-        masks = places.masks(names, clean)
-        linearization = graph.graph["linearization"]
-        read = places.points
-        gradients = metric_gradients(
-            model, prompt, read, linearization=linearization
-        ).gradients
-        steps = {name: clean[name] - twin[name] for name in masks}
-        slope, slopes = _pushed(model, prompt, linearization, masks, clean, steps, read)
-        new = {name: twin[name] + scale * step for name, step in steps.items()}
-        after, held = _run(model, prompt, masks, new, read)
-    changes = tuple(
-        Change(
-            *(name, data["kind"], data["layer"], data["position"], data["contribution"]),
-            predicted=(scale - 1) * places.along(name, gradients, slopes),
-            measured=places.along(name, gradients, held) - places.along(name, gradients, clean),
-        )
-        for name, data in places.after(names)
-    )
+    clean = found.activations
+    twin = {} if batch.corrupt is None else activations(model, batch.corrupt, names)
+    steps = {name: torch.zeros_like(value) for name, value in clean.items()}
+    for name in changed:
+        data = graph.nodes[name]
+        point = at[data["kind"], data["layer"]]
+        own = clean[point.name] - twin.get(point.name, torch.zeros(()))
+        place = (0, data["position"], data["index"])
+        point.split(steps[point.name])[place] = (scale - 1) * point.split(own)[place]
+    steps = {name: step for name, step in steps.items() if bool(step.any())}
+    run = _frozen if linearization == "detached" else _to_first_order
+    predicted, after = run(model, batch, names, steps), _as_it_is(model, batch, clean, steps)
+    kept = [(n, d) for n, d in graph.nodes(data=True) if d["kind"] in _KINDS and n not in changed]
+
+    def changes(run: _Run) -> Float[Tensor, " node"]:
+        values = torch.zeros(len(kept), dtype=torch.float64)
+        for i, (_, data) in enumerate(kept):
+            point = at[data["kind"], data["layer"]]
+            place = (0, data["position"], data["index"])
+            slope, change = (
+                point.split(of[point.name])[place] for of in (found.gradients, run.changes)
+            )
+            values[i] = (slope * change).sum()
+        return values
+
+    both = torch.stack([changes(predicted), changes(after)])
+    # What comes before a node does not change, and is no prediction that came true.
+    reached = both.any(0).nonzero().flatten().tolist()
     return Intervention(
-        nodes=tuple(names),
-        scale=scale,
-        metric=before,
-        metric_predicted=(scale - 1) * slope,
-        metric_measured=after - before,
-        changes=changes,
+        changed=changed,
+        scale=float(scale),
+        metric=metric,
+        metric_predicted=predicted.metric,
+        metric_measured=after.metric,
+        nodes=tuple(kept[i][0] for i in reached),
+        kinds=tuple(kept[i][1]["kind"] for i in reached),
+        predicted=both[0, reached],
+        measured=both[1, reached],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """By how much the metric and what passes hook points change."""
+
+    metric: float
+    changes: Mapping[str, Tensor]
+
+
+_Edits = dict[str, Callable[[Tensor], Tensor | None]]
+
+
+def _as_it_is(
+    model: LensModel, batch: Prompts, clean: Mapping[str, Tensor], steps: Mapping[str, Tensor]
+) -> _Run:
+    """The model with nothing held, the nodes made to hold what they are to."""
+    names = list(clean)
+    wanted = {name: (clean[name], clean[name] + step) for name, step in steps.items()}
+
+    def put(name: str, value: Tensor) -> Tensor:
+        # Only the nodes that are changed: others of the layer hold what they come to.
+        before, after = (one.to(value) for one in wanted[name])
+        return torch.where(before == after, value, after)
+
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, value: Tensor) -> Tensor:
+        seen[name] = put(name, value) if name in wanted else value
+        return seen[name]
+
+    edits: _Edits = {name: partial(see, name) for name in names}
+    with evaluating(model), torch.no_grad():
+        before = batch.measure(batch.run(model, {}))
+        after = batch.measure(batch.run(model, edits))
+    return _Run(float((after - before)[0]), {name: seen[name] - clean[name] for name in names})
+
+
+def _frozen(
+    model: LensModel, batch: Prompts, names: Sequence[str], steps: Mapping[str, Tensor]
+) -> _Run:
+    """The model with all that the detached linearisation holds fixed at the prompt."""
+    embed = embedding_name(model)
+
+    def run(mode: DetachedMode, changed: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
+
+        def start(value: Tensor) -> Tensor:
+            return mode.follow(value.detach().requires_grad_())
+
+        def add(name: str, value: Tensor) -> Tensor:
+            if name in changed:  # What the nodes hold, whatever comes to them.
+                kept = changed[name] == 0
+                fixed = reference[name] + changed[name].to(value)
+                value = torch.where(kept, value, fixed)
+            seen[name] = value.detach()
+            return value
+
+        edits: _Edits = {name: partial(add, name) for name in names}
+        edits[embed] = start
+        with evaluating(model), torch.enable_grad(), mode:
+            logits = batch.run(model, edits)
+        return batch.measure(logits.detach()), seen
+
+    reference: dict[str, Tensor] = {}
+    at_clean = DetachedMode()
+    before, reference = run(at_clean, {})
+    after, seen = run(DetachedMode(replay=at_clean.recorded), steps)
+    return _Run(float((after - before)[0]), {name: seen[name] - reference[name] for name in names})
+
+
+def _to_first_order(
+    model: LensModel, batch: Prompts, names: Sequence[str], steps: Mapping[str, Tensor]
+) -> _Run:
+    """The Jacobian times the steps, by forward differentiation."""
+    changes: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> Tensor:
+        _, tangent = forward_ad.unpack_dual(value)
+        tangent = torch.zeros_like(value) if tangent is None else tangent
+        if name in steps:
+            # A node that is changed holds what it is made to, whatever comes to it.
+            step = steps[name].to(value)
+            tangent = torch.where(step == 0, tangent, step)
+        changes[name] = tangent
+        return forward_ad.make_dual(forward_ad.unpack_dual(value).primal, tangent)
+
+    edits: _Edits = {name: partial(add, name) for name in names}
+    with evaluating(model), torch.no_grad(), forward_ad.dual_level():
+        logits = batch.run(model, edits)
+        _, tangent = forward_ad.unpack_dual(batch.measure(logits))
+    return _Run(0.0 if tangent is None else float(tangent[0]), changes)
+
+
+def _check_nodes(graph: nx.DiGraph, names: Sequence[str]) -> None:
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"nodes {list(names)}: name at least one, and each once.")
+    for name in names:
+        if name not in graph:
+            raise InputError(
+                f"the graph has no node {name!r}; its nodes are called as in list(graph)[:3], "
+                f"{list(graph)[:3]}."
+            )
+        kind = graph.nodes[name]["kind"]
+        if kind not in _KINDS:
+            raise InputError(
+                f"{name!r} is of kind {kind!r}, which holds nothing that can be scaled. Take a "
+                f"node of kind {', '.join(_KINDS)}."
+            )
+
+
+def _prompt_of(graph: nx.DiGraph) -> Prompts:
+    about = graph.graph
+    metric = about["metric"]
+    if metric["name"] not in COMPARISONS or "answers" not in metric:
+        raise InputError(
+            f"the graph is of the metric {metric['name']!r}, a function that it does not hold. "
+            "Give its prompt as prompts=."
+        )
+    compared = COMPARISONS[metric["name"]]
+    corrupt = about["corrupt_ids"]
+    return Prompts(
+        torch.tensor([about["clean_ids"]]),
+        compared([metric["answers"]], [metric["foils"]], metric["position"]),
+        None if corrupt is None else torch.tensor([corrupt]),
     )
