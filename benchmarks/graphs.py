@@ -1,10 +1,13 @@
-"""What an attribution graph costs: from a prompt to a pruned graph, and to files and back.
+"""What an attribution graph costs: from a prompt to a pruned graph, a page, and files and back.
 
     make bench
+    python benchmarks/graphs.py --model DIRECTORY
 
-On the embedded model: heads and neurons of one prompt with its corrupt twin, pruned at the usual
-thresholds, written as JSON and read again. Seconds are medians of rounds in one process, after one
-to warm up. Memory is what torch holds at most beyond the model, while the graph is built.
+Heads and neurons of one prompt with its corrupt twin, pruned at the usual thresholds, with tokens
+and attention of its nodes drawn as a page, written as JSON and read again; and one intervention.
+The embedded model continues with "an" or "a", any other with a name (indirect objects). Seconds are
+medians of rounds in one process, after one to warm up. Memory is what torch holds at most beyond
+the model, while the graph is built.
 """
 
 from __future__ import annotations
@@ -18,33 +21,57 @@ import networkx as nx
 from centroids import peak_bytes
 from common import Task, in_turn, machine, table
 from rich.console import Console
+from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
-from lch_plugin.circuits import graphs, prompts
+from lch_plugin import circuits
+from lch_plugin.circuits.reports.graph_page import NodeDetail
 
-CLEAN = "I climbed up the pear tree and picked a pear. I climbed up the apple tree and picked"
-CORRUPT = "I climbed up the pear tree and picked a pear. I climbed up the pear tree and picked"
+AN = (
+    "I climbed up the pear tree and picked a pear. I climbed up the apple tree and picked",
+    *(" an", " a"),
+    "I climbed up the pear tree and picked a pear. I climbed up the pear tree and picked",
+)
+IOI = (
+    "When Mary and John went to the store, John gave a drink to",
+    *(" Mary", " John"),
+    "When Mary and John went to the store, Mary gave a drink to",
+)
 
 
-def measured(max_nodes: int, rounds: int) -> list[str]:
-    model = lch.load_demo_model()
-    (prompt,) = prompts(model, CLEAN, " an", " a", CORRUPT)
+def measured(
+    model: TransformerBridge, prompt: circuits.Prompts, max_nodes: int, rounds: int
+) -> list[str]:
     found: dict[str, nx.DiGraph] = {}
+    details: dict[str, NodeDetail] = {}
 
     def build() -> None:
-        found["whole"] = graphs.attribution_graph(model, prompt, max_nodes=max_nodes)
+        found["whole"] = circuits.attribution_graph(model, prompt, max_nodes=max_nodes)
 
     def prune() -> None:
-        found["pruned"] = graphs.prune(found["whole"])
+        found["pruned"] = circuits.prune(found["whole"])
+
+    def describe() -> None:
+        details.update(circuits.node_details(model, prompt, found["pruned"]))
+
+    def intervene() -> None:
+        heads = [n for n, kind in found["pruned"].nodes(data="kind") if kind == "head"]
+        circuits.intervene(model, found["pruned"], heads[0], 0)
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "graph.json"
 
         def save_and_load() -> None:
-            graphs.save_graph(found["pruned"], path)
-            graphs.load_graph(path)
+            circuits.save_graph(found["pruned"], path)
+            circuits.load_graph(path)
 
-        tasks: dict[str, Task] = {"build": build, "prune": prune, "files": save_and_load}
+        def draw() -> None:
+            circuits.write_graph_page(found["pruned"], path.with_suffix(".html"), details)
+
+        tasks: dict[str, Task] = {
+            **{"build": build, "prune": prune, "details": describe, "page": draw},
+            **{"files": save_and_load, "intervene": intervene},
+        }
         seconds = {name: statistics.median(t) for name, t in in_turn(tasks, rounds).items()}
         size = path.stat().st_size
     return [
@@ -60,13 +87,20 @@ def measured(max_nodes: int, rounds: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", help="hub name or directory; the embedded model if not given")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[100, 300, 500])
     options = parser.parse_args()
-    console = Console(width=140)
+    console = Console(width=160)
     console.print(machine("networkx"))
+    embedded = options.model is None
+    model = lch.load_demo_model() if embedded else lch.load(options.model).bridge()
+    (prompt,) = circuits.prompts(model, *(AN if embedded else IOI))
     columns = ["nodes kept", "nodes", "edges", "pruned: nodes", "edges", "build, s", "prune, s"]
-    columns += ["save and load, s", "peak, MiB", "JSON, MiB"]
-    rows = [measured(max_nodes, options.rounds) for max_nodes in (100, 500)]
-    console.print(table("Attribution graph of the embedded model", columns, rows))
+    columns += ["details, s", "page, s", "save and load, s", "intervene, s", "peak, MiB"]
+    rows = [measured(model, prompt, n, options.rounds) for n in options.nodes]
+    name = "the embedded model" if embedded else options.model
+    title = f"Attribution graph of {name}, {prompt.clean.shape[1]} tokens"
+    console.print(table(title, [*columns, "JSON, MiB"], rows))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ that removing the node lowers the metric. The untargeted score of a neuron (no m
 is a magnitude and has no sign. Every score comes with its rank and percentile.
 
 Modules, each knowing those before it: `metrics`, what is measured; `prompts`, on what; `tasks`,
-five known behaviours; `nodes`, heads, neurons and MLPs, their scores, and circuits made of them;
-`scores`, what each of them is worth; `graphs`, what flows between them; `evaluation`, whether a
-circuit is true of the model; `reports`, pages to look at.
+seven known behaviours; `prompt_files`, texts of one's own; `nodes`, heads, neurons and MLPs, their
+scores, and circuits made of them; `scores`, what each of them is worth; `graphs`, what flows
+between them; `evaluation`, whether a circuit is true of the model; `reports`, pages to look at.
 """
 
+from lch_plugin.circuits.edges.ablation import EdgeAblation, run_edges
+from lch_plugin.circuits.edges.attribution import edge_attribution
+from lch_plugin.circuits.edges.wiring import Edge, EdgeCircuit, EdgeScores
 from lch_plugin.circuits.evaluation.ablation import AblationCheck, ablation_check, run_circuit
 from lch_plugin.circuits.evaluation.faithfulness import (
     Faithfulness,
@@ -21,7 +24,16 @@ from lch_plugin.circuits.evaluation.faithfulness import (
 from lch_plugin.circuits.evaluation.intervention import Intervention, intervene
 from lch_plugin.circuits.evaluation.masks import learn_masks
 from lch_plugin.circuits.evaluation.mib import save_mib
-from lch_plugin.circuits.graphs import attribution_graph, load_graph, prune, save_graph
+from lch_plugin.circuits.graphs import (
+    attribution_graph,
+    grouped,
+    load_graph,
+    merge,
+    prune,
+    same_token,
+    same_write,
+    save_graph,
+)
 from lch_plugin.circuits.metrics import (
     kl_divergence,
     log_odds,
@@ -52,6 +64,10 @@ __all__ = [
     "AblationCheck",
     "Circuit",
     "Contributions",
+    "Edge",
+    "EdgeAblation",
+    "EdgeCircuit",
+    "EdgeScores",
     "Faithfulness",
     "FeatureScores",
     "Intervention",
@@ -68,8 +84,10 @@ __all__ = [
     "ablation_check",
     "attribution_graph",
     "contributions",
+    "edge_attribution",
     "faithfulness",
     "feature_attribution",
+    "grouped",
     "intervene",
     "judge",
     "kl_divergence",
@@ -78,6 +96,7 @@ __all__ = [
     "log_odds",
     "log_probability",
     "logit_difference",
+    "merge",
     "neuron_attribution",
     "node_attribution",
     "node_details",
@@ -86,6 +105,9 @@ __all__ = [
     "prune",
     "read_prompts",
     "run_circuit",
+    "run_edges",
+    "same_token",
+    "same_write",
     "save_graph",
     "save_mib",
     "smallest_circuit",

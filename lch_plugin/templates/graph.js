@@ -3,26 +3,26 @@
 {
   const root = document.currentScript.closest(".graph");
   const graph = JSON.parse(root.querySelector("script[type='application/json']").textContent);
-  const { nodes, edges, tokens } = graph;
+  const { nodes, tokens } = graph;
   const [form, drawing, detail, legend, table] =
     [".tools", ".drawing", ".detail", ".legend", "table"].map(s => root.querySelector(s));
   const [search, slider] = form.querySelectorAll("input");
   const [shownEdges, status] = [form.querySelector("output"), form.querySelector("[role=status]")];
-  // Room on the left for the names of rows, and below for the tokens.
-  const LEFT = 84, EDGE = 36, TOP = 8, LONGEST = 12;
+  // Room on the left for the names of rows and the first token's text, on the right, and below.
+  const LEFT = 84, EDGE = 46, RIGHT = 14, TOP = 8, LONGEST = 12;
   const BOTTOM = 26 + 5.5 * Math.min(LONGEST, Math.max(...tokens.map(token => token.length)));
   // Edges drawn at first.
   const FAINT = 400;
   const KINDS = { embedding: "token embedding", position: "position embedding", head: "head",
     neuron: "neuron", mlp: "MLP", feature: "feature", attn_rest: "rest of an attention",
-    mlp_rest: "rest of an MLP", metric: "metric" };
+    mlp_rest: "rest of an MLP", supernode: "supernode", metric: "metric" };
   const PLURAL = { ...Object.fromEntries(Object.entries(KINDS).map(([k, v]) => [k, v + "s"])),
     attn_rest: "rests of attention", mlp_rest: "rests of MLPs" };
   const SHAPES = { embedding: "M-5-5h10v10h-10z", position: "M0-6.5L6.5 0L0 6.5L-6.5 0z",
     head: "M0-6.5L6.2 5H-6.2z", neuron: "M-5.5 0a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0-11 0z",
     mlp: "M-7-4.5h14v9h-14z", feature: "M0-6.5L6.2-2L3.8 5.3H-3.8L-6.2-2z",
     attn_rest: "M0-6.5L6.2 5H-6.2z", mlp_rest: "M-5-5h10v10h-10z",
-    metric: "M-8-6h16v12h-16z" };
+    supernode: "M-9-6.5h18v13h-18zM-6-3.5h12v7h-12z", metric: "M-8-6h16v12h-16z" };
 
   // ------------------------------------------------------------------------------ small parts
   const html = (name, attributes = {}, ...children) => {
@@ -42,20 +42,40 @@
   const signed = x => (x < 0 ? "" : "+") + number(x).replaceAll("-", "−").replace("e+", "e");
   const minus = text => text.replace(/^-/, "−");
   const visible = token => token.replaceAll("\n", "↵");
+  const shortened = text => text.length > LONGEST ? text.slice(0, LONGEST - 1) + "…" : text;
   const paired = graph.corrupt !== null;
   const versus = paired ? ", less that of its corrupt twin" : "";
   const removing = paired ? "Replacing it by what it is on the corrupt twin" : "Removing it";
   const where = n => n.kind === "metric" ? "" : ` at position ${n.position}`;
 
+  // ------------------------------------------------------------- supernodes, folded or unfolded
+  const owner = nodes.map(() => null), unfolded = new Set();
+  nodes.forEach((n, i) => n.members?.forEach(m => { owner[m] = i; }));
+  // Where a node is to be seen: in its supernode, as long as that is folded.
+  const seenAs = i => owner[i] === null || unfolded.has(owner[i]) ? i : owner[i];
+  const isSeen = i => seenAs(i) === i && !unfolded.has(i);
+  // The edges between what is to be seen, the heaviest first, and of each node its own.
+  let edges, incoming, outgoing;
+  function connect() {
+    const sums = new Map();
+    for (const [s, t, weight] of graph.edges) {
+      const [a, b] = [seenAs(s), seenAs(t)], pair = a * nodes.length + b;
+      if (a !== b) sums.set(pair, (sums.get(pair) ?? 0) + weight);
+    }
+    edges = [...sums].map(([pair, weight]) => [Math.floor(pair / nodes.length), pair % nodes.length, weight])
+      .sort((a, b) => Math.abs(b[2]) - Math.abs(a[2]));
+    [incoming, outgoing] = [nodes.map(() => []), nodes.map(() => [])];
+    edges.forEach((edge, i) => { outgoing[edge[0]].push(i); incoming[edge[1]].push(i); });
+  }
+  connect();
+
   // ------------------------------------------------------------------------------ the drawing
-  const incoming = nodes.map(() => []), outgoing = nodes.map(() => []);
-  edges.forEach((edge, i) => { outgoing[edge[0]].push(i); incoming[edge[1]].push(i); });
   const heaviest = edges.length ? Math.abs(edges[0][2]) : 1;
   const largest = Math.max(...nodes.filter(n => n.kind !== "metric").map(n => Math.abs(n.contribution)), 1e-12);
   const height = TOP + graph.height + BOTTOM;
   // In a wide window everything moves apart; in a narrow one the drawing scrolls.
   for (const element of [form, drawing, detail]) element.hidden = false;
-  const stretch = Math.max(1, (drawing.clientWidth - LEFT - 2 * EDGE) / graph.width);
+  const stretch = Math.max(1, (drawing.clientWidth - LEFT - EDGE - RIGHT) / graph.width);
   for (const one of [...nodes, ...graph.columns]) one.x *= stretch;
 
   function curve([s, t, weight]) {
@@ -68,7 +88,7 @@
   const shape = (kind, scale = 1) =>
     svg("path", { class: "shape", d: SHAPES[kind], style: "stroke-dasharray:none", transform: `scale(${scale.toFixed(2)})` });
 
-  const picture = svg("svg", { width: graph.width * stretch + 2 * EDGE, height, role: "group",
+  const picture = svg("svg", { width: graph.width * stretch + EDGE + RIGHT, height, role: "group",
     "aria-label": `Attribution graph of ${nodes.length} nodes and ${edges.length} edges. ` +
       "Arrow keys move, Enter selects, Escape clears." });
   const labels = svg("svg", { class: "labels", width: LEFT, height, "aria-hidden": "true" });
@@ -76,7 +96,7 @@
   graph.columns.forEach((column, i) => {
     column.width *= stretch;
     if (i % 2 === 0) plane.append(svg("rect", { class: "stripe", x: column.x, y: 0, width: column.width, height: graph.height }));
-    const token = visible(tokens[i]), short = token.length > LONGEST ? token.slice(0, LONGEST - 1) + "…" : token;
+    const token = visible(tokens[i]), short = shortened(token);
     const [x, y] = [column.x + column.width / 2 + 4, graph.height + 12];
     plane.append(svg("text", { transform: `translate(${x} ${y}) rotate(-50)`, "text-anchor": "end", "xml:space": "preserve" },
       svg("title", {}, `${i}: “${token}”`), short));
@@ -88,12 +108,13 @@
   const faint = svg("g", { class: "faint" }), strong = svg("g", { class: "strong" });
   // A row says which layer: a head, neuron or feature needs no more than its index beside.
   const name = n => {
-    const text = n.key.match(/\.([hnf]\d+)@/)?.[1];
-    return text && 6.5 * text.length < n.room * stretch ? [svg("text", { y: 19, "text-anchor": "middle" }, text)] : [];
+    const text = n.members ? shortened(n.key) : n.key.match(/\.([hnf]\d+)@/)?.[1];
+    return n.members || text && 6.5 * text.length < n.room * stretch ? [svg("text", { y: 19, "text-anchor": "middle" }, text)] : [];
   };
   const marks = nodes.map((n, i) => {
     const scale = n.kind === "metric" ? 1.2 : 0.62 + 0.5 * Math.sqrt(Math.abs(n.contribution) / largest);
-    return svg("g", { class: `node ${n.kind}${n.contribution < 0 ? " negative" : ""}`, "data-node": i,
+    const more = n.members ? { "aria-expanded": "false" } : {};
+    return svg("g", { ...more, class: `node ${n.kind}${n.contribution < 0 ? " negative" : ""}`, "data-node": i,
       transform: `translate(${n.x} ${n.y})`, role: "button", tabindex: -1, "aria-pressed": "false",
       "aria-label": `${n.title}${where(n)}, “${visible(n.token)}”: ${signed(n.contribution)} ${graph.units}` },
       svg("circle", { r: 8.5, fill: "transparent" }), shape(n.kind, scale), svg("circle", { class: "halo", r: 9 }), ...name(n));
@@ -114,7 +135,8 @@
   // ---------------------------------------------------------------- what is looked at, and chosen
   let selected = null, hovered = null, current = nodes.findIndex(n => n.kind === "metric");
   if (current < 0) current = 0;
-  const neighbours = i => [...incoming[i].map(e => edges[e][0]), ...outgoing[i].map(e => edges[e][1])];
+  // What is meant by a node: of an unfolded supernode, its members.
+  const meant = i => unfolded.has(i) ? nodes[i].members : [i];
 
   function emphasise() {
     const i = hovered ?? selected;
@@ -122,9 +144,10 @@
     strong.replaceChildren();
     plane.classList.toggle("focused", i !== null);
     if (i === null) return;
-    for (const near of [i, ...neighbours(i)]) marks[near].classList.add("near");
+    const touched = new Set(meant(i).flatMap(m => [...incoming[m], ...outgoing[m]]));
+    for (const near of [...meant(i), ...[...touched].flatMap(e => edges[e].slice(0, 2))]) marks[near].classList.add("near");
     // The heaviest last, on top.
-    strong.append(...[...incoming[i], ...outgoing[i]].sort((a, b) => b - a).map(e => curve(edges[e])));
+    strong.append(...[...touched].sort((a, b) => b - a).map(e => curve(edges[e])));
   }
   function hover(i) {
     hovered = i;
@@ -147,10 +170,32 @@
     if (i !== null) {
       marks[i].classList.add("selected");
       marks[i].setAttribute("aria-pressed", "true");
-      rove(i);
+      rove(meant(i)[0]);
     }
     emphasise();
     describe(i);
+  }
+  // Draw what is to be seen now.
+  function redraw() {
+    connect();
+    marks.forEach((mark, i) => {
+      mark.toggleAttribute("hidden", !isSeen(i));
+      if (nodes[i].members) mark.setAttribute("aria-expanded", unfolded.has(i));
+    });
+    threshold();
+    rove(meant(seenAs(current))[0]);
+    emphasise();
+  }
+  function fold(i, on) {
+    if (on) unfolded.delete(i); else unfolded.add(i);
+    redraw();
+  }
+  // A click on a node, or Enter: a supernode unfolds.
+  function act(i) {
+    const focused = i !== null && document.activeElement === marks[i];
+    if (i !== null && nodes[i].members) fold(i, false);
+    select(i);
+    if (focused) marks[current].focus();
   }
   // One node is in the order of the Tab key; arrows move on from there.
   function rove(i) {
@@ -163,19 +208,25 @@
     marks[i].focus();
     marks[i].scrollIntoView({ block: "nearest", inline: "nearest" });
   }
-  function jump(i) { go(i); hover(null); select(i); }
+  function jump(i) {
+    if (seenAs(i) !== i) fold(owner[i], false);
+    go(meant(i)[0]);
+    hover(null);
+    select(i);
+  }
 
   // -------------------------------------------------------------------------------- the panel
+  // A node with a number, and a bar beside others of which the largest is `most`.
+  function listed(other, value, most) {
+    const name = html("button", { type: "button", "data-node": other }, nodes[other].key);
+    const bar = html("i", { style: `width:${(100 * Math.abs(value) / most).toFixed(0)}%` });
+    bar.classList.toggle("negative", value < 0);
+    return html("li", {}, name, bar, html("span", {}, signed(value)));
+  }
   function links(title, ids, end, note) {
     if (!ids.length) return [];
     const most = Math.abs(edges[ids[0]][2]);
-    const rows = ids.slice(0, 8).map(e => {
-      const [other, weight] = [edges[e][end], edges[e][2]];
-      const name = html("button", { type: "button", "data-node": other }, nodes[other].key);
-      const bar = html("i", { style: `width:${(100 * Math.abs(weight) / most).toFixed(0)}%` });
-      bar.classList.toggle("negative", weight < 0);
-      return html("li", {}, name, bar, html("span", {}, signed(weight)));
-    });
+    const rows = ids.slice(0, 8).map(e => listed(edges[e][end], edges[e][2], most));
     const rest = ids.length > 8 ? [html("p", { class: "soft" }, `and ${ids.length - 8} more`)] : [];
     return [html("h4", {}, title), html("ul", { class: "links" }, ...rows), ...rest, ...note];
   }
@@ -184,6 +235,14 @@
     return [html("h4", {}, title), html("ul", { class: "writes" }, ...pairs.map(([token, logit]) =>
       html("li", {}, html("code", {}, visible(token)), " ",
         html("small", { class: logit < 0 ? "fall" : "rise" }, signed(logit)))))];
+  }
+  function members(i) {
+    if (!nodes[i].members) return [];
+    const open = unfolded.has(i), toggle = html("button", { type: "button" }, open ? "Fold" : "Unfold");
+    toggle.addEventListener("click", () => { fold(i, open); select(i); });
+    const worth = m => nodes[m].contribution, own = [...nodes[i].members].sort((a, b) => Math.abs(worth(b)) - Math.abs(worth(a)));
+    return [html("h4", {}, "Members"), html("ul", { class: "links" },
+      ...own.map(m => listed(m, worth(m), Math.abs(worth(own[0])) || 1))), html("p", {}, toggle)];
   }
   function describe(i) {
     if (i === null) {
@@ -201,15 +260,19 @@
     if (n.scored) fact("On the task", `${signed(n.scored.score)} ${graph.units}, rank ${n.scored.rank}, percentile ${n.scored.percentile.toFixed(2)} of all ${PLURAL[n.kind]}`);
     if (n.influence !== null) fact("Influence", number(n.influence));
     if (n.activation !== null) fact("Activation", minus(number(n.activation)));
+    if (owner[i] !== null) fact("Part of", html("button", { type: "button", "data-node": owner[i] }, nodes[owner[i]].key));
     const bias = n.offset ? [html("p", { class: "soft" }, `${signed(n.offset)} offset of its own expert`)] : [];
     const heat = n.attention.length ? [html("h4", {}, "Attends to"), html("p", { class: "attention" },
       ...n.attention.map((a, at) => html("span", { style: `--a:${a.toFixed(3)}`, title: `${at}: ${a.toFixed(3)}` }, visible(tokens[at]))))] : [];
+    const said = n.members ? "The sum over its members" +
+        (n.internal ? `; ${signed(n.internal)} of it flows from one to another` : "") + "." :
+      n.kind === "metric" ? `Of this prompt${versus}.` :
+      `${removing} ${n.contribution < 0 ? "raises" : "lowers"} the metric by that much, with experts held fixed.`;
     detail.replaceChildren(
       html("h3", {}, n.title),
-      html("p", { class: "soft" }, html("code", {}, n.key), n.kind === "metric" ? ` ${graph.metric}` : ` “${visible(n.token)}”`),
+      html("p", { class: "soft" }, html("code", {}, n.key), n.members ? "" : n.kind === "metric" ? ` ${graph.metric}` : ` “${visible(n.token)}”`),
       html("dl", {}, ...facts),
-      html("p", { class: "soft" }, n.kind === "metric" ? `Of this prompt${versus}.` :
-        `${removing} ${n.contribution < 0 ? "raises" : "lowers"} the metric by that much, with experts held fixed.`),
+      html("p", { class: "soft" }, said), ...members(i),
       ...links("Strongest inputs", incoming[i], 0, bias), ...links("Strongest outputs", outgoing[i], 1, []),
       ...written("Writes towards", n.promoted), ...written("Writes away from", n.suppressed), ...heat);
     detail.scrollTop = 0;
@@ -221,7 +284,7 @@
   function filter() {
     const query = search.value.toLowerCase();
     const fits = haystacks.map(texts => texts.some(text => text.includes(query)));
-    marks.forEach((mark, i) => mark.classList.toggle("off", !fits[i]));
+    marks.forEach((mark, i) => mark.classList.toggle("off", !fits[i] && !nodes[i].members?.some(m => fits[m])));
     for (const row of rows) row.hidden = !fits[row.dataset.node];
     status.textContent = query ? `${fits.filter(Boolean).length} of ${nodes.length} nodes` : "";
     return fits.indexOf(true);
@@ -269,7 +332,7 @@
     nodes.forEach((n, i) => {
       const [dx, dy] = [n.x - from.x, n.y - from.y];
       const [along, across] = side ? [sign * dx, Math.abs(dy)] : [sign * dy, Math.abs(dx)];
-      if (i === current || along <= 0.5 || marks[i].classList.contains("off")) return;
+      if (i === current || !isSeen(i) || along <= 0.5 || marks[i].classList.contains("off")) return;
       const distance = along + (side ? 30 : 2) * across;
       if (distance < least) [best, least] = [i, distance];
     });
@@ -279,10 +342,10 @@
   picture.addEventListener("pointerout", event => { if (nodeOf(event) !== null) hover(null); });
   picture.addEventListener("focusin", event => { if (nodeOf(event) !== null) { rove(nodeOf(event)); hover(current); } });
   picture.addEventListener("focusout", () => hover(null));
-  picture.addEventListener("click", event => select(nodeOf(event)));
+  picture.addEventListener("click", event => act(nodeOf(event)));
   picture.addEventListener("keydown", event => {
     if (nodeOf(event) === null) return;
-    if (event.key === "Enter" || event.key === " ") { select(current); event.preventDefault(); }
+    if (event.key === "Enter" || event.key === " ") { act(current); event.preventDefault(); }
     else if (event.key.startsWith("Arrow")) {
       const next = towards(event.key);
       if (next !== null) go(next);
@@ -300,18 +363,17 @@
   form.addEventListener("submit", event => {
     event.preventDefault();
     const first = filter();
-    if (first >= 0) go(first);
+    if (first >= 0) go(meant(seenAs(first))[0]);
   });
   search.addEventListener("input", filter);
   slider.addEventListener("input", threshold);
 
   const few = edges.length ? Math.abs(edges[Math.min(FAINT, edges.length) - 1][2]) : lightest;
   slider.value = edges.length <= FAINT ? 0 : Math.ceil(200 * Math.log(few / lightest) / range) / 2;
-  threshold();
-  rove(current);
-  drawing.scrollLeft = nodes[current].x;  // The end of the prompt, where most of it happens.
+  redraw();
   // What to begin with: the node that does most.
   const doers = nodes.map((n, i) => [Math.abs(n.contribution), i])
-    .filter(([, i]) => !["metric", "embedding", "position", "attn_rest", "mlp_rest"].includes(nodes[i].kind));
+    .filter(([, i]) => isSeen(i) && !["metric", "embedding", "position", "attn_rest", "mlp_rest"].includes(nodes[i].kind));
   select(doers.length ? doers.sort((a, b) => b[0] - a[0])[0][1] : null);
+  drawing.scrollLeft = nodes[current].x + EDGE - (drawing.clientWidth - LEFT) / 2;
 }

@@ -11,7 +11,6 @@ from functools import cache, partial
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.tools.analysis import attribution_patch
 
@@ -62,24 +61,6 @@ BACKENDS = (*FAMILIES, "hooked")
 @cache
 def model_of(backend: str):
     return models.hooked(F64) if backend == "hooked" else models.bridge(backend, F64)
-
-
-@pytest.fixture
-def in_float64():
-    """No float32 in models of float64: the norms of some HuggingFace families go there and back."""
-
-    class Stay(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            kwargs = kwargs or {}
-            if args and isinstance(args[0], Tensor) and args[0].dtype == F64:
-                if func is Tensor.float:
-                    return args[0]
-                args = tuple(F64 if a is torch.float32 else a for a in args)
-                kwargs = {k: F64 if a is torch.float32 else a for k, a in kwargs.items()}
-            return func(*args, **kwargs)
-
-    with Stay():
-        yield
 
 
 def frozen(

@@ -7,7 +7,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lch_plugin as lch
+from lch_plugin.circuits import grouped, merge
 from lch_plugin.circuits.nodes import Node, ScoredNode
 from lch_plugin.circuits.reports.graph_layout import PARTS, layout
 from lch_plugin.circuits.reports.graph_page import NodeDetail, page_data, write_graph_page
@@ -43,7 +44,7 @@ def node(
         position=position,
         token=graph.graph["tokens"][position],
         contribution=contribution,
-        **more,
+        **{"offset": 0.0, "index": 0, **more},
     )
 
 
@@ -374,6 +375,20 @@ def test_rows_of_rests_alone_are_thin_and_have_no_name() -> None:
     assert folded.height < whole.height - 2 * 30
 
 
+def test_many_layers_stand_closer() -> None:
+    deep = small(n_neurons=0).copy()
+    for layer in range(3, 30):
+        node(deep, f"a{layer}.h0@{LAST}", "head", layer, LAST, 0.5)
+        node(deep, f"m{layer}.n1@{LAST}", "neuron", layer, LAST, 0.5)
+    deep.nodes["metric"]["layer"] = 30
+    placed = layout(deep)
+    assert len(placed.rows) > 60
+    assert placed.height < 40 * len(placed.rows)
+    # Room for the name below a node.
+    heights = sorted({y for _, _, y in placed.rows})
+    assert min(b - a for a, b in pairwise(heights)) >= 24
+
+
 def signed(x: float) -> str:
     return f"{x:+.3f}".replace("-", "−")
 
@@ -460,12 +475,95 @@ def test_a_narrow_window_scrolls_the_drawing_alone(tmp_path: Path) -> None:
     write_graph_page(small(300), page)
     script = """
       const root = document.documentElement, drawing = document.querySelector(".drawing");
-      const [panel, box] = [".detail", ".drawing"].map(
+      const [panel, box, chosen] = [".detail", ".drawing", ".node.selected .halo"].map(
         selector => document.querySelector(selector).getBoundingClientRect());
       return { fits: root.scrollWidth <= root.clientWidth,
                scrolls: drawing.scrollWidth > drawing.clientWidth,
-               atTheEnd: drawing.scrollLeft > 0, below: panel.top >= box.bottom };
+               shown: chosen.left > box.left + 84 && chosen.right < box.right,
+               below: panel.top >= box.bottom };
     """
-    found, said = browse(page, script, tmp_path / "profile", width=500)
+    found, said = browse(page, script, tmp_path / "profile", width=390)
     assert not said
-    assert found == {"fits": True, "scrolls": True, "atTheEnd": True, "below": True}
+    assert found == {"fits": True, "scrolls": True, "shown": True, "below": True}
+
+
+SUPERNODES = """
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const json = document.querySelector("script[type='application/json']");
+  const { nodes, edges } = JSON.parse(json.textContent);
+  const marks = all(".drawing .node"), panel = document.querySelector(".detail");
+  const mark = name => marks.find(m => nodes[m.dataset.node].key === name);
+  const key = m => nodes[m.dataset.node].key, found = {};
+  const seen = () => marks.filter(m => getComputedStyle(m).display !== "none").map(key);
+  const lines = () => all(".faint path").length;
+  const press = name => document.activeElement.dispatchEvent(
+    new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+  const slider = document.querySelector(".tools input[type=range]");
+  slider.value = 0; slider.dispatchEvent(new Event("input"));
+  found.folded = [seen(), lines(), mark("heads").getAttribute("aria-expanded")];
+  found.label = mark("heads").querySelector("text").textContent;
+  mark("heads").dispatchEvent(new MouseEvent("click", { bubbles: true }));
+  found.unfolded = [seen(), lines(), mark("heads").getAttribute("aria-expanded")];
+  found.panel = panel.textContent;
+  found.members = all(".links", panel).at(-1).textContent;
+  all("button", panel).find(b => b.textContent === "Fold").click();
+  found.again = [seen(), lines()];
+  found.inputs = all(".links", panel)[1].textContent;
+  // A member that is out of sight is shown when somebody goes there.
+  all("tbody button").find(b => b.textContent === "a1.h1@3").click();
+  found.jumped = [seen().includes("a1.h1@3"), panel.querySelector("code").textContent];
+  all("button", panel).find(b => b.textContent === "heads").click();
+  all("button", panel).find(b => b.textContent === "Fold").click();
+  mark("heads").focus(); press("Enter");
+  found.entered = [seen().includes("heads"), key(document.activeElement)];
+  const search = document.querySelector(".tools input[type=search]");
+  all("button", panel).find(b => b.textContent === "Fold").click();
+  search.value = "a1.h1@3"; search.dispatchEvent(new Event("input"));
+  found.fits = seen().filter(k => !mark(k).classList.contains("off"));
+  return found;
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_supernodes_are_boxes_that_unfold(tmp_path: Path) -> None:
+    groups = {"heads": ["a0.h0@3", "a1.h1@3", "a2.h1@3"], "rests": [f"rest m{i}@6" for i in (0, 1)]}
+    whole, page = small(), tmp_path / "graph.html"
+    whole.add_edge("a0.h0@3", "a1.h1@3", weight=0.125)
+    graph = grouped(whole, groups)
+    write_graph_page(graph, page)
+    found, said = browse(page, SUPERNODES, tmp_path / "profile")
+    assert not said
+    members = {member for group in groups.values() for member in group}
+    merged = merge(graph)
+    assert set(found["folded"][0]) == set(merged)
+    assert found["folded"][1:] == [merged.number_of_edges(), "false"]
+    assert found["label"] == "heads"
+    one = merge(graph, {"rests": groups["rests"]})
+    assert set(found["unfolded"][0]) == set(one)
+    assert found["unfolded"][1:] == [one.number_of_edges(), "true"]
+    assert signed(merged.nodes["heads"]["contribution"]) in found["panel"]
+    assert f"{signed(merged.nodes['heads']['internal'])} of it flows" in found["panel"]
+    for member in groups["heads"]:
+        worth = signed(graph.nodes[member]["contribution"])
+        assert f"{member}{worth}" in found["members"]
+    assert found["again"] == found["folded"][:2]
+    source, _, weight = max(merged.in_edges("heads", "weight"), key=lambda edge: abs(edge[2]))
+    assert found["inputs"].startswith(f"{source}{signed(weight)}")
+    assert found["jumped"] == [True, "a1.h1@3"]
+    assert found["entered"][0] is False
+    assert found["entered"][1] in members
+    assert found["fits"] == ["heads"]
+
+
+def test_supernodes_come_after_the_nodes() -> None:
+    group = ["a1.h0@3", "m2@6"]
+    graph = grouped(small(), {"two": group})
+    data, plain = page_data(graph), page_data(small())
+    assert [n["key"] for n in data["nodes"]] == [*small(), "two"]
+    assert data["edges"] == plain["edges"]
+    two = data["nodes"][-1]
+    assert [data["nodes"][i]["key"] for i in two["members"]] == group
+    largest = max(group, key=lambda key: abs(graph.nodes[key]["contribution"]))
+    own = next(n for n in data["nodes"] if n["key"] == largest)
+    assert (two["x"], two["y"]) == (own["x"], own["y"])
+    assert page_data(merge(graph))["nodes"][-2]["kind"] != "metric"

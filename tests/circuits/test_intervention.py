@@ -19,10 +19,12 @@ from lch_plugin.adapters.transformer_lens import node_points, run_edited
 from lch_plugin.circuits import (
     Prompts,
     attribution_graph,
+    grouped,
     intervene,
     load_graph,
     log_probability,
     logit_difference,
+    merge,
     prune,
     save_graph,
 )
@@ -34,6 +36,7 @@ BACKENDS = ("gpt2", "gpt_neox", "llama", "hooked")
 PAIR = Prompts(
     models.tokens(1, seed=1), logit_difference([[1, 5]], [[3]]), models.tokens(1, seed=2)
 )
+LAST = PAIR.clean.shape[1] - 1
 ALONE = replace(PAIR, corrupt=None)
 
 
@@ -49,8 +52,8 @@ def graph_of(backend: str, linearization: str, twins: bool = True) -> nx.DiGraph
 
 
 def some(graph: nx.DiGraph) -> list[str]:
-    """A head and a neuron of each layer, those that contribute most."""
-    found = []
+    """The last embedding, and of each layer the head and the neuron that contribute most."""
+    found = [f"embedding@{LAST}"]
     for kind in ("head", "neuron"):
         for layer in range(models.N_LAYERS):
             of = [n for n, d in graph.nodes(data=True) if (d["kind"], d["layer"]) == (kind, layer)]
@@ -80,7 +83,7 @@ def test_small_changes_are_as_the_jacobian_predicts(backend: str) -> None:
     """For the metric and for every node, by finite differences of what is measured."""
     model, graph = model_of(backend), graph_of(backend, "jacobian")
     step = 1e-3
-    for node in some(graph)[:4]:
+    for node in some(graph)[:5]:
         up, down = (intervene(model, graph, node, 1 + sign * step) for sign in (1, -1))
         assert up.nodes == down.nodes
         slope = (up.metric_measured - down.metric_measured) / 2
@@ -92,7 +95,7 @@ def test_small_changes_are_as_the_jacobian_predicts(backend: str) -> None:
 def test_what_is_measured_is_what_the_model_does() -> None:
     """Held to a pass in which the nodes are put by hand; two of them, one after the other."""
     model, graph = model_of("gpt2"), graph_of("gpt2", "detached")
-    head, neuron = some(graph)[0], some(graph)[-2]
+    head, neuron = some(graph)[1], some(graph)[-2]
     found = intervene(model, graph, [head, neuron], -0.5)
     points = {(p.kind, p.layer): p for p in node_points(model)}
     names = [p.name for p in points.values()]
@@ -128,10 +131,26 @@ def test_what_is_measured_is_what_the_model_does() -> None:
         assert row.measured == pytest.approx(float((slope * (new - old)).sum()), abs=1e-9)
 
 
+def test_a_supernode_is_its_members(tmp_path: Path) -> None:
+    model, graph = model_of("gpt2"), graph_of("gpt2", "detached")
+    members = some(graph)[1:3]
+    save_graph(grouped(graph, {"both": members}), tmp_path / "graph.json")
+    expected = intervene(model, graph, members, 0.0)
+    found = intervene(model, load_graph(tmp_path / "graph.json"), "both", 0.0)
+    assert found.changed == tuple(members)
+    assert torch.equal(found.measured, expected.measured)
+    # The second holds what it is made to hold: what the first would do to it is not counted.
+    worth = sum(graph.nodes[member]["contribution"] for member in members)
+    assert abs(found.metric_predicted + worth) > 1e-6
+    merged = merge(graph, {"both": members})
+    with pytest.raises(lch.InputError, match="of a graph that is not merged"):
+        intervene(model, merged, "both", 0.0)
+
+
 def test_a_graph_that_went_through_a_file_and_was_pruned_is_as_good(tmp_path: Path) -> None:
     model, graph = model_of("llama"), graph_of("llama", "detached")
     small = prune(graph)
-    node = next(name for name in some(graph) if name in small)
+    node = next(name for name in some(graph)[1:] if name in small)
     expected = intervene(model, small, node, 0.0)
     for path in (tmp_path / "graph.json", tmp_path / "graph.graphml"):
         save_graph(small, path)
@@ -157,11 +176,11 @@ def test_a_real_graph_predicts_small_changes_and_doubts_large_ones() -> None:
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
     model, graph = model_of("gpt2"), graph_of("gpt2", "detached")
-    node = some(graph)[0]
+    node = some(graph)[1]
     for named, match in [
         ("a9.h9@0", r"no node 'a9.h9@0'; its nodes are called"),
         ("metric", "of kind 'metric', which holds nothing"),
-        ("embedding@0", "of kind 'embedding'"),
+        (f"rest m1@{LAST}", "of kind 'mlp_rest'"),
         ([], "at least one"),
         ([node, node], "each once"),
     ]:
@@ -169,6 +188,12 @@ def test_bad_input_is_refused() -> None:
             intervene(model, graph, named, 0.0)
     with pytest.raises(lch.InputError, match=r"the metric is .* here and .* in the graph"):
         intervene(model_of("gpt_neox"), graph, node, 0.0)
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(lch.InputError, match="must be finite"):
+            intervene(model, graph, node, scale)
+    for wrong in (replace(PAIR, clean=PAIR.corrupt), ALONE, PAIR + PAIR):
+        with pytest.raises(lch.InputError, match="are others than the graph's"):
+            intervene(model, graph, node, 0.0, prompts=wrong)
     custom = Prompts(PAIR.clean, log_probability([[1]]), PAIR.corrupt)
     other = attribution_graph(model, custom, max_nodes=20)
     named = next(n for n, d in other.nodes(data=True) if d["kind"] == "head")

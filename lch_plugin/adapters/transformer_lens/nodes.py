@@ -136,7 +136,8 @@ def run_edited(
         fired.add(name)
         # OPT's projections read batch and position as one.
         edited = edits[name](value if value.ndim > 2 else value.reshape(*tokens.shape, -1))
-        return None if edited is None else edited.reshape(value.shape)
+        # Only the batch may have another size: some edits read a component for several inputs.
+        return None if edited is None else edited.reshape(-1, *value.shape[1:])
 
     # Torch's own hooks: TransformerBridge lists all its hook points and their aliases ten times in
     # a call of run_with_hooks, which takes as long as a pass of a small model.

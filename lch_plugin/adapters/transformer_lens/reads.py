@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
     LensModel,
     attention,
+    check_heads,
     check_model,
     is_hooked,
     is_module,
     locate_mlp,
     stacks,
+    values_point,
 )
 from lch_plugin.adapters.transformer_lens.gates import Gate, ModuleGate, PointGate
 from lch_plugin.errors import SiteError
+
+#: What a head reads the residual stream for: its queries, its keys and its values.
+Slot: TypeAlias = Literal["q", "k", "v"]
+SLOTS: tuple[Slot, ...] = get_args(Slot)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +86,134 @@ def position_embedding_name(model: LensModel) -> str | None:
         standard = model.cfg.positional_embedding_type == "standard"
         return "hook_pos_embed" if standard else None
     return "pos_embed.hook_out" if "pos_embed" in model._modules else None
+
+
+class HeadReads:
+    """How each head of a layer reads the residual stream by itself, and what it writes.
+
+    A head reads three times: for queries, keys and values, each through the norm and a projection.
+    Where queries are grouped, the heads of a group share one key and one value. Here each head has
+    its own: attention is entered with a copy of the batch for each member of a group (`entered`),
+    copy g holds the keys and values of the g-th members, and of copy g only their ``z`` are kept.
+    With one member there is one copy, and nothing is changed.
+
+    Attributes:
+        layer: block.
+        n_heads: of queries.
+        names: hook points of queries, keys and values before they are rotated or normalised.
+        z_name: hook point of what the heads mix of their values.
+    """
+
+    def __init__(self, model: LensModel, layer: int) -> None:
+        (stack,) = stacks(model, "blocks")
+        block = stacks(model, stack)[stack][layer]
+        attn, attribute = attention(block, f"{stack}.{layer}")
+        path = f"{stack}.{layer}.{attribute}"
+        check_heads(attn, path)
+        hooked = is_hooked(attn)
+        self.layer = layer
+        self.n_heads, self._d_head = attn.W_O.shape[:2]
+        self.names: Mapping[Slot, str] = {
+            slot: f"{path}.hook_{slot}" if hooked else f"{path}.{slot}.hook_out" for slot in SLOTS
+        }
+        self.z_name = f"{path}.{values_point(attn)[0]}"
+        norm = _norm(block, "ln1", layer)
+        # Past the hooks on it, and not the bridge's own: they belong to the pass that is under way.
+        self.norm: Callable[[Tensor], Tensor] = (
+            norm.forward if is_hooked(norm) else norm.original_component
+        )
+        self._attn = attn
+        self._n_copies = self.n_heads // _n_key_heads(model, attn)
+
+    def projected(self, slot: Slot, normed: Float[Tensor, "head *n d_model"]) -> Tensor:
+        """What heads make of their own reads, after the norm: queries, or keys or values.
+
+        Shape ``(head, *n, d_head)``.
+        """
+        found = torch.einsum("h...d,hde->h...e", normed, self._weight(slot).to(normed))
+        bias = getattr(self._attn, f"b_{slot.upper()}", None)
+        if bias is None:
+            return found
+        by_head = self._of_heads(bias.detach()).to(found)
+        return found + by_head.reshape(-1, *[1] * (found.ndim - 2), self._d_head)
+
+    def pull(self, slot: Slot, cotangents: Float[Tensor, "head *n d_head"]) -> Tensor:
+        """Cotangents of queries, keys or values, at the reads after the norm.
+
+        Shape ``(head, *n, d_model)``.
+        """
+        return torch.einsum("h...e,hde->h...d", cotangents, self._weight(slot).to(cotangents))
+
+    def written(self, z: Float[Tensor, "head *n d_head"]) -> Tensor:
+        """What each head writes, without the bias, ``(head, *n, d_model)``."""
+        return torch.einsum("h...e,hed->h...d", z, self._attn.W_O.detach().to(z))
+
+    def by_head(self, slot: Slot | Literal["z"], value: Tensor) -> Float[Tensor, "head b pos d"]:
+        """What passes a hook point, head by head: of each head the copy that is its own."""
+        copies = self._n_copies
+        groups = self.n_heads // copies
+        b, pos = value.shape[0] // copies, value.shape[1]
+        if slot in ("k", "v"):  # One of each group in each copy.
+            found = value.reshape(copies, b, pos, groups, self._d_head).permute(3, 0, 1, 2, 4)
+            return found.reshape(self.n_heads, b, pos, self._d_head)
+        found = value.reshape(copies, b, pos, groups, copies, self._d_head)
+        own = found.diagonal(dim1=0, dim2=4)  # batch pos group d_head member
+        return own.permute(2, 4, 0, 1, 3).reshape(self.n_heads, b, pos, self._d_head)
+
+    def joined(self, slot: Slot, heads: Float[Tensor, "head b pos d"]) -> Tensor:
+        """The value of a hook point, from what each head has there."""
+        n_heads, b, pos, d_head = heads.shape
+        copies = self._n_copies
+        if slot == "q":
+            return heads.permute(1, 2, 0, 3).flatten(2).repeat(copies, 1, 1)
+        found = heads.reshape(n_heads // copies, copies, b, pos, d_head)
+        return found.permute(1, 2, 3, 0, 4).reshape(copies * b, pos, -1)
+
+    def mixed(self, z: Float[Tensor, "head b pos d"]) -> Tensor:
+        """What passes the hook point of ``z`` and goes on, one copy of the batch again."""
+        return z.permute(1, 2, 0, 3).flatten(2)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """While this lasts, attention is given a copy of the batch for each member of a group."""
+        if self._n_copies == 1:
+            yield
+            return
+        handle = self._attn.register_forward_pre_hook(self._copy, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _copy(self, _attn: Any, args: Any, kwargs: Any) -> Any:
+        first = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3)
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != len(first):
+                return value
+            return value.repeat(self._n_copies, *[1] * (value.ndim - 1))
+
+        def copied_each(value: Any) -> Any:
+            return tuple(map(copied, value)) if isinstance(value, tuple) else copied(value)
+
+        return tuple(map(copied_each, args)), {k: copied_each(v) for k, v in kwargs.items()}
+
+    def _weight(self, slot: Slot) -> Float[Tensor, "head d_model d_head"]:
+        return self._of_heads(getattr(self._attn, f"W_{slot.upper()}").detach())
+
+    def _of_heads(self, weight: Tensor) -> Tensor:
+        """Of each head, where several may share one."""
+        return weight.repeat_interleave(self.n_heads // len(weight), 0)
+
+
+def _n_key_heads(model: LensModel, attn: Any) -> int:
+    """Heads of keys and of values, as their hook points have them."""
+    if not is_hooked(attn):
+        return len(attn.W_K)
+    # HookedTransformer shows W_K once for each head of queries.
+    n_key_heads = getattr(model.cfg, "n_key_value_heads", None)
+    ungrouped = getattr(model.cfg, "ungroup_grouped_query_attention", False)
+    return len(attn.W_O) if n_key_heads is None or ungrouped else int(n_key_heads)
 
 
 def _norm(block: Any, name: str, layer: int) -> Any:

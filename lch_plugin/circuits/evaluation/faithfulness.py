@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,8 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
+from lch_plugin.circuits.edges.ablation import EdgeAblation
+from lch_plugin.circuits.edges.wiring import EdgeCircuit, EdgeScores
 from lch_plugin.circuits.evaluation.ablation import Ablation, Reference
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
 from lch_plugin.circuits.prompts import Prompts
@@ -45,6 +47,19 @@ from lch_plugin.errors import InputError
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # m(full) and m(empty) this close, relative to the metric, differ by rounding.
 _ROUNDING = 1e-6
+
+
+@runtime_checkable
+class Ablated(Protocol):
+    """Prompts on which circuits can be run: of nodes (`Ablation`) or of edges (`EdgeAblation`)."""
+
+    def metric(self, circuit: Any) -> Float[Tensor, " prompt"]:
+        """The metric of each prompt with a circuit alone."""
+        ...
+
+    def everything(self) -> Any:
+        """The circuit of all of them."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +216,7 @@ class Judgement:
 def faithfulness(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
-    scores: NodeScores,
+    scores: NodeScores | EdgeScores,
     *,
     reference: Reference = "resample",
     sizes: Sequence[float] = SHARES,
@@ -218,7 +233,7 @@ def faithfulness(
     Args:
         model: TransformerBridge or HookedTransformer.
         prompts: best not those that the scores were found on.
-        scores: of every node.
+        scores: of every node, or of every edge; only ``"resample"`` can be asked of edges.
         reference: what nodes outside the circuit are replaced by, as `Ablation`.
         sizes: shares of the nodes to keep, above 0 and up to 1, at least two of them. A share is
             rounded down to whole nodes, but to no less than one.
@@ -238,7 +253,7 @@ def faithfulness(
         raise InputError(f"sizes={tuple(sizes)}: give at least two shares above 0 and up to 1.")
     _check_counts(n_random=n_random, n_bootstrap=n_bootstrap)
     _check_confidence(confidence)
-    ablation = Ablation(model, prompts, scores.points, reference)
+    ablation = _ablation(model, prompts, scores, reference)
     scale = Scale.of(ablation)
     n_nodes = len(scores.values)
     counts = [size_of(share, n_nodes) for share in shares]
@@ -351,16 +366,40 @@ def judge(
     )
 
 
-@without_autocast()
+@overload
 def smallest_circuit(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
     scores: NodeScores,
+    recovered: float = ...,
+    *,
+    reference: Reference = ...,
+    by: Literal["score", "magnitude"] = ...,
+) -> Circuit: ...
+
+
+@overload
+def smallest_circuit(
+    model: LensModel,
+    prompts: Prompts | Iterable[Prompts],
+    scores: EdgeScores,
+    recovered: float = ...,
+    *,
+    reference: Reference = ...,
+    by: Literal["score", "magnitude"] = ...,
+) -> EdgeCircuit: ...
+
+
+@without_autocast()
+def smallest_circuit(
+    model: LensModel,
+    prompts: Prompts | Iterable[Prompts],
+    scores: NodeScores | EdgeScores,
     recovered: float = 0.8,
     *,
     reference: Reference = "resample",
     by: Literal["score", "magnitude"] = "score",
-) -> Circuit:
+) -> Circuit | EdgeCircuit:
     """The fewest highest-scoring nodes found to recover a share of the metric, and not far more.
 
     Sizes are doubled from one node until f reaches the share, and the last step is bisected: about
@@ -382,7 +421,7 @@ def smallest_circuit(
     """
     if not 0 < recovered < 1:
         raise InputError(f"recovered={recovered} must lie between 0 and 1, as 0.8 does.")
-    ablation = Ablation(model, prompts, scores.points, reference)
+    ablation = _ablation(model, prompts, scores, reference)
     scale = Scale.of(ablation)
     n_nodes = len(scores.values)
     tried = {0: 0.0, n_nodes: 1.0}  # All nodes recover all of it, but for rounding.
@@ -442,7 +481,7 @@ class Scale:
     empty: Float[Tensor, " prompt"]
 
     @classmethod
-    def of(cls, ablation: Ablation) -> Scale:
+    def of(cls, ablation: Ablated) -> Scale:
         everything = ablation.everything()
         scale = cls(ablation.metric(everything), ablation.metric(~everything))
         full, empty = float(scale.full.mean()), float(scale.empty.mean())
@@ -483,6 +522,23 @@ def _interval(resampled: Float[Tensor, "n n_bootstrap"], confidence: float) -> F
     """Percentile interval of each row."""
     tail = (1 - confidence) / 2
     return resampled.quantile(resampled.new_tensor([tail, 1 - tail]), dim=1).mT
+
+
+def _ablation(
+    model: LensModel,
+    prompts: Prompts | Iterable[Prompts],
+    scores: NodeScores | EdgeScores,
+    reference: Reference,
+) -> Ablated:
+    """Circuits of what was scored, on prompts."""
+    if isinstance(scores, NodeScores):
+        return Ablation(model, prompts, scores.points, reference)
+    if reference != "resample":
+        raise InputError(
+            f"reference={reference!r}: what is cut from an edge is what its writer writes on the "
+            "corrupt prompt. Leave it at 'resample'."
+        )
+    return EdgeAblation(model, prompts)
 
 
 def _check_counts(**counts: int) -> None:

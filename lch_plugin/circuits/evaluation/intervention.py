@@ -11,14 +11,19 @@ With ``a_ref`` what the node holds on the corrupt twin, or zero without one, it 
     a_ref + scale * (a - a_ref)
 
 0 removes it, 1 changes nothing, 2 doubles it. The change of a node ``t`` is in units of the metric:
-``g_t . (change of what t holds)``, with ``g_t`` its targeted centroid at the prompt.
+``g_t . (change of what t holds)``, with ``g_t`` its targeted centroid at the prompt. The prediction
+of it is by all paths from the changed nodes to ``t``; that of the metric is ``(scale - 1)`` times
+the contribution of the one node that was changed. Of several, each holds what it is made to hold,
+whatever the others would do to it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import networkx as nx
 import pandas as pd
@@ -29,7 +34,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lch_plugin.adapters.states import evaluating, without_autocast
-from lch_plugin.adapters.transformer_lens import LensModel, node_points
+from lch_plugin.adapters.transformer_lens import LensModel, NodePoint, node_points
 from lch_plugin.circuits.metrics import COMPARISONS
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.circuits.scores.attribution import (
@@ -43,6 +48,7 @@ from lch_plugin.linearization import DetachedMode
 # Relative difference up to which the metric of the graph and that of the model are the same.
 _SAME = 1e-3
 _KINDS = ("head", "neuron", "mlp")
+_CHANGED = (*_KINDS, "embedding")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -116,14 +122,16 @@ def intervene(
     Args:
         model: that the graph is of.
         graph: of `lch_plugin.circuits.attribution_graph`, pruned or not, from a file or not.
-        node: name of a head, neuron or MLP of the graph; or several, changed together.
+        node: name of a head, neuron, MLP or token embedding of the graph, or of a supernode
+            (`lch_plugin.circuits.grouped`), which stands for its members; or several, changed
+            together. Each is changed at its own position.
         scale: 0 puts the twin's value in place of the node's, or zero; 2 doubles the difference.
         prompts: the prompt of the graph, needed if its metric is none that compares answers with
             foils: a graph cannot hold a function.
 
     Raises:
         InputError: the graph is of another model or prompt, or has no such node, or one that holds
-            nothing to scale; or its metric is needed.
+            nothing to scale; its metric is needed; or a scale that is not finite.
         SiteError: as `lch_plugin.circuits.node_attribution`.
 
     Example:
@@ -137,12 +145,12 @@ def intervene(
         >>> sorted(found.r2)
         ['head', 'neuron']
     """
-    changed = (node,) if isinstance(node, str) else tuple(node)
-    _check_nodes(graph, changed)
-    batch = _prompt_of(graph) if prompts is None else prompts
-    points = node_points(model, tuple(graph.graph["kinds"]))
-    at = {(point.kind, point.layer): point for point in points}
-    names = [point.name for point in points]
+    if not math.isfinite(scale):
+        raise InputError(f"scale={scale} must be finite: 0 removes a node, 1 leaves it.")
+    changed = _members(graph, (node,) if isinstance(node, str) else tuple(node))
+    batch = _prompt_of(graph, prompts)
+    points, embed = node_points(model, tuple(graph.graph["kinds"])), embedding_name(model)
+    names = [embed, *(point.name for point in points)]
     linearization = graph.graph["linearization"]
     found = metric_gradients(model, batch, names, linearization=linearization)
     metric = float(found.metric[0])
@@ -153,14 +161,22 @@ def intervene(
             "model and prompt that it was made with."
         )
     clean = found.activations
+    at = {(point.kind, point.layer): point for point in points}
+    # An embedding is all that a position holds, as a whole MLP is.
+    whole = NodePoint("mlp", -1, embed, 1, clean[embed].shape[-1])
+
+    def place(data: Mapping[str, Any]) -> tuple[NodePoint, tuple[int, int, int]]:
+        """Where a node is: its hook point, and batch, position and index there."""
+        if data["kind"] == "embedding":
+            return whole, (0, data["position"], 0)
+        return at[data["kind"], data["layer"]], (0, data["position"], data["index"])
+
     twin = {} if batch.corrupt is None else activations(model, batch.corrupt, names)
     steps = {name: torch.zeros_like(value) for name, value in clean.items()}
     for name in changed:
-        data = graph.nodes[name]
-        point = at[data["kind"], data["layer"]]
+        point, where = place(graph.nodes[name])
         own = clean[point.name] - twin.get(point.name, torch.zeros(()))
-        place = (0, data["position"], data["index"])
-        point.split(steps[point.name])[place] = (scale - 1) * point.split(own)[place]
+        point.split(steps[point.name])[where] = (scale - 1) * point.split(own)[where]
     steps = {name: step for name, step in steps.items() if bool(step.any())}
     run = _frozen if linearization == "detached" else _to_first_order
     predicted, after = run(model, batch, names, steps), _as_it_is(model, batch, clean, steps)
@@ -169,10 +185,9 @@ def intervene(
     def changes(run: _Run) -> Float[Tensor, " node"]:
         values = torch.zeros(len(kept), dtype=torch.float64)
         for i, (_, data) in enumerate(kept):
-            point = at[data["kind"], data["layer"]]
-            place = (0, data["position"], data["index"])
+            point, where = place(data)
             slope, change = (
-                point.split(of[point.name])[place] for of in (found.gradients, run.changes)
+                point.split(of[point.name])[where] for of in (found.gradients, run.changes)
             )
             values[i] = (slope * change).sum()
         return values
@@ -239,7 +254,7 @@ def _frozen(
         seen: dict[str, Tensor] = {}
 
         def start(value: Tensor) -> Tensor:
-            return mode.follow(value.detach().requires_grad_())
+            return mode.follow(add(embed, value).detach().requires_grad_())
 
         def add(name: str, value: Tensor) -> Tensor:
             if name in changed:  # What the nodes hold, whatever comes to them.
@@ -285,35 +300,58 @@ def _to_first_order(
     return _Run(0.0 if tangent is None else float(tangent[0]), changes)
 
 
-def _check_nodes(graph: nx.DiGraph, names: Sequence[str]) -> None:
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"nodes {list(names)}: name at least one, and each once.")
-    for name in names:
+def _members(graph: nx.DiGraph, names: Sequence[str]) -> tuple[str, ...]:
+    """The nodes to change, members in place of supernodes.
+
+    Raises:
+        InputError: none, one twice, one that is not there, or that holds nothing to scale.
+    """
+    groups = graph.graph.get("supernodes", {})
+    found = tuple(member for name in names for member in groups.get(name, [name]))
+    if not found or len(set(found)) < len(found):
+        raise InputError(f"nodes {list(found)}: name at least one, and each once.")
+    for name in found:
         if name not in graph:
             raise InputError(
                 f"the graph has no node {name!r}; its nodes are called as in list(graph)[:3], "
                 f"{list(graph)[:3]}."
             )
         kind = graph.nodes[name]["kind"]
-        if kind not in _KINDS:
+        if kind not in _CHANGED:
             raise InputError(
                 f"{name!r} is of kind {kind!r}, which holds nothing that can be scaled. Take a "
-                f"node of kind {', '.join(_KINDS)}."
+                f"node of kind {', '.join(_CHANGED)}, of a graph that is not merged."
             )
+    return found
 
 
-def _prompt_of(graph: nx.DiGraph) -> Prompts:
+def _prompt_of(graph: nx.DiGraph, given: Prompts | None) -> Prompts:
+    """The prompt of a graph: as it is given, or as the graph holds it.
+
+    Raises:
+        InputError: the graph holds another, or a metric of which it has no more than the name.
+    """
     about = graph.graph
-    metric = about["metric"]
+    metric, ids = about["metric"], (about.get("clean_ids"), about.get("corrupt_ids"))
+    if given is not None:
+        rows = tuple(
+            None if side is None else side.tolist() for side in (given.clean, given.corrupt)
+        )
+        if rows != tuple(None if side is None else [side] for side in ids):
+            raise InputError(
+                f"prompts={given!r} are others than the graph's, {about['prompt']!r} with its "
+                "twin. Give the prompt that it was made with, as prompts[0]."
+            )
+        return given
     if metric["name"] not in COMPARISONS or "answers" not in metric:
         raise InputError(
             f"the graph is of the metric {metric['name']!r}, a function that it does not hold. "
             "Give its prompt as prompts=."
         )
     compared = COMPARISONS[metric["name"]]
-    corrupt = about["corrupt_ids"]
+    clean, corrupt = ids
     return Prompts(
-        torch.tensor([about["clean_ids"]]),
+        torch.tensor([clean]),
         compared([metric["answers"]], [metric["foils"]], metric["position"]),
         None if corrupt is None else torch.tensor([corrupt]),
     )

@@ -5,7 +5,8 @@ Viewers know transcoder features, their errors, tokens and logits. Heads, neuron
 ours are nodes with types of their own and what they are for a label (``clerp``); rests are errors;
 the metric is the one logit, of probability 1. ``influence`` is cumulative there, as both expect:
 their sliders hide the nodes above a threshold. Our own names and attributes stand under ``lch`` in
-each node and at the top, for `load_graph` to read back to the last bit.
+each node and at the top, for `load_graph` to read back to the last bit. Supernodes stand where
+viewers have theirs, so those that were made in a viewer are read back as well.
 
 GraphML carries numbers and printable text; what it cannot carry, the graph's attributes among it,
 is in one attribute of the graph called ``lch``, as JSON.
@@ -21,6 +22,7 @@ from typing import Any
 
 import networkx as nx
 
+from lch_plugin.circuits.graphs.supernodes import check_groups, grouped
 from lch_plugin.errors import InputError
 from lch_plugin.files import write_file
 
@@ -36,6 +38,7 @@ _TYPES = {
     "feature": "sae feature",
     "attn_rest": "lorsa error",
     "mlp_rest": "mlp reconstruction error",
+    "supernode": "supernode",
     "metric": "logit",
 }
 
@@ -94,7 +97,9 @@ def to_json(graph: nx.DiGraph, slug: str = "graph") -> dict[str, Any]:
     Raises:
         InputError: the graph is none of `attribution_graph`.
     """
-    facts = graph.graph
+    facts = {key: value for key, value in graph.graph.items() if key != "supernodes"}
+    groups = graph.graph.get("supernodes", {})
+    check_groups(graph, groups)
     try:
         ids = {name: _identifier(node) for name, node in graph.nodes(data=True)}
         pruning = facts.get("pruning")
@@ -110,6 +115,8 @@ def to_json(graph: nx.DiGraph, slug: str = "graph") -> dict[str, Any]:
             **({} if pruning is None else {"node_threshold": 1.0, "pruning_settings": pruning}),
         }
         nodes = [_node(name, ids[name], graph) for name in graph]
+        pinned = [member for members in groups.values() for member in members]
+        pinned += [name for name, node in graph.nodes(data=True) if pinned and _is_metric(node)]
     except KeyError as error:
         raise InputError(
             f"the graph lacks {error}: pass one of attribution_graph, pruned or not."
@@ -117,8 +124,10 @@ def to_json(graph: nx.DiGraph, slug: str = "graph") -> dict[str, Any]:
     return {
         "metadata": metadata,
         "qParams": {
-            **{"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": ""},
-            "sg_pos": "",
+            # Viewers draw the supernodes of pinned nodes, and where these lead.
+            "pinnedIds": [ids[n] for n in pinned],
+            "supernodes": [[name, *(ids[n] for n in members)] for name, members in groups.items()],
+            **{"linkType": "both", "clickedId": "", "sg_pos": ""},
         },
         "nodes": nodes,
         "links": [
@@ -146,14 +155,30 @@ def from_json(data: Mapping[str, Any]) -> nx.DiGraph:
     for link in data["links"]:
         rest = {key: value for key, value in link.items() if key not in ("source", "target")}
         graph.add_edge(names[link["source"]], names[link["target"]], **rest)
-    return graph
+    groups: dict[str, list[str]] = {}
+    for name, *ids in _supernodes(data["qParams"]):
+        label = name
+        while label in groups:  # A viewer may give several the same label.
+            label += "'"
+        groups[label] = [names[i] for i in ids]
+    return grouped(graph, groups) if groups else graph
+
+
+def _supernodes(parameters: Mapping[str, Any]) -> list[list[str]]:
+    """Name and members of each; circuit-tracer saves them as text, or not at all."""
+    found = parameters.get("supernodes") or []
+    return json.loads(found) if isinstance(found, str) else found
+
+
+def _is_metric(node: Mapping[str, Any]) -> bool:
+    return bool(node["kind"] == "metric")
 
 
 def _node(name: str, identifier: str, graph: nx.DiGraph) -> dict[str, Any]:
     """A node as viewers read it."""
     node = graph.nodes[name]
     kind, metric = node["kind"], graph.graph["metric"]
-    is_metric, number = kind == "metric", list(_TYPES).index(kind)
+    is_metric, number = _is_metric(node), list(_TYPES).index(kind)
     label = f"{name} {node['token']!r}, contributes {node['contribution']:+.3g}"
     if is_metric:  # Viewers look for a token in quotes and a probability in this very form.
         label = f'Output "{metric["name"]} = {metric["value"]:.3g}" (p=1.000)'

@@ -28,7 +28,7 @@ def prune(
 
     Then nodes that no path joins to the metric any more go as well, and their edges. Embeddings and
     the metric always stay. Weights stay as they are, so what enters a node is no longer its whole
-    contribution.
+    contribution. Supernodes keep the members that stay.
 
     Args:
         graph: of `attribution_graph`.
@@ -51,7 +51,8 @@ def prune(
             raise InputError(f"{name}={value} must be between 0 and 1.")
     if METRIC not in graph or not nx.is_directed_acyclic_graph(graph):
         raise InputError(
-            f"this graph has no node {METRIC!r}, or cycles: pass one of attribution_graph."
+            f"this graph has no node {METRIC!r}, or cycles: pass one of attribution_graph, before "
+            "its supernodes are merged."
         )
     influence = node_influence(graph)
     cumulative = _cumulative(influence)
@@ -66,6 +67,12 @@ def prune(
     pruned.add_edges_from((s, t, dict(graph.edges[s, t])) for s, t in by_edge if (s, t) in edges)
     joined = nx.ancestors(pruned, METRIC) | always
     pruned.remove_nodes_from([n for n in pruned if n not in joined])
+    staying = {
+        name: [member for member in members if member in pruned]
+        for name, members in pruned.graph.pop("supernodes", {}).items()
+    }
+    if any(staying.values()):
+        pruned.graph["supernodes"] = {name: kept for name, kept in staying.items() if kept}
     for node in pruned:
         pruned.nodes[node]["influence"] = influence[node]
         pruned.nodes[node]["cumulative_influence"] = cumulative[node]

@@ -6,7 +6,6 @@ the final norm's scale as it is on the prompt.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import cache
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens import LensModel, node_points
+from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.nodes import pattern_names
-from lch_plugin.circuits.graphs.experts import freeze
-from lch_plugin.circuits.graphs.parts import sliced
+from lch_plugin.circuits.graphs.writes import node_writes
 from lch_plugin.circuits.nodes import Node, NodeScores
 from lch_plugin.circuits.prompts import Prompts
 from lch_plugin.circuits.reports.direct import direct_logits
@@ -49,26 +47,9 @@ def node_details(
     Raises:
         InputError, SiteError: as `attribution_graph`.
     """
-    points = node_points(model, graph.graph["kinds"])
-    frozen = freeze(model, Prompts(prompts.clean, prompts.metric), points)
-    writes: dict[str, Float[Tensor, " d_model"]] = {}
-    owned: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for key, data in graph.nodes(data=True):
-        if data["kind"] == "embedding":
-            writes[key] = frozen.embeddings[data["position"]]
-        owned[data["kind"], data["layer"]].append(key)
-    for expert in frozen.experts:
-        for point in points:
-            keys = owned[point.kind, point.layer]
-            of_expert = ("attn" if point.kind == "head" else "mlp", point.layer)
-            if keys and of_expert == (expert.kind, expert.layer):
-                places = [(graph.nodes[k]["position"], graph.nodes[k]["index"]) for k in keys]
-                nodes = sliced(point.kind, point.width, places, expert.clean.held)
-                own = expert.written(nodes.of(expert.clean.held), nodes.positions)
-                writes.update(zip(keys, own, strict=True))
-    tokens = _tokens(model, frozen.final, graph, writes, n_tokens)
-    patterns = activations(model, prompts.clean, pattern_names(model))
-    rows = [pattern[0] for pattern in patterns.values()]
+    found = node_writes(model, prompts, graph)
+    tokens = _tokens(model, found.final, graph, found.writes, n_tokens)
+    patterns = _patterns(model, prompts, graph)
 
     def detail(key: str, data: dict[str, Any]) -> NodeDetail:
         promoted, suppressed = tokens.get(key, ((), ()))
@@ -77,11 +58,23 @@ def node_details(
         return NodeDetail(
             promoted=promoted,
             suppressed=suppressed,
-            attention=rows[layer][index, at, : at + 1].tolist() if kind == "head" else (),
+            attention=patterns[layer][index, at, : at + 1].tolist() if kind == "head" else (),
             scored=scores.node(Node(kind, layer, index)) if scores and known else None,
         )
 
     return {key: detail(key, data) for key, data in graph.nodes(data=True)}
+
+
+def _patterns(
+    model: LensModel, prompts: Prompts, graph: nx.DiGraph
+) -> dict[int, Float[Tensor, "head dest src"]]:
+    """Attention patterns of the layers that have a head in the graph."""
+    layers = sorted({d["layer"] for _, d in graph.nodes(data=True) if d["kind"] == "head"})
+    if not layers:
+        return {}
+    names = pattern_names(model)
+    found = activations(model, prompts.clean, [names[layer] for layer in layers])
+    return {layer: found[names[layer]][0] for layer in layers}
 
 
 def _tokens(

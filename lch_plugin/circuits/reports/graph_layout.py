@@ -29,13 +29,16 @@ PARTS = {
     "mlp": "MLP",
     "feature": "MLP",
     "mlp_rest": "MLP",
+    "supernode": "supernode",
     "metric": "metric",
 }
 # What is said of nodes, and of the graph.
 _NEEDED = ("kind", "layer", "position", "token", "contribution")
 _ABOUT = ("tokens", "prompt", "corrupt", "metric", "model", "linearization")
-# In CSS pixels: from node to node where they are many, between rows, and of a column at least.
-_STEP, _GAP, _COLUMN = 17.0, 28.0, 18.0
+# In CSS pixels: from node to node where they are many, and of a column at least.
+_STEP, _COLUMN = 17.0, 18.0
+# Between rows, at most and at least, and of all rows together: many stand closer.
+_GAP, _LEAST_GAP, _GAPS = 28.0, 6.0, 560.0
 # Height of a row that holds rests alone.
 _THIN = 9.0
 _RESTS = ("attn_rest", "mlp_rest")
@@ -47,7 +50,7 @@ _NAMED_LINES = 3
 _WIDTH = 580.0
 # Cells of many nodes are somewhat wider than high.
 _ASPECT = 1.6
-_ORDER = ("embedding", "attention", "MLP", "metric")
+_ORDER = ("embedding", "attention", "MLP", "supernode", "metric")
 
 Row = tuple[int, str]
 
@@ -106,7 +109,8 @@ def layout(graph: nx.DiGraph) -> Layout:
         for k in keys
         if graph.nodes[k]["kind"] not in _RESTS
     }
-    tall = [deep[row] + _GAP if row in named else _THIN for row in reversed(rows)]
+    gap = max(_LEAST_GAP, min(_GAP, _GAPS / max(1, len(named))))
+    tall = [deep[row] + gap if row in named else _THIN for row in reversed(rows)]
     spans = list(_spans(tall))
     middle = {row: y + h / 2 for row, (y, h) in zip(reversed(rows), spans, strict=True)}
     nodes, room = {}, {}

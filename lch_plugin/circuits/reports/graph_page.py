@@ -12,6 +12,7 @@ from typing import Any
 
 import networkx as nx
 
+from lch_plugin.circuits.graphs.supernodes import merge
 from lch_plugin.circuits.nodes import ScoredNode
 from lch_plugin.circuits.reports.graph_layout import layout
 from lch_plugin.files import write_file
@@ -33,6 +34,7 @@ _TITLES = {
     "feature": "Feature {index} of layer {layer}",
     "attn_rest": "Rest of the attention of layer {layer}",
     "mlp_rest": "Rest of the MLP of layer {layer}",
+    "supernode": "Supernode",
     "metric": "Metric",
 }
 
@@ -59,6 +61,7 @@ def write_graph_page(
 ) -> None:
     """Write a graph as a page to look around in: hover, click, search, or use the keyboard.
 
+    Supernodes (`lch_plugin.circuits.grouped`) are folded into one box each, which a click unfolds.
     A file that is there already is replaced.
 
     Args:
@@ -78,14 +81,20 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
     """What the page is made of, in terms of JSON: nodes with their places, and edges.
 
     Edges are ``[source, target, weight]``, ends as places in the list of nodes, the largest weight
-    first. Rank and percentile are among the nodes of one kind in this graph.
+    first. Rank and percentile are among the nodes of one kind in this graph. Supernodes come after
+    the nodes, with their members as places in the list.
 
     Raises:
         InputError: as `write_graph_page`.
     """
     placed, details = layout(graph), details or {}
+    index = {key: i for i, key in enumerate(graph)}
+    supernodes = _supernodes(graph)
+    described = [*graph.nodes(data=True), *supernodes.items()]
+    # A folded supernode is drawn where its largest member is.
+    drawn_at = {key: data.get("largest", key) for key, data in described}
     peers: dict[str, list[float]] = defaultdict(list)
-    for _, data in graph.nodes(data=True):
+    for _, data in described:
         peers[data["kind"]].append(data["contribution"])
     for contributions in peers.values():
         contributions.sort()
@@ -95,13 +104,14 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
             **_described(data),
             **_place(data["contribution"], peers[data["kind"]]),
             **_detail(details.get(key, NodeDetail())),
-            "x": placed.nodes[key][0],
-            "y": placed.nodes[key][1],
-            "room": placed.room[key],
+            "x": placed.nodes[drawn_at[key]][0],
+            "y": placed.nodes[drawn_at[key]][1],
+            "room": placed.room[drawn_at[key]],
+            "members": [index[m] for m in data["members"]] if key in supernodes else None,
+            "internal": data.get("internal"),
         }
-        for key, data in graph.nodes(data=True)
+        for key, data in described
     ]
-    index = {key: i for i, key in enumerate(graph)}
     edges = [[index[s], index[t], float(weight)] for s, t, weight in graph.edges(data="weight")]
     about = graph.graph
     return {
@@ -118,6 +128,21 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
         "height": placed.height,
         "version": version("lch-plugin"),
     }
+
+
+def _supernodes(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:
+    """Attributes of the graph's supernodes, with the name of each one's largest member."""
+    merged = merge(graph)
+    found = {}
+    for name, members in graph.graph.get("supernodes", {}).items():
+        own = {member: graph.nodes[member] for member in members}
+        influence = [data.get("influence") for data in own.values()]
+        found[name] = {
+            **merged.nodes[name],
+            "influence": None if None in influence else sum(influence),
+            "largest": max(own, key=lambda member: abs(own[member]["contribution"])),
+        }
+    return found
 
 
 def _described(data: Mapping[str, Any]) -> dict[str, Any]:

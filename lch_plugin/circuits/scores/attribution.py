@@ -437,7 +437,7 @@ def _worth_of_nodes(
             names,
             linearization=method.linearization,
             through_patterns=method.through_patterns,
-            moved={embed: partial(_between, reference[embed], share)},
+            moved={embed: partial(between, reference[embed], share)},
         )
         worth = {}
         for point in points:
@@ -508,7 +508,7 @@ def kept_gradients(
     return KeptGradients(moved.metric, nodes)
 
 
-def _between(start: Tensor, share: float, end: Tensor) -> Tensor:
+def between(start: Tensor, share: float, end: Tensor) -> Tensor:
     """A share of the way from one value to another."""
     start = start.to(end)
     return start + share * (end - start)
