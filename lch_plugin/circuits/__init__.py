@@ -7,7 +7,8 @@ is a magnitude and has no sign. Every score comes with its rank and percentile.
 Modules, each knowing those before it: `metrics`, what is measured; `prompts`, on what; `tasks`,
 seven known behaviours; `prompt_files`, texts of one's own; `nodes`, heads, neurons and MLPs, their
 scores, and circuits made of them; `scores`, what each of them is worth; `graphs`, what flows
-between them; `evaluation`, whether a circuit is true of the model; `reports`, pages to look at.
+between them; `edges`, circuits of edges; `evaluation`, whether a circuit is true of the model;
+`reports`, pages to look at.
 """
 
 from lch_plugin.circuits.edges.ablation import EdgeAblation, run_edges

@@ -301,7 +301,11 @@ def test_relative_to_a_corrupt_prompt(case: Case) -> None:
         "name": "logit_difference",
         "value": pytest.approx(clean),
         "reference": pytest.approx(corrupt),
+        # For `intervene`, which measures it again.
+        **{"answers": [3, 5], "foils": [4, 6, 7], "position": -1},
     }
+    assert graph.graph["clean_ids"] == CLEAN[0].tolist()
+    assert graph.graph["corrupt_ids"] == CORRUPT[0].tolist()
 
 
 def test_contributions_are_those_of_the_whole_model(case: Case) -> None:
