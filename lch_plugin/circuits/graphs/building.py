@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import networkx as nx
 import torch
+from jaxtyping import Float
 from sae_lens import SAE
+from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
 from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
 from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
+from lch_plugin.circuits.graphs.patterns import pattern_worth
 from lch_plugin.circuits.metrics import Compared
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.prompts import Prompts
@@ -52,6 +56,7 @@ def attribution_graph(
     max_nodes: int = 500,
     linearization: Linearization = "detached",
     sae: SAE[Any] | None = None,
+    patterns: bool = False,
 ) -> nx.DiGraph:
     """What flows between the nodes of a model on one prompt, and from there to the metric.
 
@@ -67,6 +72,13 @@ def attribution_graph(
     ``contribution`` and ``offset`` (units of the metric), ``activation`` (None where it is not one
     number). Edges have a ``weight``. The graph's attributes say where it comes from, as JSON.
 
+    With ``patterns=True`` edges into heads have a ``pattern`` as well: what the source does through
+    *where* the head looks, to first order, beside what it does through what is read there. It is
+    no part of the flow. Nodes of attention have a ``pattern``, what looking as on the prompt and
+    not as on its twin is worth (the score of `lch_plugin.circuits.pattern_attribution`, at their
+    position), and a ``pattern_rest``, what of it the edges do not say: ``pattern`` is the sum of
+    the patterns of the edges into a node, and ``pattern_rest``.
+
     Args:
         model: TransformerBridge or HookedTransformer.
         prompts: one prompt; with a corrupt twin, everything is the difference to the twin.
@@ -76,6 +88,8 @@ def attribution_graph(
         linearization: of every component: ``"detached"`` or ``"jacobian"``, which counts what
             flows through attention patterns as well.
         sae: on the centroids of an MLP; the features active there take the place of its neurons.
+        patterns: whether to tell what flows through attention patterns; needs a corrupt twin, and
+            ``"detached"``, since a Jacobian has it in the weights already.
 
     Raises:
         InputError: not one prompt; max_nodes below 1; a circuit of other nodes than ``kinds``; an
@@ -86,6 +100,13 @@ def attribution_graph(
         raise InputError(f"{len(prompts)} prompts: a graph is of one. Take one, as prompts[0].")
     if max_nodes < 1:
         raise InputError(f"max_nodes={max_nodes} must be at least 1.")
+    if patterns and (prompts.corrupt is None or linearization != "detached"):
+        raise InputError(
+            f"patterns=True with linearization={linearization!r}"
+            f"{' and no corrupt twin' if prompts.corrupt is None else ''}: it tells what the "
+            "detached model makes of looking elsewhere than on the twin. Give corrupt twins, and "
+            "linearization='detached'."
+        )
     points = node_points(model, kinds)
     if circuit is not None and circuit.points != points:
         raise InputError(
@@ -97,18 +118,26 @@ def attribution_graph(
         features = active_features(model, prompts, sae, linearization=linearization)
         points = tuple(p for p in points if p.kind == "head" or p.layer != features.layer)
     scored = contributions(model, prompts, points, linearization=linearization)
-    frozen = freeze(
+    cut_off = partial(
+        freeze,
         model,
         prompts,
         points,
         inputs=frozenset() if features is None else frozenset({features.layer}),
         linearization=linearization,
     )
+    frozen = cut_off()
     kept = largest(scored, points, features, circuit, max_nodes)
-    found = flow(frozen, [parts_of(expert, points, features, kept) for expert in frozen.experts])
+    found = flow(
+        frozen,
+        [parts_of(expert, points, features, kept) for expert in frozen.experts],
+        cut_off(through_patterns=True) if patterns else None,
+    )
     _check_gradients(found, scored, points, frozen)
     tokens = [model.to_string([i]) for i in prompts.clean[0].tolist()]
     graph = _assemble(found, tokens)
+    if patterns:
+        _add_patterns(graph, pattern_worth(model, prompts))
     graph.graph.update(
         tokens=tokens,
         prompt=model.to_string(prompts.clean[0]),
@@ -201,4 +230,28 @@ def _assemble(found: Flow, tokens: Sequence[str]) -> nx.DiGraph:
     weights = found.edges[targets, sources].tolist()
     for t, s, weight in zip(targets.tolist(), sources.tolist(), weights, strict=True):
         graph.add_edge(names[s], names[t], weight=weight)
+    if found.patterns is not None:
+        targets, sources = found.patterns.nonzero().unbind(-1)
+        by_pattern = found.patterns[targets, sources].tolist()
+        for t, s, value in zip(targets.tolist(), sources.tolist(), by_pattern, strict=True):
+            # Where the head reads nothing of a source, it may look elsewhere because of it.
+            weight = graph.edges.get((names[s], names[t]), {"weight": 0.0})["weight"]
+            graph.add_edge(names[s], names[t], weight=weight, pattern=value)
     return graph
+
+
+def _add_patterns(graph: nx.DiGraph, worth: Sequence[Float[Tensor, "head pos"]]) -> None:
+    """To nodes of attention, what their patterns are worth, and what of it no edge says."""
+    remaining = [layer.sum(0).tolist() for layer in worth]
+    # A layer's rest comes behind its heads, and has what they leave.
+    for name, node in graph.nodes(data=True):
+        layer, position = node["layer"], node["position"]
+        if node["kind"] == "head":
+            node["pattern"] = float(worth[layer][node["index"], position])
+            remaining[layer][position] -= node["pattern"]
+        elif node["kind"] == "attn_rest":
+            node["pattern"] = remaining[layer][position]
+        else:
+            continue
+        said = sum(edge.get("pattern", 0.0) for _, _, edge in graph.in_edges(name, data=True))
+        node["pattern_rest"] = node["pattern"] - said

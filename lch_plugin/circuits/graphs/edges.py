@@ -17,6 +17,15 @@ other patterns, gates and norm scales.
 Of a metric that is not linear in the logits the edges are those of its tangent at the clean prompt.
 What the metric differs by from its tangent is in the offset of the node of the metric.
 
+What a node does through *where* a later head looks is not in these: a frozen pattern is a constant.
+It has edges of its own, to first order. With ``nu_t`` the centroid of a head, or of a rest of
+attention, in a model whose patterns follow what attention reads::
+
+    pattern(s -> t) = w_s . (nu_t - mu_t)
+
+what s makes of the pattern of t, in units of the metric, the patterns of later heads held again.
+They are beside the flow, and no part of its sums.
+
 The sweep goes from the metric back to the embeddings, a component at a time: from the gradient at
 its write to the centroids of its nodes, which together take the gradient one component back.
 """
@@ -65,20 +74,25 @@ class Flow:
         edges: ``[t, s]`` from node s to node t.
         contributions: what each node does for the metric; of the metric itself its value.
         offsets: of the contributions, what no edge brings.
+        patterns: ``[t, s]`` as ``edges``, through the patterns of heads; None if not asked for.
     """
 
     groups: tuple[Group, ...]
     edges: Float[Tensor, "node node"]
     contributions: Float[Tensor, " node"]
     offsets: Float[Tensor, " node"]
+    patterns: Float[Tensor, "node node"] | None = None
 
 
-def flow(frozen: FrozenModel, parts: Sequence[Parts | None]) -> Flow:
+def flow(
+    frozen: FrozenModel, parts: Sequence[Parts | None], looking: FrozenModel | None = None
+) -> Flow:
     """All edges between nodes.
 
     Args:
         frozen: the model.
         parts: of each expert, the nodes to tell apart; None if all of it is rest.
+        looking: the model with patterns that follow what attention reads; None for no such edges.
     """
     sources = _Sources(frozen, parts)
     sweep = _Sweep(sources, frozen.cotangent)
@@ -86,9 +100,12 @@ def flow(frozen: FrozenModel, parts: Sequence[Parts | None]) -> Flow:
     last = len(frozen.experts)
     for stage in reversed(frozen.stages):
         last -= len(stage)
-        sweep.stage(stage, parts[last : last + len(stage)], sources.starts[last])
+        here = slice(last, last + len(stage))
+        free = [] if looking is None else looking.experts[here]
+        sweep.stage(stage, parts[here], sources.starts[last], free)
     sweep.embeddings(sources.starts[0])
-    return Flow(sources.groups, sweep.edges, sweep.contributions, sweep.offsets)
+    patterns = None if looking is None else sweep.patterns
+    return Flow(sources.groups, sweep.edges, sweep.contributions, sweep.offsets, patterns)
 
 
 class _Sources:
@@ -138,22 +155,39 @@ class _Sweep:
         self._sources = sources
         self._gradient = cotangent
         self.edges = cotangent.new_zeros(n, n)
+        self.patterns = cotangent.new_zeros(n, n)
         self.contributions = cotangent.new_zeros(n)
         self.offsets = cotangent.new_zeros(n)
 
     def metric(self, frozen: FrozenModel) -> None:
         """The last node: its centroid is the gradient in the final residual stream."""
-        self._receive(-1, self._gradient[None], before=len(self._sources.writes))
+        self._receive(self.edges, -1, self._gradient[None], before=len(self._sources.writes))
         self.contributions[-1] = frozen.metric - frozen.reference
         self.offsets[-1] = self.contributions[-1] - (self._gradient * frozen.final).sum()
 
-    def stage(self, experts: Sequence[Expert], parts: Sequence[Parts | None], before: int) -> None:
-        """The nodes of experts that read the same, from sources ``before`` them."""
+    def stage(
+        self,
+        experts: Sequence[Expert],
+        parts: Sequence[Parts | None],
+        before: int,
+        free: Sequence[Expert],
+    ) -> None:
+        """The nodes of experts that read the same, from sources ``before`` them.
+
+        Args:
+            experts, parts: theirs.
+            before: how many.
+            free: the same experts with patterns that follow what they read; none if not wanted.
+        """
         start, total = before, torch.zeros_like(self._gradient)
-        for expert, nodes in zip(experts, parts, strict=True):
-            centroids, contributions = self._centroids(expert, nodes)
+        for i, (expert, nodes) in enumerate(zip(experts, parts, strict=True)):
+            held, at, contributions = self._cotangents(expert, nodes)
+            centroids = expert.to_read(held, at)
             rows = slice(start, start + len(centroids))
-            self._receive(rows, centroids, before)
+            self._receive(self.edges, rows, centroids, before)
+            if free and expert.kind == "attn":
+                by_pattern = free[i].to_read(held, at) - centroids
+                self._receive(self.patterns, rows, by_pattern, before)
             self.contributions[rows] = contributions
             brought = (centroids * expert.values.read).sum((1, 2))
             self.offsets[rows] = contributions - brought
@@ -167,28 +201,33 @@ class _Sweep:
         self.contributions[:n] = (writes * self._gradient[positions]).sum(-1)
         self.offsets[:n] = self.contributions[:n]
 
-    def _centroids(
+    def _cotangents(
         self, expert: Expert, nodes: Parts | None
-    ) -> tuple[Float[Tensor, "node pos d_model"], Float[Tensor, " node"]]:
-        """Centroids of an expert's nodes and then of its rest, and what they contribute."""
+    ) -> tuple[Float[Tensor, "node width"], Int[Tensor, " node"], Float[Tensor, " node"]]:
+        """Of an expert's nodes and then of its rest: their cotangents in what the expert holds,
+        their positions, and what they contribute."""
         held = expert.to_held(self._gradient)
         everywhere = torch.arange(len(held), device=held.device)
         remaining = (self._gradient * expert.values.write).sum(-1)
         if nodes is None:
-            return expert.to_read(held, everywhere), remaining
+            return held, everywhere, remaining
         own, at = nodes.of(held), nodes.positions
         contributions = (own * nodes.of(expert.values.held)).sum(-1)
         rest = held.index_add(0, at, own, alpha=-1)
         remaining = remaining.index_add(0, at, contributions, alpha=-1)
-        centroids = expert.to_read(torch.cat([own, rest]), torch.cat([at, everywhere]))
-        return centroids, torch.cat([contributions, remaining])
+        positions = torch.cat([at, everywhere])
+        return torch.cat([own, rest]), positions, torch.cat([contributions, remaining])
 
     def _receive(
-        self, rows: int | slice, centroids: Float[Tensor, "node pos d_model"], before: int
+        self,
+        edges: Float[Tensor, "target source"],
+        rows: int | slice,
+        centroids: Float[Tensor, "node pos d_model"],
+        before: int,
     ) -> None:
-        """Edges into some nodes from all sources before them."""
+        """Edges into some nodes from all sources before them, written to their place."""
         positions = self._sources.positions[:before]
         for position in range(centroids.shape[1]):
             at = (positions == position).nonzero().flatten()
             reached = centroids[:, position] @ self._sources.writes[at].T
-            self.edges[rows, at] = reached if isinstance(rows, slice) else reached[0]
+            edges[rows, at] = reached if isinstance(rows, slice) else reached[0]

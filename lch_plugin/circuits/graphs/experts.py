@@ -163,6 +163,7 @@ def freeze(
     *,
     inputs: frozenset[int] = frozenset(),
     linearization: Linearization = "detached",
+    through_patterns: bool = False,
 ) -> FrozenModel:
     """The experts of a model on one prompt.
 
@@ -172,13 +173,16 @@ def freeze(
         points: what the components hold: heads, or activations of neurons.
         inputs: layers whose MLP holds its input instead.
         linearization: of everything: ``"detached"`` or ``"jacobian"``.
+        through_patterns: let attention patterns change with what attention reads, to first order;
+            the Jacobian does.
 
     Raises:
         SiteError: as `components`; or the residual stream that a component reads is not the sum of
             what was written before, so that there are no paths to tell apart.
     """
     wiring = _Wiring(model, points, inputs)
-    mode = DetachedMode() if linearization == "detached" else None
+    detached = linearization == "detached"
+    mode = DetachedMode(through_patterns=through_patterns) if detached else None
     with evaluating(model):
         with torch.enable_grad():
             clean = wiring.run(prompt, prompt.clean, mode)
