@@ -213,7 +213,7 @@ class Metric:
         """
         index = torch.tensor(rows)
 
-        def of_some(logits: Float[Tensor, "rows pos d_vocab"]) -> Float[Tensor, " rows"]:
+        def of_some(logits: Tensor) -> Tensor:
             # The function knows the sequences by their places. Those that are not here get logits
             # of one that is, without a gradient, and their values are not looked at.
             places = index.to(logits.device)
@@ -234,7 +234,7 @@ class Metric:
                 f"position {other.position} are not one: they cannot be measured in one batch."
             )
 
-        def of_both(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        def of_both(logits: Tensor) -> Tensor:
             first, rest = logits[:n], logits[n:]
             return torch.cat([self._each(first, n), other._each(rest, len(rest))])
 

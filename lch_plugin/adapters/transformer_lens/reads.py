@@ -137,13 +137,6 @@ class HeadReads:
         by_head = self._of_heads(bias.detach()).to(found)
         return found + by_head.reshape(-1, *[1] * (found.ndim - 2), self._d_head)
 
-    def pull(self, slot: Slot, cotangents: Float[Tensor, "head *n d_head"]) -> Tensor:
-        """Cotangents of queries, keys or values, at the reads after the norm.
-
-        Shape ``(head, *n, d_model)``.
-        """
-        return torch.einsum("h...e,hde->h...d", cotangents, self._weight(slot).to(cotangents))
-
     def written(self, z: Float[Tensor, "head *n d_head"]) -> Tensor:
         """What each head writes, without the bias, ``(head, *n, d_model)``."""
         return torch.einsum("h...e,hed->h...d", z, self._attn.W_O.detach().to(z))
