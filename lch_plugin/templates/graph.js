@@ -260,6 +260,7 @@
     if (n.scored) fact("On the task", `${signed(n.scored.score)} ${graph.units}, rank ${n.scored.rank}, percentile ${n.scored.percentile.toFixed(2)} of all ${PLURAL[n.kind]}`);
     if (n.influence !== null) fact("Influence", number(n.influence));
     if (n.activation !== null) fact("Activation", minus(number(n.activation)));
+    if (n.pattern !== null) fact("Where it looks", `${signed(n.pattern)} ${graph.units}`, ...(n.pattern_rest === null ? [] : [`, ${signed(n.pattern_rest)} of it said by no edge`]));
     if (owner[i] !== null) fact("Part of", html("button", { type: "button", "data-node": owner[i] }, nodes[owner[i]].key));
     const bias = n.offset ? [html("p", { class: "soft" }, `${signed(n.offset)} offset of its own expert`)] : [];
     const heat = n.attention.length ? [html("h4", {}, "Attends to"), html("p", { class: "attention" },

@@ -13,8 +13,10 @@ import pytest
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import node_points, pattern_names
-from lch_plugin.circuits import load_graph, pattern_attribution, save_graph
+from lch_plugin.circuits import load_graph, merge, pattern_attribution, save_graph
 from lch_plugin.circuits.graphs import attribution_graph
+from lch_plugin.circuits.graphs.pruning import node_influence
+from lch_plugin.circuits.reports.graph_page import page_data
 from lch_plugin.circuits.scores.attribution import activations, embedding_name
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
@@ -162,3 +164,41 @@ def test_they_need_a_twin_and_the_detached_model() -> None:
         attribution_graph(model, PROMPT, patterns=True)
     with pytest.raises(InputError, match="linearization='jacobian'"):
         attribution_graph(model, PAIR, patterns=True, linearization="jacobian")
+
+
+def test_supernodes_keep_what_goes_through_patterns(paired: Case) -> None:
+    graph = paired.graph
+    heads = [name for name, data in graph.nodes(data=True) if data["kind"] == "head"]
+    layer = max(graph.nodes[name]["layer"] for name in heads)
+    group = [name for name in heads if graph.nodes[name]["layer"] == layer]
+    merged = merge(graph, {"late": group})
+    for key in ("pattern", "pattern_rest"):
+        total = sum(graph.nodes[name][key] for name in group)
+        assert merged.nodes["late"][key] == pytest.approx(total, abs=1e-12)
+    said = sum(data.get("pattern", 0.0) for _, _, data in merged.in_edges("late", data=True))
+    rest = merged.nodes["late"]["pattern"] - said
+    assert rest == pytest.approx(merged.nodes["late"]["pattern_rest"], abs=1e-9)
+
+
+def test_a_node_that_only_moves_where_a_head_looks_has_influence(paired: Case) -> None:
+    graph = paired.graph.copy()
+    target = max(
+        (name for name, kind in graph.nodes(data="kind") if kind == "head"),
+        key=lambda name: sum(abs(graph.edges[e].get("pattern", 0.0)) for e in graph.in_edges(name)),
+    )
+    source = sources_of(graph, target)[0]
+    graph.edges[source, target]["weight"] = 0.0
+    graph.remove_edges_from([e for e in graph.out_edges(source) if e[1] != target])
+    assert node_influence(graph)[source] > 0
+    assert node_influence(without_patterns(graph))[source] == 0
+    data = page_data(graph)
+    index = {node["key"]: i for i, node in enumerate(data["nodes"])}
+    assert [index[source], index[target]] not in [edge[:2] for edge in data["edges"]]
+    assert data["nodes"][index[target]]["pattern"] == graph.nodes[target]["pattern"]
+
+
+def without_patterns(graph: nx.DiGraph) -> nx.DiGraph:
+    bare = graph.copy()
+    for _, _, data in bare.edges(data=True):
+        data.pop("pattern", None)
+    return bare

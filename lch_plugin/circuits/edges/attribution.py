@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
+from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
@@ -76,7 +77,7 @@ def edge_attribution(
     split.check(parts[0])
     total = torch.zeros(split.wiring.n_edges, dtype=torch.float64)
     embed = embedding_name(model)
-    for batch in parts:
+    for batch in track(parts, "scores of edges", transient=True):
         clean, corrupt = split.record(batch), split.record(twin(batch))
         changes = split.changes(clean, corrupt)
         ends = [_embeddings(split, one, embed) for one in (twin(batch), batch)]

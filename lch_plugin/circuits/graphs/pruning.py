@@ -2,6 +2,7 @@
 
 As in circuit tracing (Ameisen et al., "Circuit Tracing", Transformer Circuits 2025; the library
 circuit-tracer): the edges into a node are taken as shares of their total size, whatever their sign.
+An edge through an attention pattern counts as much as one of the flow of the same size.
 A node's influence is the sum over all paths to the metric of the products of shares along them, the
 metric's row of ``(I - A)^-1 - I`` with ``A[t, s]`` the share of edge ``s -> t``; an edge's is its
 share times the influence of its target.
@@ -109,9 +110,14 @@ def edge_influence(graph: nx.DiGraph) -> dict[tuple[str, str], float]:
 
 def _shares(graph: nx.DiGraph, target: str) -> dict[str, float]:
     """The edges into a node as shares of their total size."""
-    sizes = {source: abs(graph.edges[source, target]["weight"]) for source in graph.pred[target]}
+    sizes = {source: _size(graph.edges[source, target]) for source in graph.pred[target]}
     total = sum(sizes.values())
     return {source: size / total for source, size in sizes.items()} if total else sizes
+
+
+def _size(edge: Mapping[str, float]) -> float:
+    """Of all that goes through an edge: what is read, and where it is read from."""
+    return abs(edge["weight"]) + abs(edge.get("pattern", 0.0))
 
 
 def _top(influence: Mapping[_Key, float], threshold: float) -> set[_Key]:

@@ -71,7 +71,8 @@ def merge(graph: nx.DiGraph, groups: Groups | None = None) -> nx.DiGraph:
     Contributions and offsets of its members add up, and so do edges from and to a node outside.
     What flows between the members is no edge any more but the attribute ``internal``. So what
     enters a supernode through edges, its offset and ``internal`` are its contribution; what leaves
-    it and ``internal`` are, too.
+    it and ``internal`` are, too. What goes through patterns adds up likewise, but for what one
+    member does through the pattern of another, which no edge says any more.
 
     A path may leave a group and come back to it, and then the merged graph has a cycle: prune
     before.
@@ -105,7 +106,9 @@ def merge(graph: nx.DiGraph, groups: Groups | None = None) -> nx.DiGraph:
         if s == t:
             merged.nodes[s]["internal"] += data["weight"]
         elif merged.has_edge(s, t):
-            merged.edges[s, t]["weight"] += data["weight"]
+            before = merged.edges[s, t]
+            for kind, worth in data.items():
+                before[kind] = before.get(kind, 0.0) + worth
         else:
             merged.add_edge(s, t, **data)
     return merged
@@ -207,12 +210,15 @@ def check_groups(graph: nx.DiGraph, groups: Groups) -> None:
 def _supernode(graph: nx.DiGraph, members: list[str], number: int) -> dict[str, object]:
     """Attributes of the node that stands for some others."""
     own = [graph.nodes[member] for member in members]
+    # What a member's pattern is worth, its edges and the rest, add up whoever the edges come from.
+    patterns = [key for key in ("pattern", "pattern_rest") if any(key in data for data in own)]
     first = max(own, key=lambda data: abs(data["contribution"]))
     return {
         "kind": "supernode",
         **{key: first[key] for key in ("layer", "position", "token")},
         "index": number,
         **{key: sum(data[key] for data in own) for key in ("contribution", "offset")},
+        **{key: sum(data.get(key, 0.0) for data in own) for key in patterns},
         "activation": None,
         "members": members,
         "internal": 0.0,

@@ -81,7 +81,7 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
     """What the page is made of, in terms of JSON: nodes with their places, and edges.
 
     Edges are ``[source, target, weight]``, ends as places in the list of nodes, the largest weight
-    first. Rank and percentile are among the nodes of one kind in this graph. Supernodes come after
+    first; those through patterns alone are not drawn, and nodes of attention say their sum. Rank and percentile are among the nodes of one kind in this graph. Supernodes come after
     the nodes, with their members as places in the list.
 
     Raises:
@@ -112,7 +112,11 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
         }
         for key, data in described
     ]
-    edges = [[index[s], index[t], float(weight)] for s, t, weight in graph.edges(data="weight")]
+    edges = [
+        [index[s], index[t], float(data["weight"])]
+        for s, t, data in graph.edges(data=True)
+        if data["weight"] or "pattern" not in data
+    ]
     about = graph.graph
     return {
         **{name: about[name] for name in ("prompt", "corrupt", "model", "linearization")},
@@ -147,7 +151,7 @@ def _supernodes(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:
 
 def _described(data: Mapping[str, Any]) -> dict[str, Any]:
     kind = data["kind"]
-    optional = ("offset", "activation", "influence")
+    optional = ("offset", "activation", "influence", "pattern", "pattern_rest")
     return {
         "kind": kind,
         "title": _TITLES[kind].format(index=data.get("index"), layer=data["layer"]),

@@ -250,11 +250,16 @@ def _prompts(
 
 def _tell_templates(templates: Sequence[TemplateReport], console: Console) -> None:
     """What the model makes of each template, before a circuit is searched for."""
-    table = Table("template", "pairs", "right", "metric", "on twins", "such as", box=None)
+    table = Table("template", "readable", "pairs", "right", "metric", "on twins", "such as", box=None)
     for one in templates:
         means = (f"{value:+.2f}" for value in (one.clean, one.corrupt))
         table.add_row(
-            one.template, str(one.n), f"{one.accuracy:.0%}", *means, Text(one.example[-40:])
+            one.template,
+            f"{one.readable:.0%}",
+            str(one.n),
+            f"{one.accuracy:.0%}",
+            *means,
+            Text(one.example[-40:]),
         )
     console.print(table)
 

@@ -45,6 +45,7 @@ from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
+from rich.progress import track
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -386,7 +387,8 @@ def _mean_scores(
 ) -> NodeScores:
     """Scores of batches, each summed over its prompts, as the mean over all prompts."""
     total, n_prompts = torch.zeros(sum(p.n_nodes for p in points), dtype=torch.float64), 0
-    for batch in [prompts] if isinstance(prompts, Prompts) else prompts:
+    batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    for batch in track(batches, "scores", transient=True):
         total += score(batch).cpu()
         n_prompts += len(batch)
     if not n_prompts:
