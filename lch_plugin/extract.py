@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lch_plugin.adapters import huggingface
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
-from lch_plugin.files import new_directory, portable
+from lch_plugin.files import claimed, portable, write_directory
 from lch_plugin.loading import LoadedModel
 
 CENTROIDS, RECORD = "centroids.safetensors", "record.json"
@@ -57,7 +57,7 @@ def extract(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     inputs = _tokenize(loaded, prompts)
-    with new_directory(out) as directory:
+    with claimed(out) as out:
         with (
             huggingface.attach(loaded.model, modules, cotangent=cotangent) as handle,
             torch.no_grad(),
@@ -78,8 +78,13 @@ def extract(
             "methods": handle.methods,
             "versions": {name: version(name) for name in ("lch-plugin", "torch", "transformers")},
         }
-        save_file({**tensors, **{k: v.cpu() for k, v in inputs.items()}}, directory / CENTROIDS)
-        (directory / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        stored = {**tensors, **{k: v.cpu() for k, v in inputs.items()}}
+
+        def write(directory: Path) -> None:
+            save_file(stored, directory / CENTROIDS)
+            (directory / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+        write_directory(out, write)
     _print(tensors, handle.methods, inputs["attention_mask"].cpu())
     return record
 

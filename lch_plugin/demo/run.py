@@ -24,7 +24,12 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TopKTrainingSAEConfig
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LoggingConfig,
+    TopKTrainingSAEConfig,
+    TrainingSAE,
+)
 from scipy.stats import false_discovery_control
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
@@ -37,7 +42,7 @@ from lch_plugin.demo import load_demo_model
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import Example, examples, pear_apple
 from lch_plugin.errors import InputError
-from lch_plugin.files import new_directory
+from lch_plugin.files import claimed, write_directory
 from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE
@@ -67,7 +72,7 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
     check_device(device)
     console = Console()
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
-    with new_directory(out) as directory, torch.no_grad():
+    with claimed(out) as out, torch.no_grad():
         model = load_demo_model(device)
         tokens = pack(model, stories(N_TEST_STORIES, split="test", seed=seed))
         console.rule("[bold]1/4  Centroids at all layers")
@@ -76,7 +81,7 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
 
         console.rule("[bold]2/4  Two sparse autoencoders, trained by SAELens")
         training = pack(model, stories(N_TRAINING_STORIES, seed=seed))
-        trained, figure = compare_saes(model, training, tokens, directory, seed)
+        dictionaries, trained, figure = compare_saes(model, training, tokens, seed)
         figures["firing"] = figure
 
         console.rule("[bold]3/4  The a/an circuit")
@@ -90,7 +95,13 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
             "saes": trained,
             "circuit": circuit,
         }
-        write_report(directory, "demo.html", results, figures)
+
+        def write(directory: Path) -> None:
+            for name, sae in dictionaries.items():
+                sae.save_inference_model(str(directory / f"sae-{name}"))
+            write_report(directory, "demo.html", results, figures)
+
+        write_directory(out, write)
     console.print(f"Open [bold]{Path(out) / 'report.html'}[/bold]")
 
 
@@ -170,20 +181,22 @@ def centroids_over_text(
 
 
 def compare_saes(
-    model: TransformerBridge, training: Tensor, tokens: Tensor, directory: Path, seed: int
-) -> tuple[dict[str, Any], Figure]:
+    model: TransformerBridge, training: Tensor, tokens: Tensor, seed: int
+) -> tuple[dict[str, TrainingSAE[Any]], dict[str, Any], Figure]:
     """Train both SAEs, evaluate them on held-out stories and look at their features."""
     sites = {
         "centroids": f"blocks.{SAE_LAYER}.mlp.hook_centroid",
         "activations": f"blocks.{SAE_LAYER}.mlp.hook_in",
     }
-    trained, densities = {}, {}
+    dictionaries, trained, densities = {}, {}, {}
     with attach(model, layers=SAE_LAYER):
         values = values_at(model, tokens, list(sites.values()))
         for name, hook in sites.items():
             torch.manual_seed(seed)
-            config = sae_config(hook, model, directory / f"sae-{name}", seed)
-            sae = saes.train(model, Dataset.from_dict({"tokens": training.tolist()}), config)
+            config = sae_config(hook, model, seed)
+            sae = dictionaries[name] = saes.train(
+                model, Dataset.from_dict({"tokens": training.tolist()}), config
+            )
             x = values[hook].to(sae.device)
             evaluation = saes.evaluate(sae, [x[:, 1:].flatten(0, 1)])
             densities[name] = evaluation.density
@@ -195,11 +208,11 @@ def compare_saes(
     settings = {"architecture": "TopK", "layer": SAE_LAYER, "d_sae": D_SAE, "k": K}
     colours = {"centroids": plots.CENTROIDS, "activations": plots.ACTIVATIONS}
     figure = plots.firing_frequencies(densities, colours)
-    return {"settings": settings, "trained": trained}, figure
+    return dictionaries, {"settings": settings, "trained": trained}, figure
 
 
 def sae_config(
-    hook: str, model: TransformerBridge, output: Path, seed: int
+    hook: str, model: TransformerBridge, seed: int
 ) -> LanguageModelSAERunnerConfig[TopKTrainingSAEConfig]:
     """One configuration for both sides; SAELens scales each to the same mean norm."""
     return LanguageModelSAERunnerConfig(
@@ -225,7 +238,7 @@ def sae_config(
         device=str(model.cfg.device),
         seed=seed,
         checkpoint_path=None,
-        output_path=str(output),
+        output_path=None,
         verbose=False,
         logger=LoggingConfig(log_to_wandb=False),
     )

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lch_plugin.demo.corpus import stories, word_lists
 from lch_plugin.demo.tokenizer import build_tokenizer
-from lch_plugin.files import check_new_directory, new_directory
+from lch_plugin.files import check_new_directory, write_directory
 
 _LOG_EVERY = 20
 #: The same function as "gelu_new", computed in one step.
@@ -105,8 +105,10 @@ def save(
     The weights are stored in half precision, which rounds them; the config asks for them to be
     loaded in single precision. ``n_ctx`` is there for TransformerLens.
     """
-    with new_directory(directory) as built:
-        model.half().save_pretrained(built)
+    model = model.half()
+
+    def write(built: Path) -> None:
+        model.save_pretrained(built)
         tokenizer.save_pretrained(built)
         config = json.loads((built / "config.json").read_text())
         config |= {
@@ -116,6 +118,8 @@ def save(
         }
         (built / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (built / "training.json").write_text(json.dumps(asdict(log), indent=2) + "\n")
+
+    write_directory(directory, write)
 
 
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:

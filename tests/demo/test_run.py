@@ -54,6 +54,7 @@ def test_everything_is_there_and_loads(report: Path) -> None:
         "ablations.png",
         "sae-centroids",
         "sae-activations",
+        "files.json",
     }
     metadata = SAE.load_from_disk(report / "sae-centroids").cfg.metadata
     assert metadata.lch_centroid["layer"] == demo.SAE_LAYER

@@ -81,7 +81,8 @@ def page_data(graph: nx.DiGraph, details: Mapping[str, NodeDetail] | None = None
     """What the page is made of, in terms of JSON: nodes with their places, and edges.
 
     Edges are ``[source, target, weight]``, ends as places in the list of nodes, the largest weight
-    first; those through patterns alone are not drawn, and nodes of attention say their sum. Rank and percentile are among the nodes of one kind in this graph. Supernodes come after
+    first; those through patterns alone are not drawn, and nodes of attention say their sum.
+    Rank and percentile are among the nodes of one kind in this graph. Supernodes come after
     the nodes, with their members as places in the list.
 
     Raises:

@@ -38,7 +38,7 @@ from lch_plugin.circuits.scores.neurons import NeuronAttribution, neuron_attribu
 from lch_plugin.circuits.scores.stability import stability
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
-from lch_plugin.files import new_directory, portable
+from lch_plugin.files import claimed, portable, write_directory
 from lch_plugin.report import write_report
 
 N_TOP, N_NAMED, N_NAMED_OF_MODEL = 20, 5, 8
@@ -116,7 +116,7 @@ def run(
     (parts,) = locate_mlps(model, layer)
     batch = _batch(model, prompt, answer, foil, corrupt)
     tokens = as_tokens(model, prompt)
-    with new_directory(out) as directory:
+    with claimed(out) as out:
         ends = _logit_differences(model, batch)
         metrics: dict[str, Metric | None] = {"untargeted": None}
         if batch is not None:
@@ -162,7 +162,7 @@ def run(
         figures["model"] = plots.neuron_scores(
             of_model, named=_named(model, of_model, N_NAMED_OF_MODEL)
         )
-        write_report(directory, "neurons.html", results, figures)
+        write_directory(out, lambda it: write_report(it, "neurons.html", results, figures))
 
 
 def patched_alone(

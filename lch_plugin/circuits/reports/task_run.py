@@ -250,7 +250,8 @@ def _prompts(
 
 def _tell_templates(templates: Sequence[TemplateReport], console: Console) -> None:
     """What the model makes of each template, before a circuit is searched for."""
-    table = Table("template", "readable", "pairs", "right", "metric", "on twins", "such as", box=None)
+    columns = ("template", "readable", "pairs", "right", "metric", "on twins", "such as")
+    table = Table(*columns, box=None)
     for one in templates:
         means = (f"{value:+.2f}" for value in (one.clean, one.corrupt))
         table.add_row(

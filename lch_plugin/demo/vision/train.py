@@ -27,7 +27,7 @@ from transformers import Dinov2Config, Dinov2Model
 from lch_plugin.demo.vision.augment import Augmentation, augment
 from lch_plugin.demo.vision.digits import IMAGE_SIZE, normalise, pixels
 from lch_plugin.errors import InputError
-from lch_plugin.files import check_new_directory, new_directory
+from lch_plugin.files import check_new_directory, write_directory
 
 _N_LARGE = 2
 _LARGE_VIEWS = Augmentation(size=IMAGE_SIZE, side=(0.85, 1.15))
@@ -160,10 +160,13 @@ def train(recipe: Recipe, seed: int) -> tuple[Dinov2Model, TrainingLog]:
 
 def save(model: Dinov2Model, log: TrainingLog, directory: Path) -> None:
     """Write model, log and card to a new ``directory``."""
-    with new_directory(directory) as built:
+
+    def write(built: Path) -> None:
         model.save_pretrained(built)
         (built / "training.json").write_text(json.dumps(asdict(log), indent=2) + "\n")
         (built / "README.md").write_text(_card(model, log))
+
+    write_directory(directory, write)
 
 
 def _card(model: Dinov2Model, log: TrainingLog) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Array2D
+from datasets import Array2D, Features
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from lch_plugin.saes.caching.shards import (
     TOKEN_IDS,
     Shard,
     column,
+    features,
     hash_tokens,
     read_index,
     read_manifest,
@@ -59,14 +60,15 @@ class Cache:
     def __init__(self, path: str | Path) -> None:
         """Open a directory."""
         self.path = Path(path).expanduser().resolve()
+        cure = (
+            "lch.saes.cache makes one; interrupted, it goes on when it is called again with the "
+            "same arguments."
+        )
         try:
-            columns, files = read_index(self.path)
-            manifest = read_manifest(self.path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.path} holds no finished cache: {error}. lch.saes.cache makes one; "
-                "interrupted, it goes on when it is called again with the same arguments."
-            ) from error
+            columns, files = read_index(self.path, cure)
+            manifest = read_manifest(self.path, cure)
+        except InputError as error:
+            raise InputError(f"{self.path} holds no finished cache: {error}") from error
         shapes = {name: c.shape for name, c in columns.items() if isinstance(c, Array2D)}
         if not shapes:
             raise InputError(
@@ -84,6 +86,7 @@ class Cache:
             self._shards = [Shard(**shard) for shard in manifest["shards"]]
             for shard in self._shards:
                 self._check(shard, read=False)
+            self._check_index(columns, files)
         else:
             self._shards = [self._measure(file) for file in files]
         # Of each shard and of the end: how many sequences come before it.
@@ -191,6 +194,22 @@ class Cache:
         if fault is not None:
             raise InputError(f"shard {shard.file} of {self.path} {fault}. {_CURE}")
 
+    def _check_index(self, columns: Features, files: list[str]) -> None:
+        """What `datasets` is told and what the manifest says have to be the same."""
+        assert self.manifest is not None
+        settings = self.manifest["settings"]
+        d_in = {hook: entry["d_in"] for hook, entry in self.manifest["hooks"].items()}
+        n_sequences = sum(shard.n_sequences for shard in self._shards)
+        if (
+            columns != features(settings["context_size"], d_in, settings["dtype"])
+            or files != [shard.file for shard in self._shards]
+            or n_sequences != self.manifest["n_sequences"]
+        ):
+            raise InputError(
+                f"{self.path}: dataset_info.json and state.json say something else than "
+                "manifest.json. Call lch.saes.cache again with the arguments that made it."
+            )
+
     def _measure(self, file: str) -> Shard:
         n_sequences = sum(map(len, self._read(file)))
         return Shard(file, n_sequences, (self.path / file).stat().st_size)
@@ -203,6 +222,11 @@ class Cache:
                 self._check(entry, read=True)
                 self._checked.add(shard)
             arrays = [column(batch, name) for batch in self._read(entry.file)]
+            if sum(map(len, arrays)) != entry.n_sequences:
+                raise InputError(
+                    f"shard {entry.file} of {self.path} has {sum(map(len, arrays))} sequences and "
+                    f"not {entry.n_sequences}. {_CURE}"
+                )
             if name == TOKEN_IDS and entry.tokens not in (
                 None,
                 hash_tokens(np.concatenate(arrays)),

@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import datasets
 import numpy as np
@@ -21,16 +23,29 @@ import pyarrow as pa
 import xxhash
 from datasets import Array2D, Features, Value
 from jaxtyping import Float, Int
+from pydantic import AfterValidator, BaseModel, Field
 from torch import Tensor
 
 from lch_plugin.errors import InputError
+from lch_plugin.files import hash_file, replace_file, sync_directory
+from lch_plugin.records import (
+    Count,
+    FileName,
+    Hash,
+    Positive,
+    Record,
+    check_record,
+    read_json,
+    reason,
+)
 
 #: What a cache is of, and its shards; beside the files that `datasets` knows.
 MANIFEST = "manifest.json"
 #: The column of token ids, under SAELens' name for it.
 TOKEN_IDS = "token_ids"
+# What `datasets` says of a cache that has a manifest.
+_MADE_HERE = "Values at hook points, written by lch_plugin; manifest.json says of what."
 _INFO, _STATE = "dataset_info.json", "state.json"
-_BLOCK = 2**24
 _MOST_VALUES = 2**31 - 1
 
 
@@ -55,14 +70,81 @@ class Shard:
     def fault(self, directory: Path, *, read: bool) -> str | None:
         """What is wrong with the file, if anything: its size, and if ``read`` its content."""
         try:
-            n_bytes = (directory / self.file).stat().st_size
+            found = (directory / self.file).lstat()
         except OSError as error:
             return f"cannot be read ({error.strerror})"
+        if not stat.S_ISREG(found.st_mode):
+            return "is no plain file"
+        n_bytes = found.st_size
         if n_bytes != self.n_bytes:
             return f"has {n_bytes:,} bytes where {self.n_bytes:,} were written"
         if read and self.xxh3 is not None and self.xxh3 != hash_file(directory / self.file):
             return "has other content than was written"
         return None
+
+
+class _ModelRecord(Record):
+    name: str
+    revision: str | None
+    class_name: Annotated[str, Field(alias="class")]
+    weights: Hash
+    tokenizer: Hash | None
+
+
+class _HookRecord(Record):
+    d_in: Positive
+    centroid: dict[str, Any] | None
+
+
+class _ShardRecord(Record):
+    file: Annotated[str, Field(pattern=r"^data-\d{5,}\.arrow$")]
+    n_sequences: Positive
+    n_bytes: Positive
+    xxh3: Hash
+    tokens: Hash
+
+
+def _each_once(shards: list[_ShardRecord]) -> list[_ShardRecord]:
+    names = [shard.file for shard in shards]
+    if len(set(names)) < len(names):
+        raise ValueError("a file is there twice")
+    return shards
+
+
+class _SettingsRecord(Record):
+    context_size: Positive
+    dtype: Literal["float32", "float16"]
+    seed: int | None
+    batch_size: Positive
+    batches_per_shard: Positive
+    prepend_bos: bool
+    sequence_separator_token: int | str | None
+    disable_concat_sequences: bool
+    use_chat_formatting: bool
+
+
+class Manifest(Record):
+    """What a cache is of, and its shards."""
+
+    model: _ModelRecord
+    hooks: Annotated[dict[str, _HookRecord], Field(min_length=1)]
+    settings: _SettingsRecord
+    n_tokens: Positive | None
+    dataset: dict[str, str | None]
+    versions: dict[str, str]
+    n_sequences: Count | None
+    shards: Annotated[list[_ShardRecord], AfterValidator(_each_once)]
+    xxh3: Hash
+
+
+class _DataFile(BaseModel):
+    filename: FileName
+
+
+class _State(BaseModel):
+    """Of what `datasets` says of its files, what is read here."""
+
+    data_files: Annotated[list[_DataFile], Field(alias="_data_files")]
 
 
 def features(context_size: int, d_in: Mapping[str, int], dtype: str) -> Features:
@@ -126,7 +208,8 @@ def write_shard(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _move(temporary, path)
+    temporary.replace(path)
+    sync_directory(path.parent)
     return n_bytes, sink.xxh3.hexdigest()
 
 
@@ -147,30 +230,6 @@ class _Hashed:
         self._file.flush()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write or replace a file in one step."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _move(temporary, path)
-
-
-def _move(temporary: Path, path: Path) -> None:
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """See that names given and taken in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_index(directory: Path, columns: Features, shards: Sequence[Shard]) -> None:
     """Write what makes shards a dataset that `datasets.load_from_disk` reads."""
     content = xxhash.xxh3_64("".join(str(shard.xxh3) for shard in shards).encode())
@@ -183,34 +242,65 @@ def write_index(directory: Path, columns: Features, shards: Sequence[Shard]) -> 
         "_output_all_columns": False,
         "_split": None,
     }
-    datasets.DatasetInfo(features=columns).write_to_directory(str(directory))
-    write_text(directory / _STATE, json.dumps(state, indent=2))
+    datasets.DatasetInfo(_MADE_HERE, features=columns).write_to_directory(str(directory))
+    replace_file(directory / _STATE, json.dumps(state, indent=2))
 
 
-def read_index(directory: Path) -> tuple[Features, list[str]]:
+def read_index(directory: Path, cure: str) -> tuple[Features, list[str]]:
     """Columns and files of a dataset that was saved to disk.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: there is none, or its files are damaged.
+        InputError: there is none, its files are damaged, or it is one of ours that has lost its
+            manifest.
     """
-    state = json.loads((directory / _STATE).read_text(encoding="utf-8"))
-    info = datasets.DatasetInfo.from_directory(str(directory))
-    return info.features, [entry["filename"] for entry in state["_data_files"]]
+    state = check_record(read_json(directory / _STATE, cure), _State, str(directory / _STATE), cure)
+    read_json(directory / _INFO, cure)
+    try:
+        info = datasets.DatasetInfo.from_directory(str(directory))
+    except Exception as error:  # Of many types, and all of them about the file.
+        raise InputError(f"{directory / _INFO} is damaged: {reason(error)}. {cure}") from error
+    if not isinstance(info.features, Features):
+        raise InputError(f"{directory / _INFO} names no columns. {cure}")
+    if info.description == _MADE_HERE and not os.path.lexists(directory / MANIFEST):
+        raise InputError(f"{directory} has lost its {MANIFEST}. {cure}")
+    return info.features, [entry.filename for entry in state.data_files]
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
+def read_manifest(directory: Path, cure: str) -> dict[str, Any] | None:
     """What a cache is of; None where there is no manifest.
 
     Raises:
-        ValueError: there is one, of something else or damaged.
+        InputError: there is one, of something else, damaged or edited.
     """
-    path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(directory / MANIFEST):
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or "shards" not in manifest:
-        raise ValueError(f"{MANIFEST} is none of a cache")
-    return manifest
+    path = directory / MANIFEST
+    content = read_json(path, cure)
+    check_record(content, Manifest, str(path), cure)
+    if content["xxh3"] != _hash_manifest(content):
+        raise InputError(f"{path} has other content than was written. {cure}")
+    found: dict[str, Any] = content
+    return found
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write or replace what a cache is of, with its own hash.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    content = {**manifest, "xxh3": _hash_manifest(manifest)}
+    replace_file(directory / MANIFEST, json.dumps(content, indent=2))
+
+
+def _hash_manifest(manifest: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "xxh3"}
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file in a cache is one that writing it makes."""
+    return re.fullmatch(r"data-\d{5,}\.arrow(\.tmp)?|\.lock", name) is not None
 
 
 def read_shard(path: Path) -> list[pa.RecordBatch]:
@@ -225,15 +315,6 @@ def column(batch: pa.RecordBatch, name: str) -> np.ndarray[Any, np.dtype[Any]]:
     if name != TOKEN_IDS:
         return array.to_numpy()  # By `datasets`, whose extension type it is.
     return array.flatten().to_numpy().reshape(len(array), -1)
-
-
-def hash_file(path: Path) -> str:
-    """xxh3 of a file, read a block at a time."""
-    xxh3 = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            xxh3.update(block)
-    return xxh3.hexdigest()
 
 
 def hash_tokens(tokens: np.ndarray[Any, np.dtype[Any]]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import errno
 import itertools
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,6 @@ import pyarrow as pa
 import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
 from datasets.utils.py_utils import convert_file_size_to_int
-from filelock import FileLock, Timeout
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,7 +36,8 @@ from torch import Tensor
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError, LCHError, NonFiniteError, OutputError
-from lch_plugin.files import check_new_directory
+from lch_plugin.files import check_new_directory, locked, sync_directory
+from lch_plugin.records import read_json
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.caching.records import differences, record
 from lch_plugin.saes.caching.shards import (
@@ -46,13 +45,13 @@ from lch_plugin.saes.caching.shards import (
     Shard,
     features,
     hash_tokens,
+    is_ours,
     read_index,
     read_manifest,
     record_batch,
-    sync_directory,
     write_index,
+    write_manifest,
     write_shard,
-    write_text,
 )
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import attached, check_model, d_vocab, n_ctx, widths
@@ -61,7 +60,6 @@ from lch_plugin.saes.sources.texts import check_dataset, load_text
 T = TypeVar("T")
 
 _DTYPES = ("float32", "float16")
-_LOCK = ".lock"
 # What storing may change of values, relative to their norm. Of numbers in its range float16 keeps
 # three digits.
 _ROUNDING = 0.01
@@ -274,7 +272,7 @@ def _fill(
                     written = write_shard(directory / file, source.columns.arrow_schema, batches)
                     shard = known[file] = Shard(file, len(tokens), *written, ids)
                     entries = [asdict(known[name]) for name in sorted(known)]
-                    write_text(directory / MANIFEST, _json({**manifest, "shards": entries}))
+                    write_manifest(directory, {**manifest, "shards": entries})
             shards.append(shard)
         if n_found < (n_sequences or 1):
             n_texts = source.store.n_dataset_processed
@@ -297,8 +295,8 @@ def _fill(
 
 def _has_index(directory: Path) -> bool:
     try:
-        read_index(directory)
-    except (OSError, ValueError, KeyError, TypeError):
+        read_index(directory, "")
+    except InputError:
         return False
     return True
 
@@ -322,12 +320,12 @@ def _finish(
         "shards": [asdict(shard) for shard in shards],
     }
     with _writing(directory):
-        kept = {MANIFEST, _LOCK, *(shard.file for shard in shards)}
-        for file in {p.name for p in directory.iterdir()} - kept:
-            (directory / file).unlink()
+        kept = {shard.file for shard in shards}
+        for file in directory.iterdir():  # What others put there is theirs.
+            if is_ours(file.name) and file.name not in kept:
+                file.unlink()
         write_index(directory, columns, shards)
-        write_text(directory / MANIFEST, _json(manifest))
-        (directory / _LOCK).unlink()  # Still held: nobody else looks for a whole cache here.
+        write_manifest(directory, manifest)
         directory.replace(path)
         sync_directory(path.parent)
 
@@ -335,17 +333,22 @@ def _finish(
 def _find(path: str | Path) -> tuple[Path, Path, dict[str, Any]]:
     """The path, the directory that is or will be written, and its manifest if it has one."""
     path = Path(path).expanduser().resolve()
-    with suppress(OSError, ValueError):  # What is no cache is refused below.
-        if manifest := read_manifest(path):
-            return path, path, manifest
+    if _is_cache(path):
+        cure = "Choose another path, or remove it and make it again."
+        return path, path, read_manifest(path, cure) or {}
     path = check_new_directory(path)
     partial = path.with_name(f".{path.name}.partial")
+    cure = "Choose another path, or remove it: what it holds of this cache is lost."
+    return path, partial, read_manifest(partial, cure) or {}
+
+
+def _is_cache(path: Path) -> bool:
+    """Whether there is a manifest that at least tries to be one of a cache."""
     try:
-        return path, partial, read_manifest(partial) or {}
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the unfinished cache {partial} cannot be read: {error}. Remove it."
-        ) from error
+        content = read_json(path / MANIFEST, "")
+    except InputError:
+        return (path / MANIFEST).is_file()
+    return isinstance(content, dict) and "shards" in content
 
 
 def _check_same(
@@ -457,36 +460,23 @@ def _each(items: Iterable[T], then: Callable[[T], None]) -> Iterator[T]:
         then(item)
 
 
-def _json(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, indent=2)
-
-
 @contextmanager
 def _alone(found: tuple[Path, Path, dict[str, Any]]) -> Iterator[None]:
     """Keep other processes from writing a cache at the same time, or just before."""
     path, directory, _ = found
-    with _writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / _LOCK)
+    with locked(path):
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                f"{directory} is being written by another process. Wait for it, or choose another "
-                "path."
-            ) from error
-    try:
-        if _find(path) != found:
-            raise OutputError(
-                f"{directory} was written by another process since this call began. Call "
-                "lch.saes.cache again: what is there is used."
-            )
-        yield
-    finally:
-        (directory / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # If there is anything of use in it, it stays.
-            directory.rmdir()
+            if _find(path) != found:
+                raise OutputError(
+                    f"{directory} was written by another process since this call began. Call "
+                    "lch.saes.cache again: what is there is used."
+                )
+            yield
+        finally:
+            with suppress(OSError):  # If there is anything of use in it, it stays.
+                directory.rmdir()
 
 
 @contextmanager

@@ -51,22 +51,29 @@ def write_values(rows: Rows, path: Path, n_rows: int) -> None:
     Raises:
         InputError: there are more or fewer.
     """
-    file, end = None, 0
-    for batch in rows:
-        values = batch.float().cpu().numpy()
-        if file is None:
-            shape = (n_rows, values.shape[1])
-            file = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=shape)
-        start, end = end, end + len(values)
-        if end > n_rows:
-            break
-        file[start:end] = values
-    if file is None or end != n_rows:
+    end = 0
+    # Written and not mapped: a disk that is full then is an error, and not the end of the process.
+    with path.open("wb") as file:
+        for batch in rows:
+            values = batch.float().cpu().numpy()
+            if not end:
+                np.lib.format.write_array_header_1_0(
+                    file,
+                    {
+                        "descr": np.lib.format.dtype_to_descr(values.dtype),
+                        "fortran_order": False,
+                        "shape": (n_rows, values.shape[1]),
+                    },
+                )
+            end += len(values)
+            if end > n_rows:
+                break
+            file.write(np.ascontiguousarray(values).data)
+    if end != n_rows:
         raise InputError(
             f"{rows.module}: its {rows.of} has {end} rows or more where {n_rows} were expected. "
             "Every token that the model reads has to have one, and images as many each."
         )
-    file.flush()
 
 
 def item_means(

@@ -8,17 +8,18 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sae_lens import SAE
+from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lch_plugin.files import new_directory
+from lch_plugin.files import check_contents, new_directory, write_directory
 from lch_plugin.saes.comparison.components import Component
 from lch_plugin.saes.comparison.scores import (
     chance_agreement,
@@ -60,7 +61,7 @@ class Work:
     def store(self) -> None:
         """Write the values of every site to files, and score probes on them."""
         for of in SITES:
-            if not self._values(of).exists():
+            if not _is_there(self._values(of)):
                 with new_directory(self._values(of)) as directory:
                     for name, split in (
                         (_TRAIN, self.component.train),
@@ -68,10 +69,9 @@ class Work:
                     ):
                         rows = self.component.rows(split, of)
                         write_values(rows, directory / name, split.n_rows)
-            if not self._baseline(of).exists():
-                with new_directory(self._baseline(of)) as directory:
-                    scores = self._label_scores(of, lambda x: x, of_codes=False)
-                    _write_json(directory / SCORES, {"of": of, "labels": scores})
+            if not _is_there(self._baseline(of)):
+                scores = {"of": of, "labels": self._label_scores(of, lambda x: x, of_codes=False)}
+                write_directory(self._baseline(of), partial(_write_scores, scores))
 
     def remove_values(self) -> None:
         """Leave no copy of the values behind."""
@@ -82,10 +82,9 @@ class Work:
         """Train, save and score each SAE that is not there yet; the scores of all."""
         for k, seed, of in itertools.product(self.settings.k, self.settings.seeds, SITES):
             path = self._sae(of, k, seed)
-            if not path.exists():
-                with new_directory(path) as directory:
-                    self._train(of, k, seed, directory)
-                    self._score(of, k, seed, directory)
+            if not _is_there(path):
+                sae = self._train(of, k, seed)
+                write_directory(path, partial(self._write_scored, sae, of, k, seed))
             yield _read_json(path / SCORES)
 
     def results(self) -> dict[str, Any]:
@@ -120,7 +119,7 @@ class Work:
         items = next(iter(self.component.test.items.values()))
         return item_means(Values(self._values(of) / _TEST), items, _encoder(sae))
 
-    def _train(self, of: Of, k: int, seed: int, directory: Path) -> None:
+    def _train(self, of: Of, k: int, seed: int) -> TrainingSAE[Any]:
         settings, component = self.settings, self.component
         # SAELens' own bar, one an SAE, and ours would overwrite each other.
         with contextlib.redirect_stderr(io.StringIO()):
@@ -133,9 +132,13 @@ class Work:
             )
         record = component.rows(component.train, of).record()
         sae.cfg.metadata.lch_centroid = {**record, "seed": seed}
-        sae.save_inference_model(str(directory))
+        return sae
 
-    def _score(self, of: Of, k: int, seed: int, directory: Path) -> None:
+    def _write_scored(
+        self, trained: TrainingSAE[Any], of: Of, k: int, seed: int, directory: Path
+    ) -> None:
+        """An SAE, and the scores of what SAELens reads of it."""
+        trained.save_inference_model(str(directory))
         sae = SAE.load_from_disk(str(directory), device=self.component.device)
         evaluation = evaluate(sae, Values(self._values(of) / _TEST))
         scores = {
@@ -146,7 +149,7 @@ class Work:
             "labels": self._label_scores(of, _encoder(sae), of_codes=True),
         }
         save_file({"density": evaluation.density}, directory / FIRING)
-        _write_json(directory / SCORES, scores)
+        _write_scores(scores, directory)
 
     def _label_scores(self, of: Of, encode: Encoder, *, of_codes: bool) -> dict[str, Any]:
         found = {}
@@ -198,6 +201,13 @@ class Work:
         return self.directory / f"{of}-k{k}-seed{seed}"
 
 
+def _is_there(part: Path) -> bool:
+    """Whether a part is finished; one that is has to be what it was."""
+    return part.exists() and check_contents(
+        part, f"Remove {part} and repeat the call: it is made again, and only it."
+    )
+
+
 def _encoder(sae: SAE[Any]) -> Encoder:
     def encode(rows: Tensor) -> Tensor:
         with torch.no_grad():
@@ -206,9 +216,9 @@ def _encoder(sae: SAE[Any]) -> Encoder:
     return encode
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+def _write_scores(scores: dict[str, Any], directory: Path) -> None:
+    text = json.dumps(scores, indent=2, allow_nan=False)
+    (directory / SCORES).write_text(text + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
+from lch_plugin.files import check_contents
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.sae_inputs import heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
@@ -257,8 +258,9 @@ def load_sae(path: str | Path, device: str = "cpu") -> SAE[Any]:
     """An SAE from a directory that SAELens wrote.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or its files are not what they were when it was written.
     """
+    check_contents(path, "Give another SAE, or train it again.")
     try:
         with warnings.catch_warnings():
             # How SAELens would load the model, which is none of its business here.

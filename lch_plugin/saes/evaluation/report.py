@@ -28,7 +28,7 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.cotangents import Cotangent, Ones
 from lch_plugin.errors import InputError
-from lch_plugin.files import check_new_directory, new_directory
+from lch_plugin.files import check_new_directory, write_directory
 from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
@@ -161,8 +161,7 @@ def evaluation_report(
     figures = {"density": plots.density_histogram(evaluation), "steering": plots.steering(effects)}
     if fits is not None:
         figures["responses"] = plots.response_fits(fits)
-    with new_directory(out) as directory:
-        write_report(directory, "evaluate.html", results, figures)
+    write_directory(out, lambda it: write_report(it, "evaluate.html", results, figures))
     return results
 
 

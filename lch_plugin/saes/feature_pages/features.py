@@ -26,7 +26,7 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.contexts import Context, context
 from lch_plugin.errors import InputError
-from lch_plugin.files import new_directory
+from lch_plugin.files import write_directory
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.evaluation.codes import Codes, describe_text
@@ -150,8 +150,8 @@ class FeatureReport:
         Raises:
             OutputError: it holds other content or cannot be written.
         """
-        with new_directory(path) as directory:
-            write_report(directory, "features.html", self.to_dict(), {})
+        content = self.to_dict()
+        write_directory(path, lambda it: write_report(it, "features.html", content, {}))
 
     def to_dict(self) -> dict[str, Any]:
         """In terms of JSON; of the features that were not chosen only how many fire."""

@@ -18,10 +18,11 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from lch_plugin.errors import InputError
+from lch_plugin.errors import InputError, NonFiniteError
 from lch_plugin.saes.sources.rows import Rows
 from lch_plugin.saes.training.checks import check_width
 from lch_plugin.saes.training.starting import n_estimate_batches, start_at_data, starts_at_data
+from lch_plugin.saes.training.watching import Watch, check_scale
 
 
 def train_on(
@@ -54,7 +55,9 @@ def train_on(
         seed: of initialisation and shuffling; the global random state is left alone.
 
     Raises:
-        InputError: rows of another width than ``sae.d_in``, too small a buffer, or no rows.
+        InputError: rows of another width than ``sae.d_in``, too small a buffer, no rows, or one
+            that is zero; or no feature fires any more.
+        NonFiniteError: a row, the loss or the weights are NaN or infinite.
     """
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -66,10 +69,14 @@ def train_on(
         if starts_at_data(dictionary):
             sample = list(itertools.islice(batches, n_estimate_batches(config)))
             start_at_data(dictionary, scaler, sample)
+            check_scale("", scaler)
         if isinstance(rows, Rows):
             record = {**rows.record(), "scale": scaler.scaling_factor, "seed": seed}
             dictionary.cfg.metadata.lch_centroid = record
-        return trainer.fit()
+        watch = Watch({"": trainer})
+        trained = trainer.fit()
+        watch.check()
+        return trained
 
 
 def with_lr_end(config: SAETrainerConfig) -> SAETrainerConfig:
@@ -97,18 +104,29 @@ def shuffled(
         )
     stream = _endless(rows)
     first = next(stream)
-    if first.ndim != 2:
+    return first.shape[1], mixing_buffer(buffer_size, batch_size, itertools.chain([first], stream))
+
+
+def _check_rows(x: Tensor, start: int) -> None:
+    if x.ndim != 2:
         raise InputError(
-            f"a batch of rows has shape {tuple(first.shape)}, and has to be (row, d_in): take "
+            f"a batch of rows has shape {tuple(x.shape)}, and has to be (row, d_in): take "
             "x.flatten(0, -2)."
         )
-    return first.shape[1], mixing_buffer(buffer_size, batch_size, itertools.chain([first], stream))
+    largest = x.abs().amax(-1)
+    if not largest.isfinite().all():
+        row = start + int((~largest.isfinite()).nonzero()[0])
+        raise NonFiniteError(f"row {row} has NaN or infinite values. Leave such rows out.")
+    if not largest.all():
+        row = start + int((largest == 0).nonzero()[0])
+        raise InputError(f"row {row} is zero, which has no direction to learn. Leave it out.")
 
 
 def _endless(rows: Iterable[Tensor]) -> Iterator[Tensor]:
     while True:
         n_rows = 0
         for x in rows:
+            _check_rows(x, n_rows)
             n_rows += len(x)
             yield x
         if not n_rows:

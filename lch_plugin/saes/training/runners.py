@@ -38,21 +38,22 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.errors import InputError
-from lch_plugin.files import new_directory
+from lch_plugin.files import write_directory
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.evaluation.evaluate import evaluate
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import provenance
+from lch_plugin.saes.training.checkpoints import (
+    n_batches_taken,
+    read_resume_file,
+    save_resume_file,
+    save_whole,
+)
 from lch_plugin.saes.training.starting import n_estimate_batches, start_at_data, starts_at_data
-
-#: What a checkpoint holds beside SAELens' files: the state of torch's generator, and how many
-#: batches scale and mean were estimated from.
-RESUME_FILE = "lch_resume.safetensors"
+from lch_plugin.saes.training.watching import Watch, check_scale
 
 
 class Runner(LanguageModelSAETrainingRunner):
@@ -82,15 +83,15 @@ class Runner(LanguageModelSAETrainingRunner):
             fresh=self.cfg.from_pretrained_path is None,
         )
         _sign(trainer, self._provenance(), self.cfg.seed)
-        return _fit(trainer, trainer)
+        return _fit(trainer, {"": trainer})
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
-        _save_resume_file(checkpoint_path, self._n_estimate)
+        save_resume_file(checkpoint_path, self._n_estimate)
 
     def save_final_sae(self, sae: Any, output_path: str, log_feature_sparsity: Any = None) -> None:
-        with new_directory(output_path) as directory:
-            super().save_final_sae(sae, str(directory), log_feature_sparsity)
+        save = super().save_final_sae
+        write_directory(output_path, lambda it: save(sae, str(it), log_feature_sparsity))
 
     def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
         with _paused(data_provider):
@@ -125,7 +126,7 @@ class CachedRunner(Runner):
         stream = self._stream(config.seed)
         if config.resume_from_checkpoint:
             # Now, and not when SAELens says so: prefetching begins before that.
-            stream.seek(_n_batches_taken(config))
+            stream.seek(n_batches_taken(config))
         self.activations_store = _CachedStore(stream)
         self.evaluator = self._evaluate
 
@@ -177,24 +178,28 @@ class MultiRunner(MultiSAETrainingRunner):
             _sign(each, provenance(self.model, hooks[name]), self.cfg.seed)
         first = next(iter(trainer.trainers.values()))
         trainer.n_training_steps = first.n_training_steps
-        return _fit(trainer, first)
+        return _fit(trainer, trainer.trainers)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         super()._save_runner_checkpoint_files(checkpoint_path)
-        _save_resume_file(checkpoint_path, self._n_estimate)
+        save_resume_file(checkpoint_path, self._n_estimate)
 
     def _save_final_outputs(self, saes: Any, trainer: Any) -> None:
         config = self.cfg
         output = config.output_path
         assert output is not None
-        with new_directory(output) as directory:
+        save = super()._save_final_outputs
+
+        def write(directory: Path) -> None:
             self.cfg = copy.copy(config)
             self.cfg.output_path = str(directory)
             try:
-                super()._save_final_outputs(saes, trainer)
+                save(saes, trainer)
             finally:
                 self.cfg = config
             (directory / RUNNER_CFG_FILENAME).write_text(json.dumps(config.to_dict()))
+
+        write_directory(output, write)
 
     def _evaluate(
         self, saes: Any, data_provider: Any, activation_scalers: Any, hook_names: Any
@@ -265,7 +270,7 @@ def _prepare(
         for trainer in trainers.values():
             # SAELens counts a step only after saving, so that a checkpoint is one behind.
             trainer.n_training_steps = trainer.n_training_samples // config.train_batch_size_samples
-        state = _read_resume_file(checkpoint)
+        state = read_resume_file(checkpoint)
         if state is None:
             return 0
         torch.set_rng_state(state["rng"])
@@ -276,6 +281,7 @@ def _prepare(
     for name, trainer in starting.items():
         rows = [batch[name] for batch in sample]
         start_at_data(trainer.sae, trainer.activation_scaler, rows, fresh=fresh)
+        check_scale(name, trainer.activation_scaler)
     normalizations = {t.sae.cfg.normalize_activations for t in trainers.values()}
     whitened = "covariance_whitening" in normalizations
     return n_batches + (config.n_batches_for_norm_estimate if whitened else 0)
@@ -297,19 +303,27 @@ def _sign(trainer: SAETrainer[Any, Any], record: dict[str, Any] | None, seed: in
         trainer.sae.cfg.metadata.lch_centroid = {**record, "scale": scale, "seed": seed}
 
 
-def _fit(trainer: Any, first: SAETrainer[Any, Any]) -> Any:
+def _fit(trainer: Any, parts: Mapping[str, SAETrainer[Any, Any]]) -> Any:
     """Train. Interrupted, save a checkpoint where no step is under way.
 
     Args:
         trainer: SAELens' trainer, of one SAE or of several.
-        first: the trainer of one SAE that is asked first, the same or one of its parts.
+        parts: the trainer of each SAE by its name; of one SAE the same.
+
+    Raises:
+        NonFiniteError, InputError: training diverged.
     """
+    first = next(iter(parts.values()))
+    watch = Watch(parts, trainer.cfg.checkpoint_path)
+    save_whole(trainer, watch.check)
     # SAELens does not ask, when it resumes, which checkpoints are still to come.
     thresholds = trainer.checkpoint_thresholds
     trainer.checkpoint_thresholds = [n for n in thresholds if n > trainer.n_training_samples]
     with _stopping_between_steps(first) as stopped:
         try:
-            return trainer.fit()
+            trained = trainer.fit()
+            watch.check()
+            return trained
         except KeyboardInterrupt:
             if stopped() and trainer.cfg.checkpoint_path is not None:
                 trainer.save_checkpoint(checkpoint_name=str(trainer.n_training_samples))
@@ -355,31 +369,6 @@ def _stopping_between_steps(trainer: SAETrainer[Any, Any]) -> Iterator[Callable[
         del trainer.full_sparsity_window_log
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def _save_resume_file(checkpoint: Path | None, n_estimate: int) -> None:
-    if checkpoint is not None:
-        state = {"rng": torch.get_rng_state(), "n_estimate": torch.tensor(n_estimate)}
-        save_file(state, checkpoint / RESUME_FILE)
-
-
-def _read_resume_file(checkpoint: str) -> dict[str, Tensor] | None:
-    path = Path(checkpoint) / RESUME_FILE
-    return load_file(path) if path.exists() else None
-
-
-def _n_batches_taken(config: LanguageModelSAERunnerConfig[Any]) -> int:
-    """How many batches of a stream a checkpoint's run had used."""
-    assert config.resume_from_checkpoint is not None
-    checkpoint = Path(config.resume_from_checkpoint)
-    state = _read_resume_file(config.resume_from_checkpoint)
-    if state is None or not checkpoint.name.isdigit():
-        raise InputError(
-            f"resume_from_checkpoint={config.resume_from_checkpoint!r} holds no {RESUME_FILE}, or "
-            "is not named after its number of tokens: it is no checkpoint that lch.saes.train "
-            "wrote on the way, from which a run on a cache can be resumed."
-        )
-    return int(state["n_estimate"]) + int(checkpoint.name) // config.train_batch_size_tokens
 
 
 class _CachedStore:

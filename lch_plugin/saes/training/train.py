@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -20,6 +20,7 @@ from sae_lens.util import get_special_token_ids
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
+from lch_plugin.files import claimed
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import attached, check_model
@@ -90,12 +91,19 @@ def train(
         The SAE; of a ``MultiSAETrainingRunnerConfig`` each SAE by its name.
 
     Raises:
-        InputError: the dataset holds no text, or the configuration does not fit the model, the
-            dataset, the cache or itself.
+        InputError: the dataset holds no text, the configuration does not fit the model, the
+            dataset, the cache or itself, a checkpoint is damaged; or no feature fires any more.
         SiteError: the model has no such hook.
-        OutputError: ``config.output_path`` holds other content or cannot be written.
+        NonFiniteError: training diverged: the loss, or weights, are NaN or infinite.
+        OutputError: ``config.output_path`` holds other content, cannot be written, or another
+            process is at work on it. A finished SAE is kept all the same, where the error says.
     """
-    with torch.enable_grad(), torch.random.fork_rng():
+    output = config.output_path
+    with (
+        nullcontext() if output is None else claimed(output),
+        torch.enable_grad(),
+        torch.random.fork_rng(),
+    ):
         torch.manual_seed(config.seed)
         if isinstance(config, LanguageModelSAERunnerConfig) and config.use_cached_activations:
             return _train_on_cache(model, config)
