@@ -13,7 +13,6 @@ foils are tokens, with the space before them. ``corrupt`` may be left out of all
 from __future__ import annotations
 
 import csv
-import json
 import os
 from io import StringIO
 from pathlib import Path
@@ -23,6 +22,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.circuits.prompts import Prompts, prompts
 from lch_plugin.errors import InputError
+from lch_plugin.records import parse_json
 
 _NEEDED, _OPTIONAL = ("clean", "answer", "foil"), "corrupt"
 # What a file may hold, in bytes; prompts are written by people, and are few.
@@ -82,7 +82,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} has more than {_LARGEST // 10**6} MB: split it.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        rows = _of_csv(text) if path.suffix.lower() == ".csv" else json.loads(text)
+        rows = _of_csv(text) if path.suffix.lower() == ".csv" else parse_json(text)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} cannot be read: {error}. It has to be UTF-8.") from error
     except (OSError, ValueError, csv.Error, RecursionError) as error:

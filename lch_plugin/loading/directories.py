@@ -22,6 +22,7 @@ from transformers import (
 
 from lch_plugin.errors import InputError
 from lch_plugin.loading.origins import Origin
+from lch_plugin.records import read_json
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "tekken.json")
 _PREPROCESSOR = "preprocessor_config.json"
@@ -85,10 +86,7 @@ def _check_type(origin: Origin) -> None:
             f"{origin.name} has no config.json in {origin.path}, so there is no model to load. "
             "Give a directory written by save_pretrained, or a .gguf file by its own path."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}. Copy or download it again.") from error
+    config = read_json(path, "Copy or download it again.")
     kind = config.get("model_type") if isinstance(config, dict) else None
     own = isinstance(config, dict) and "AutoConfig" in (config.get("auto_map") or {})
     if own and origin.trust_remote_code:
@@ -142,9 +140,10 @@ def _weight_files(origin: Origin) -> list[str]:
     if (path / _WEIGHTS).is_file():
         return [_WEIGHTS]
     if (path / _INDEX).is_file():
+        index = read_json(path / _INDEX, "Copy or download it again.")
         try:
-            return sorted(set(json.loads((path / _INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return sorted(set(index["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path / _INDEX} lists no weights. Copy or download it again."
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_refused(graph: nx.DiGraph, tmp_path: Path) -> None:
         save_graph(graph, tmp_path / "graph.txt")
     with pytest.raises(InputError, match="the graph lacks 'model'"):
         save_graph(nx.DiGraph(), tmp_path / "graph.json")
-    with pytest.raises(InputError, match="holds no graph"):
+    with pytest.raises(InputError, match="absent.json cannot be read"):
         load_graph(tmp_path / "absent.json")
     for name, text in {
         "list.json": "[]",
@@ -143,3 +144,36 @@ def test_refused(graph: nx.DiGraph, tmp_path: Path) -> None:
     (tmp_path / "graph.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match="format 99"):
         load_graph(tmp_path / "graph.json")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".graphml"])
+def test_what_was_changed_is_not_believed(graph: nx.DiGraph, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"graph{suffix}"
+    save_graph(graph, path)
+    text = path.read_text()
+    head = next(name for name, kind in graph.nodes(data="kind") if kind == "head")
+    number = repr(graph.nodes[head]["contribution"])
+    assert number in text
+    for other in (number.replace("0.", "1.", 1) + "1", '"much"', "NaN", "1e999"):
+        path.write_text(text.replace(number, other, 1))
+        with pytest.raises(InputError, match="holds no graph that save_graph wrote"):
+            load_graph(path)
+    path.write_text(text)
+    assert graphs_equal(load_graph(path), graph)
+
+
+def test_pipes_and_names_that_are_there_twice_are_refused(
+    graph: nx.DiGraph, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match="no plain file"):
+        load_graph(tmp_path / "pipe.json")
+    path = tmp_path / "graph.json"
+    save_graph(graph, path)
+    text = path.read_text()
+    data = json.loads(text)
+    data["nodes"].append(data["nodes"][0])
+    for damaged in (json.dumps(data), text.replace('"nodes":', '"nodes": [], "nodes":', 1)):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match="twice"):
+            load_graph(path)

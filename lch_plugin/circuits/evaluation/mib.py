@@ -25,6 +25,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.edges.wiring import EdgeScores
 from lch_plugin.circuits.nodes import NodeScores, all_nodes
 from lch_plugin.errors import InputError
+from lch_plugin.files import write_file
 
 # What a head reads for, at the end of a reader's name.
 _READ_FOR = re.compile(r"\.([qkv])$")
@@ -42,8 +43,9 @@ def save_mib(
 
     Raises:
         InputError: the scores are of other nodes, or a score is not finite.
+        OutputError: the file cannot be written.
     """
-    Path(path).write_text(json.dumps(_graph(model, scores), allow_nan=False), encoding="utf-8")
+    write_file(Path(path), json.dumps(_graph(model, scores), allow_nan=False))
 
 
 def _graph(model: LensModel, scores: NodeScores | EdgeScores) -> dict[str, Any]:

@@ -18,15 +18,18 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import networkx as nx
+import xxhash
+from pydantic import BaseModel, ConfigDict
 
 from lch_plugin.circuits.graphs.supernodes import check_groups, grouped
 from lch_plugin.errors import InputError
 from lch_plugin.files import write_file
+from lch_plugin.records import check_plain, check_record, parse_json
 
-_FORMAT = 1
+_FORMAT = 2
 _LAYERS_OF_TOKENS = "E"
 # By kind of node, what viewers are told that it is.
 _TYPES = {
@@ -72,18 +75,19 @@ def load_graph(path: str | Path) -> nx.DiGraph:
     """Read a graph that `save_graph` wrote.
 
     Raises:
-        InputError: there is no such file, or it holds no such graph.
+        InputError: there is no such file, it holds no such graph, or another than was written.
     """
     path = Path(path)
+    cure = "Write it again with save_graph."
+    check_plain(path, cure)
     try:
         if path.suffix == ".graphml":
             return _restored(nx.read_graphml(path))
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except InputError:
-        raise
+        return from_json(parse_json(path.read_text(encoding="utf-8")))
     except Exception as error:  # Of any type, and all of them about the file.
+        said = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise InputError(
-            f"{path} holds no graph that save_graph wrote: {type(error).__name__}: {error}"
+            f"{path} holds no graph that save_graph wrote: {' '.join(said.split())[:400]} {cure}"
         ) from error
 
 
@@ -134,7 +138,7 @@ def to_json(graph: nx.DiGraph, slug: str = "graph") -> dict[str, Any]:
             {"source": ids[source], "target": ids[target], **data}
             for source, target, data in graph.edges(data=True)
         ],
-        "lch": {"format": _FORMAT, "graph": facts},
+        "lch": {"format": _FORMAT, "graph": facts, "xxh3": _hash(graph)},
     }
 
 
@@ -142,7 +146,7 @@ def from_json(data: Mapping[str, Any]) -> nx.DiGraph:
     """The graph that `to_json` was given.
 
     Raises:
-        InputError: it is of another format.
+        InputError: it is of another format, or not what was written.
         KeyError, TypeError: it is no such data.
     """
     _check_format(data["lch"])
@@ -150,11 +154,14 @@ def from_json(data: Mapping[str, Any]) -> nx.DiGraph:
     graph.graph.update(data["lch"]["graph"])
     names = {}
     for node in data["nodes"]:
+        if node["node_id"] in names:
+            raise InputError(f"node {node['node_id']!r} is there twice.")
         names[node["node_id"]] = node["lch"]["name"]
         graph.add_node(node["lch"]["name"], **node["lch"]["attributes"])
     for link in data["links"]:
         rest = {key: value for key, value in link.items() if key not in ("source", "target")}
         graph.add_edge(names[link["source"]], names[link["target"]], **rest)
+    _check(graph, data["lch"])
     groups: dict[str, list[str]] = {}
     for name, *ids in _supernodes(data["qParams"]):
         label = name
@@ -167,7 +174,7 @@ def from_json(data: Mapping[str, Any]) -> nx.DiGraph:
 def _supernodes(parameters: Mapping[str, Any]) -> list[list[str]]:
     """Name and members of each; circuit-tracer saves them as text, or not at all."""
     found = parameters.get("supernodes") or []
-    return json.loads(found) if isinstance(found, str) else found
+    return parse_json(found) if isinstance(found, str) else found
 
 
 def _is_metric(node: Mapping[str, Any]) -> bool:
@@ -219,6 +226,7 @@ def _carried(graph: nx.DiGraph) -> nx.DiGraph:
         {
             "format": _FORMAT,
             "graph": graph.graph,
+            "xxh3": _hash(graph),
             "nodes": {name: values for name, values in exact.items() if values},
         },
         allow_nan=False,
@@ -228,7 +236,7 @@ def _carried(graph: nx.DiGraph) -> nx.DiGraph:
 
 def _restored(carried: nx.DiGraph) -> nx.DiGraph:
     """What `_carried` was given."""
-    data = json.loads(carried.graph["lch"])
+    data = parse_json(carried.graph["lch"])
     _check_format(data)
     graph = nx.DiGraph()
     graph.graph.update(data["graph"])
@@ -236,7 +244,51 @@ def _restored(carried: nx.DiGraph) -> nx.DiGraph:
     graph.add_edges_from(carried.edges(data=True))
     for name, values in data["nodes"].items():
         graph.nodes[name].update(values)
+    _check(graph, data)
     return graph
+
+
+class _Node(BaseModel):
+    """Attributes that every node has; some have more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    kind: Literal[tuple(_TYPES)]  # type: ignore[valid-type]
+    layer: int
+    position: int
+    index: int
+    token: str
+    contribution: float
+
+
+class _Edge(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+
+    weight: float
+    pattern: float = 0.0
+
+
+def _check(graph: nx.DiGraph, recorded: Mapping[str, Any]) -> None:
+    """Nodes and edges are what they have to be, and what they were when they were written."""
+    cure = "Write the graph again."
+    for name, node in graph.nodes(data=True):
+        check_record(node, _Node, f"node {name!r}", cure)
+    for source, target, edge in graph.edges(data=True):
+        check_record(edge, _Edge, f"edge {source!r} -> {target!r}", cure)
+    if recorded.get("xxh3") != _hash(graph):
+        raise InputError("nodes, edges or attributes are others than were written.")
+
+
+def _hash(graph: nx.DiGraph) -> str:
+    """xxh3 of nodes, edges and facts, but not of supernodes, which viewers add."""
+    content = {
+        "graph": {key: value for key, value in graph.graph.items() if key != "supernodes"},
+        "nodes": dict(graph.nodes(data=True)),
+        "edges": sorted(
+            ([s, t, data] for s, t, data in graph.edges(data=True)), key=lambda e: e[:2]
+        ),
+    }
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_format(data: Mapping[str, Any]) -> None:

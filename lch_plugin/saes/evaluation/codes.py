@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict
 from sae_lens import SAE, Transcoder
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_contents
+from lch_plugin.records import check_record
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.sae_inputs import heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
@@ -265,12 +267,30 @@ def load_sae(path: str | Path, device: str = "cpu") -> SAE[Any]:
         with warnings.catch_warnings():
             # How SAELens would load the model, which is none of its business here.
             warnings.filterwarnings("ignore", message=r"\s*This SAE has non-empty")
-            return SAE.load_from_disk(str(path), device=device)
+            sae = SAE.load_from_disk(str(path), device=device)
     except Exception as error:  # Of any type, and all of them about the files.
         raise InputError(
             f"{path} holds no SAE that SAELens {version('sae-lens')} can load: {error}. Give a "
             "directory with cfg.json and sae_weights.safetensors."
         ) from error
+    record = sae.cfg.metadata.lch_centroid
+    if record:
+        check_record(record, _Centroid, f"lch_centroid of {path}", "Give another SAE.")
+    for name, weight in sae.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise InputError(f"{path}: {name} has NaN or infinite values. Train it again.")
+    return sae
+
+
+class _Centroid(BaseModel):
+    """Of what an SAE's metadata say of centroids, what is read here; of `Rows` it is less."""
+
+    model_config = ConfigDict(strict=True)
+
+    site: str
+    cotangent: str | list[Any] = "ones"
+    layer: int | None = None
+    of: Literal["centroid", "input", "output"] = "centroid"
 
 
 def describe_text(text: Any) -> str:

@@ -50,7 +50,7 @@ class Watch:
     def _step(self, name: str, step: Callable[[Tensor], Any], batch: Tensor) -> Any:
         self._n_steps[name] += 1
         output = step(batch)
-        loss = float(output.loss)
+        loss = float(output.loss.detach())
         if not math.isfinite(loss):
             raise NonFiniteError(self._diverged(name, f"the loss is {loss}"))
         if self._n_steps[name] % _SILENT == 0:
