@@ -44,6 +44,8 @@ SETTINGS = "settings.json"
 _UNFINISHED = ".lch-unfinished"
 _BLOCK = 2**24
 _MOST_NAMES = 1000
+# Seconds that writing one file waits for another process that writes the same.
+_PATIENCE = 10.0
 # What only writing can meet with.
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
@@ -115,8 +117,12 @@ def claimed(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Be the only process that writes to a path, and remove what killed ones left beside it.
+
+    Args:
+        path: absolute, and with links followed.
+        patience: seconds to wait for another process.
 
     Raises:
         OutputError: another process is at work on it, or its directory cannot be written.
@@ -128,7 +134,7 @@ def locked(path: Path) -> Iterator[None]:
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise OutputError(
             f"{path} is being written by another process. Wait for it, or choose another path."
@@ -216,8 +222,9 @@ def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterat
         partial = path.with_name(f".{path.name}.partial")
         if partial.exists():
             _check_unfinished(partial, wanted)
-            for parent in {partial, *(p for p in partial.rglob("*") if p.is_dir())}:
-                _remove_leftovers(parent)
+            for parent in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+                if parent.exists():
+                    _remove_leftovers(parent)
         else:
             with new_directory(partial) as directory:
                 _write_json(directory / SETTINGS, wanted)
@@ -248,14 +255,22 @@ def write_file(path: str | Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written. The error says where the text is kept.
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, text)
+        with locked(path, patience=_PATIENCE):
+            replace_file(path, text)
     except (OSError, ValueError) as error:
         kept = _write_elsewhere(path, lambda place: _plain_write(place / path.name, text))
         where = "" if kept is None else f" It is kept in {kept / path.name}."
         raise OutputError(f"{_unwritable(path, error)}{where}") from error
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory that this module made, so that it is whole or gone if the process dies."""
+    grave = _temporary(path)
+    path.replace(grave / path.name)
+    shutil.rmtree(grave)
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -371,7 +386,7 @@ def _remove_leftovers(parent: Path, name: str | None = None) -> None:
             continue
         if not found.is_dir():
             found.unlink(missing_ok=True)
-        elif (found / _UNFINISHED).exists():
+        elif (found / _UNFINISHED).exists() or (found / CONTENTS).exists():
             shutil.rmtree(found, ignore_errors=True)
         else:  # Killed as it began; or somebody else's, with something in it.
             with suppress(OSError):
@@ -414,7 +429,8 @@ def _write_elsewhere(path: Path, write: Callable[[Path], Any]) -> Path | None:
             write(place)
             seal(place)
             (place / _UNFINISHED).unlink()
-            kept = _free(parent / path.name)
+            # The path itself is not ours to take: whoever is at work on it would find it taken.
+            kept = _free(parent / path.name, also=parent != path.parent)
             place.replace(kept)
             return kept
         if place is not None:
@@ -422,9 +438,10 @@ def _write_elsewhere(path: Path, write: Callable[[Path], Any]) -> Path | None:
     return None
 
 
-def _free(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.name}-{i}") for i in range(2, _MOST_NAMES))
-    return next(name for name in (path, *numbered) if not os.path.lexists(name))
+def _free(path: Path, *, also: bool = False) -> Path:
+    """A name like this one, or this one ``also``, that nothing has."""
+    numbered = [path.with_name(f"{path.name}-{i}") for i in range(2, _MOST_NAMES)]
+    return next(name for name in [path] * also + numbered if not os.path.lexists(name))
 
 
 def _is_taken(path: Path) -> bool:

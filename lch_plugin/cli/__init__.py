@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import circuit, sae
-from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
-from lch_plugin.errors import LCHError
+from lch_plugin.cli import circuit, interrupts, sae
+from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
+from lch_plugin.errors import InputError, LCHError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(sae.app, name="sae")
@@ -42,7 +42,7 @@ def centroids(
         typer.Option(help="Components, * for a part of a name; all MLPs by default. Repeatable."),
     ] = None,
     random_cotangent: Annotated[
-        int | None, typer.Option(help="Seed of a random cotangent in place of all ones.")
+        int | None, typer.Option(help="Seed of a random cotangent in place of all ones.", **SEED)
     ] = None,
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -55,6 +55,8 @@ def centroids(
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
+    if not all(prompts):
+        raise InputError("there is an empty one among the prompts: put text in each.")
     check_new_directory(out)
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     cotangent = None if random_cotangent is None else Random(random_cotangent)
@@ -62,13 +64,51 @@ def centroids(
 
 
 def entry_point() -> None:
-    """Run the command; a mistake of the user's is a message, not a traceback."""
-    # As an exception, so that temporary files are cleaned up on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Run the command; a mistake of the user's is a message, not a traceback.
+
+    Ctrl-C and SIGTERM say what is kept, and exit with 130 and 143.
+    """
+    with interrupts.watched() as received:
+        if (end := _run(received)) is not None:
+            # Only now, when progress bars are gone with the command: the message comes last.
+            code, message = end
+            Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+            raise SystemExit(code)
+
+
+def _run(received: Callable[[], int | None]) -> tuple[int, str] | None:
+    """Run the command; exit code and message if it is cut short."""
     try:
+        _check_encoding(sys.argv)
         app()
-    except LCHError as error:
-        # Escaped, or [...] in a message would be taken for markup; unwrapped, to be searched for.
-        message = f"[bold red]Error:[/bold red] {escape(str(error))}"
-        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
-        raise SystemExit(1) from error
+    except (SystemExit, KeyboardInterrupt) as stopped:
+        # What typer makes of an interrupt differs between its versions.
+        if getattr(stopped, "code", 1) in (None, 0) or not (number := received()):
+            raise
+        return 128 + number, _message("Interrupted.", interrupts.what_is_kept())
+    except (LCHError, OSError) as error:
+        return 1, _message("Error:", str(error))
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, NotImplementedError):
+            cause = "torch cannot do this on the device. Choose another."
+        elif isinstance(error, MemoryError) or "allocate" in reason:
+            cause = "out of memory. Ask for less at once, or for fewer features."
+        else:
+            raise
+        return 1, _message("Error:", f"{cause} {reason}")
+    return None
+
+
+def _check_encoding(arguments: list[str]) -> None:
+    """Refuse bytes that are no text, which neither messages nor records could hold."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{argument!r} is not in UTF-8. Use another name.") from error
+
+
+def _message(what: str, text: str) -> str:
+    # Escaped, or [...] in a message would be taken for markup.
+    return f"[bold red]{what}[/bold red] {escape(text)}"

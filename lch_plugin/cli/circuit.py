@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
+from lch_plugin.cli.interrupts import keeping, scores_alone
+from lch_plugin.cli.options import (
+    COUNT,
+    MOST,
+    Device,
+    Dtype,
+    Model,
+    Out,
+    Seed,
+    source,
+    zero_or_more,
+)
 
 
 def circuit(
@@ -22,12 +33,15 @@ def circuit(
         Path | None,
         typer.Option(
             help="In place of a task: prompts of your own, a .csv or .json file with clean, "
-            "corrupt, answer and foil."
+            "corrupt, answer and foil.",
+            callback=source,
         ),
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option(help="Prompts of the task to find it on, and as many to test it; 60."),
+        typer.Option(
+            help="Prompts of the task to find it on, and as many to test it; 60.", max=MOST
+        ),
     ] = None,
     recover: Annotated[
         float | None,
@@ -37,7 +51,7 @@ def circuit(
         ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(help="Or a circuit of so many heads and neurons.")
+        int | None, typer.Option(help="Or a circuit of so many heads and neurons.", max=MOST)
     ] = None,
     share: Annotated[
         float | None, typer.Option(help="Or of this share of all heads and neurons.")
@@ -66,8 +80,10 @@ def circuit(
     corrupt: Annotated[
         str | None, typer.Option(help="Twin of the prompt to patch neurons into; with --answer.")
     ] = None,
-    radius: Annotated[float | None, typer.Option(help="Of the neighbourhood; 0.25.")] = None,
-    samples: Annotated[int | None, typer.Option(help="In the neighbourhood; 256.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Of the neighbourhood; 0.25.", callback=zero_or_more)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="In the neighbourhood; 256.", **COUNT)] = None,
     model: Model = "",
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -110,21 +126,24 @@ def circuit(
         chosen = "--prompt" if prompt is not None else "--task" if task else "--prompts"
         raise InputError(f"--{stray[0]} has no meaning with {chosen}. Leave it out.")
     settings = {name: value for name, value in own.items() if value is not None}
-    check_new_directory(out)
-
-    def bridge() -> Any:
-        return load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
-
-    asked = task or prompts
+    asked = prompts if task is None else task
     if asked is not None:
         task_run.check(asked, **settings)
-        task_run.run(bridge(), asked, out, **settings, seed=seed)
-    elif prompt is not None:
-        if layer is None:
-            raise InputError("--prompt needs a --layer, whose neurons are scored.")
-        if not prompt.strip():
-            raise InputError("--prompt is empty: there is no token to score neurons at.")
-        if (answer is None) != (foil is None):
-            raise InputError("--answer and --foil go together: their logits are compared.")
-        neuron_run.run(bridge(), prompt, out=out, **settings, seed=seed)
+    elif layer is None:
+        raise InputError("--prompt needs a --layer, whose neurons are scored.")
+    elif not prompt or not prompt.strip():
+        raise InputError("--prompt is empty: there is no token to score neurons at.")
+    elif (answer is None) != (foil is None):
+        raise InputError("--answer and --foil go together: their logits are compared.")
+    elif corrupt is not None and answer is None:
+        raise InputError("--corrupt needs --answer and --foil, whose logits are compared on both.")
+    check_new_directory(out)
+    if asked is not None:
+        keeping(lambda: scores_alone(out))
+    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
+    if asked is not None:
+        task_run.run(bridge, asked, out, **settings, seed=seed)
+    else:
+        assert prompt is not None
+        neuron_run.run(bridge, prompt, out=out, **settings, seed=seed)
     typer.echo(f"Open {out / 'report.html'}")

@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lch_plugin.cli.options import Device, Dtype, Model, Out, Seed
+from lch_plugin.cli import settings
+from lch_plugin.cli.interrupts import finished_parts, keeping, last_checkpoint
+from lch_plugin.cli.options import (
+    COUNT,
+    COUNT_OR_NONE,
+    MOST,
+    Device,
+    Dtype,
+    LearningRate,
+    Model,
+    Out,
+    Seed,
+    n_bytes,
+    one_of,
+    source,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Sparse autoencoders on centroids.")
 
 TrainingText = Annotated[
-    str, typer.Option(help="File, directory or name on the hub; the demo's stories.")
+    str,
+    typer.Option(help="File, directory or name on the hub; the demo's stories.", callback=source),
+]
+Column = Annotated[
+    str | None, typer.Option(help="Of the text; the first that SAELens reads by default.")
+]
+SkipEmpty = Annotated[
+    bool, typer.Option("--skip-empty", help="Leave out rows without text, and say how many.")
 ]
 # Options of the commands that look at an SAE.
 HeldOutText = Annotated[
-    str, typer.Option(help="File, directory or name on the hub; the demo's held-out stories.")
+    str,
+    typer.Option(
+        help="File, directory or name on the hub; the demo's held-out stories.", callback=source
+    ),
 ]
 Hook = Annotated[
     str | None, typer.Option(help="What the SAE reads; what its metadata say by default.")
 ]
-TextTokens = Annotated[int | None, typer.Option(help="Of text at most; all by default.")]
-Rows = Annotated[int, typer.Option(help="Rows of text that run together.")]
+TextTokens = Annotated[int | None, typer.Option(help="Of text at most; all by default.", **COUNT)]
+Rows = Annotated[int, typer.Option(help="Rows of text that run together.", **COUNT)]
 
 
 @app.command()
@@ -31,55 +55,78 @@ def train(
     hook: Annotated[str, typer.Argument(help="Such as blocks.2.mlp.hook_centroid.")],
     model: Model = "",
     text: TrainingText = "",
+    column: Column = None,
+    skip_empty: SkipEmpty = False,
     cache: Annotated[
-        str, typer.Option(help="Directory of lch sae cache, in the place of model and text.")
+        str,
+        typer.Option(
+            help="Directory of lch sae cache, in the place of model and text.", callback=source
+        ),
     ] = "",
     architecture: Annotated[str, typer.Option(help="Any that SAELens trains.")] = "topk",
     setting: Annotated[
         list[str] | None,
         typer.Option(help="Of SAELens' configuration of the SAE, such as k=32. Repeatable."),
     ] = None,
-    d_sae: Annotated[int | None, typer.Option(help="Features; 8 times d_in by default.")] = None,
-    tokens: Annotated[int, typer.Option(help="To train on.")] = 300_000,
-    context_size: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence; the cache's by default, or 128.")
+    d_sae: Annotated[
+        int | None, typer.Option(help="Features; 8 times d_in by default.", **COUNT)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Tokens in a step.")] = 1024,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    checkpoints: Annotated[int, typer.Option(help="How many on the way, beside the output.")] = 0,
-    resume: Annotated[str | None, typer.Option(help="Directory of a checkpoint.")] = None,
+    tokens: Annotated[int, typer.Option(help="To train on.", **COUNT)] = 300_000,
+    context_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence; the cache's by default, or 128.", **COUNT),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Tokens in a step.", **COUNT)] = 1024,
+    lr: LearningRate = 1e-3,
+    checkpoints: Annotated[
+        int, typer.Option(help="How many on the way, beside the output.", **COUNT_OR_NONE)
+    ] = 0,
+    resume: Annotated[Path | None, typer.Option(help="Directory of a checkpoint.")] = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
     out: Out = Path("sae"),
 ) -> None:
     """Train an SAE on a hook point with SAELens' runner."""
+    from sae_lens.constants import TRAINER_STATE_FILENAME
+
     from lch_plugin import saes
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes.sources.hooks import attached, width
     from lch_plugin.saes.training.configs import sae_config
 
-    check_new_directory(out)
-    if cache and (model or text or dtype):
-        raise InputError(f"--cache {cache} needs no --model, --text or --dtype. Leave them out.")
+    chosen = settings.parse(setting)
+    settings.check(architecture, chosen, chosen.get("d_sae", d_sae))
+    if cache and (model or text or column or skip_empty or dtype):
+        raise InputError(
+            f"--cache {cache} needs no --model, --text, --column, --skip-empty or --dtype."
+        )
+    if resume is not None and not (resume / TRAINER_STATE_FILENAME).is_file():
+        raise InputError(
+            f"--resume {resume} is no checkpoint, a directory with {TRAINER_STATE_FILENAME}. Give "
+            f"one of {out}-checkpoints, which is named after its number of tokens."
+        )
     if cache:
         values = saes.Cache(cache)
         values.check_hook(hook)
+        check_new_directory(out)
         bridge, data, d_in = None, None, values.d_in[hook]
         context_size = context_size or values.context_size
     else:
+        own_text = _text(model, text, column, skip_empty)
+        check_new_directory(out)
         context_size = context_size or 128
         bridge, data = _model_and_text(
-            model, text, dtype, device, n_stories=6000, split="train", seed=seed
+            model, own_text, dtype, device, n_stories=6000, split="train", seed=seed
         )
         with attached(bridge, [hook]):
             d_in = width(bridge, hook, context_size)
+    sae_settings = {"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": device, **chosen}
+    sae_configuration = sae_config(architecture, **sae_settings)
+    settings.check_active(sae_configuration)
     config = saes.runner_config(
-        sae_config(
-            architecture,
-            **{"d_in": d_in, "d_sae": d_sae or 8 * d_in, "device": device, **_parse(setting)},
-        ),
+        sae_configuration,
         hook,
         training_tokens=tokens,
         context_size=context_size,
@@ -87,13 +134,14 @@ def train(
         lr=lr,
         n_checkpoints=checkpoints,
         checkpoint_path=f"{out}-checkpoints",
-        resume_from_checkpoint=resume,
+        resume_from_checkpoint=resume and str(resume),
         use_cached_activations=bool(cache),
         cached_activations_path=cache or None,
         device=device,
         seed=seed,
         output_path=str(out),
     )
+    keeping(lambda: last_checkpoint(Path(config.checkpoint_path), resume))
     sae = saes.train(bridge, data, config)
     typer.echo(f"{out}: {sae.cfg.d_sae} features, {sae.cfg.metadata.num_dead_features} dead")
 
@@ -103,16 +151,24 @@ def cache(
     hooks: Annotated[list[str], typer.Argument(help="Such as blocks.2.mlp.hook_centroid.")],
     model: Model = "",
     text: TrainingText = "",
+    column: Column = None,
+    skip_empty: SkipEmpty = False,
     streaming: Annotated[bool, typer.Option(help="Read the text as it is needed.")] = False,
-    n_tokens: Annotated[int | None, typer.Option(help="All of the text by default.")] = None,
-    context_size: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence; the model's context by default.")
+    n_tokens: Annotated[
+        int | None, typer.Option(help="All of the text by default.", **COUNT)
     ] = None,
-    store_as: Annotated[str, typer.Option(help="float32, or float16 for half the space.")] = (
-        "float32"
-    ),
-    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 32,
-    max_shard_size: Annotated[str, typer.Option(help="Of the files.")] = "500MB",
+    context_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence; the model's context by default.", **COUNT),
+    ] = None,
+    store_as: Annotated[
+        str,
+        typer.Option(
+            help="float32, or float16 for half the space.", callback=one_of("float32", "float16")
+        ),
+    ] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.", **COUNT)] = 32,
+    max_shard_size: Annotated[str, typer.Option(help="Of the files.", callback=n_bytes)] = "500MB",
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -120,9 +176,20 @@ def cache(
 ) -> None:
     """Store what hook points have on a text, to train on. Interrupted, it goes on when repeated."""
     from lch_plugin import saes
+    from lch_plugin.files import check_new_directory
+    from lch_plugin.saes.caching.shards import MANIFEST
 
+    if not (out / MANIFEST).is_file():  # As of a cache that is checked, or goes on.
+        check_new_directory(out)
+    keeping(lambda: finished_parts(out))
     bridge, data = _model_and_text(
-        model, text, dtype, device, n_stories=6000, split="train", seed=seed, streaming=streaming
+        model,
+        _text(model, text, column, skip_empty, streaming=streaming),
+        dtype,
+        device,
+        n_stories=6000,
+        split="train",
+        seed=seed,
     )
     made = saes.cache(
         bridge,
@@ -139,48 +206,46 @@ def cache(
     typer.echo(f"{out}: {made.n_tokens:,} tokens at {len(made.hook_names)} hook points")
 
 
-def _parse(settings: list[str] | None) -> dict[str, Any]:
-    """Of ``name=value`` pairs, numbers, lists and truth values as JSON has them."""
+def _text(
+    model: str, text: str, column: str | None, skip_empty: bool, *, streaming: bool = False
+) -> Any:
+    """The text that is named, or None. It is read before a model is loaded for it."""
     from lch_plugin.errors import InputError
+    from lch_plugin.saes import load_text
 
-    parsed: dict[str, Any] = {}
-    for pair in settings or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError(f"--setting {pair} is no name=value, such as k=32.")
-        try:
-            parsed[name] = json.loads(value)
-        except json.JSONDecodeError:
-            parsed[name] = value
-    return parsed
+    if model and not text:
+        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
+    if column is not None and not text:
+        raise InputError(f"--column {column} is one of a --text, and none is given. Give one.")
+    if skip_empty and not text:
+        raise InputError("--skip-empty is about the rows of a --text, and none is given.")
+    if not text:
+        return None
+    return load_text(text, streaming=streaming, column=column, skip_empty=skip_empty)
 
 
 def _model_and_text(
     model: str,
-    text: str,
+    text: Any,
     dtype: str | None,
     device: str,
     *,
     n_stories: int,
     split: str,
     seed: int,
-    streaming: bool = False,
 ) -> tuple[Any, Any]:
     """A model in TransformerLens and a text for it; the embedded model and its stories if none."""
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.demo.corpus import describe, write_stories
-    from lch_plugin.errors import InputError
     from lch_plugin.loading import load
     from lch_plugin.saes import load_text
 
-    if model and not text:
-        raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
     bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
-    if not text:
+    if text is None:
         own = list(write_stories(n_stories, split=split, seed=seed))
         typer.echo(f"text: {describe(own, split, seed)}")
-        return bridge, load_text([story.text for story in own])
-    return bridge, load_text(text, streaming=streaming)
+        text = load_text([story.text for story in own])
+    return bridge, text
 
 
 @app.command()
@@ -188,9 +253,14 @@ def features(
     sae_dir: Annotated[Path, typer.Argument(help="Directory that SAELens wrote an SAE to.")],
     model: Model = "",
     text: HeldOutText = "",
-    n_features: Annotated[int, typer.Option(help="How many; the strongest sparse ones.")] = 24,
+    column: Column = None,
+    skip_empty: SkipEmpty = False,
+    n_features: Annotated[
+        int, typer.Option(help="How many; the strongest sparse ones.", **COUNT)
+    ] = 24,
     feature: Annotated[
-        list[int] | None, typer.Option(help="One to look at in place of these. Repeatable.")
+        list[int] | None,
+        typer.Option(help="One to look at in place of these. Repeatable.", **COUNT_OR_NONE),
     ] = None,
     hook: Hook = None,
     n_tokens: TextTokens = None,
@@ -201,15 +271,21 @@ def features(
     out: Out = Path("features"),
 ) -> None:
     """Features of an SAE as a page: excerpts, logits, neurons, neighbours."""
+    from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes import features as describe
     from lch_plugin.saes.evaluation.codes import load_sae
 
+    own_text = _text(model, text, column, skip_empty)
+    sae = load_sae(sae_dir, device)
+    if feature and max(feature) >= sae.cfg.d_sae:
+        raise InputError(
+            f"--feature {max(feature)}: the SAE has features 0 to {sae.cfg.d_sae - 1}. Give one."
+        )
     check_new_directory(out)
     bridge, data = _model_and_text(
-        model, text, dtype, device, n_stories=1000, split="test", seed=seed
+        model, own_text, dtype, device, n_stories=1000, split="test", seed=seed
     )
-    sae = load_sae(sae_dir, device)
     report = describe(
         bridge,
         sae,
@@ -230,11 +306,15 @@ def evaluate(
     sae_dir: Annotated[Path, typer.Argument(help="Directory that SAELens wrote an SAE to.")],
     model: Model = "",
     text: HeldOutText = "",
-    n_features: Annotated[int, typer.Option(help="How many to steer along.")] = 12,
+    column: Column = None,
+    skip_empty: SkipEmpty = False,
+    n_features: Annotated[int, typer.Option(help="How many to steer along.", **COUNT)] = 12,
     hook: Hook = None,
     n_tokens: TextTokens = None,
     batch_size: Rows = 16,
-    skip: Annotated[int, typer.Option(help="First tokens of each row that do not count.")] = 1,
+    skip: Annotated[
+        int, typer.Option(help="First tokens of each row that do not count.", **COUNT_OR_NONE)
+    ] = 1,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -245,11 +325,12 @@ def evaluate(
     from lch_plugin.saes.evaluation.codes import load_sae
     from lch_plugin.saes.evaluation.report import evaluation_report
 
+    own_text = _text(model, text, column, skip_empty)
+    sae = load_sae(sae_dir, device)
     check_new_directory(out)
     bridge, data = _model_and_text(
-        model, text, dtype, device, n_stories=400, split="test", seed=seed
+        model, own_text, dtype, device, n_stories=400, split="test", seed=seed
     )
-    sae = load_sae(sae_dir, device)
     evaluation_report(
         bridge,
         sae,
@@ -274,7 +355,10 @@ def compare(
     module: Annotated[str, typer.Option(help="Component, such as transformer.h.2.mlp.")] = "",
     dataset: Annotated[
         str,
-        typer.Option(help="Labelled texts or images: name[:config] on the hub, file or directory."),
+        typer.Option(
+            help="Labelled texts or images: name[:config] on the hub, file or directory.",
+            callback=source,
+        ),
     ] = "",
     label: Annotated[str, typer.Option(help="Column of labels.")] = "label",
     column: Annotated[
@@ -291,17 +375,27 @@ def compare(
             help="Another model or, as :MODULE, component, to compare features with. Repeatable.",
         ),
     ] = None,
-    k: Annotated[list[int] | None, typer.Option(help="8, 16, 32 and 64 by default.")] = None,
-    seeds: Annotated[int, typer.Option(help="SAEs of each k and site.")] = 3,
-    d_sae: Annotated[int, typer.Option(help="Features of an SAE.")] = 512,
+    k: Annotated[
+        list[int] | None, typer.Option(help="8, 16, 32 and 64 by default.", **COUNT)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="SAEs of each k and site.", min=2, max=MOST)] = 3,
+    d_sae: Annotated[int, typer.Option(help="Features of an SAE.", **COUNT)] = 512,
     architecture: Annotated[str, typer.Option(help="topk or batchtopk.")] = "topk",
-    rows: Annotated[int, typer.Option(help="Tokens or patches an SAE is trained on.")] = 300_000,
-    test_rows: Annotated[int, typer.Option(help="Held-out tokens or patches.")] = 50_000,
-    items: Annotated[int, typer.Option(help="Labelled items to train and test probes on.")] = 4_000,
-    neighbours: Annotated[int, typer.Option(help="Nearest ones whose labels are looked at.")] = 10,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Rows of a training step.")] = 512,
-    skip: Annotated[int, typer.Option(help="First tokens of each input that do not count.")] = 1,
+    rows: Annotated[
+        int, typer.Option(help="Tokens or patches an SAE is trained on.", **COUNT)
+    ] = 300_000,
+    test_rows: Annotated[int, typer.Option(help="Held-out tokens or patches.", **COUNT)] = 50_000,
+    items: Annotated[
+        int, typer.Option(help="Labelled items to train and test probes on.", min=4, max=MOST)
+    ] = 4_000,
+    neighbours: Annotated[
+        int, typer.Option(help="Nearest ones whose labels are looked at.", **COUNT)
+    ] = 10,
+    lr: LearningRate = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Rows of a training step.", **COUNT)] = 512,
+    skip: Annotated[
+        int, typer.Option(help="First tokens of each input that do not count.", **COUNT_OR_NONE)
+    ] = 1,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -314,8 +408,7 @@ def compare(
     from lch_plugin.saes.comparison import ComparisonSettings, load_labelled
     from lch_plugin.saes.comparison import compare as run
 
-    check_new_directory(out)
-    settings = ComparisonSettings(
+    chosen = ComparisonSettings(
         k=tuple(k or (8, 16, 32, 64)),
         n_seeds=seeds,
         d_sae=d_sae,
@@ -334,15 +427,20 @@ def compare(
 
         if dataset:
             raise InputError(f"--dataset {dataset} needs a --model to read it, and its --module.")
+        if column is not None:
+            raise InputError(f"--column {column} is one of a --dataset, and none is given.")
+        check_new_directory(out)
         embedded = embedded_task(task, rows, test_rows, seed=seed)
         model, module = str(embedded.model), module or embedded.module
         train, test = embedded.train, embedded.test
     elif not module or not dataset:
         raise InputError(f"--model {model} needs a --module of it and a labelled --dataset.")
     else:
+        check_new_directory(out)
         train, test = load_labelled(
             dataset, label, column=column, split=split, test_split=test_split, seed=seed
         )
+    keeping(lambda: finished_parts(out))
     loaded = load(model, dtype=dtype, device=device)
     others = []
     for other in against or []:
@@ -350,4 +448,4 @@ def compare(
         same = not name or name == model
         of = loaded if same else load(name, dtype=dtype, device=device)
         others.append((of, component or module))
-    run(loaded, module, train, test, out, settings, against=others)
+    run(loaded, module, train, test, out, chosen, against=others)

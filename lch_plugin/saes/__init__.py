@@ -9,6 +9,7 @@ wrapper of HuggingFace models (`HookedModel`), and on models without text throug
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.caching.writing import cache
 from lch_plugin.saes.comparison import ComparisonSettings, Labelled, compare, load_labelled
+from lch_plugin.saes.evaluation.codes import load_sae
 from lch_plugin.saes.evaluation.evaluate import Evaluation, evaluate
 from lch_plugin.saes.evaluation.functional import (
     CapturedComponent,
@@ -46,6 +47,7 @@ __all__ = [
     "evaluate",
     "features",
     "load_labelled",
+    "load_sae",
     "load_text",
     "predicted_responses",
     "reconstructed_centroids",

@@ -126,7 +126,7 @@ def test_refused(graph: nx.DiGraph, tmp_path: Path) -> None:
         save_graph(graph, tmp_path / "graph.txt")
     with pytest.raises(InputError, match="the graph lacks 'model'"):
         save_graph(nx.DiGraph(), tmp_path / "graph.json")
-    with pytest.raises(InputError, match="absent.json cannot be read"):
+    with pytest.raises(InputError, match=r"absent\.json cannot be read"):
         load_graph(tmp_path / "absent.json")
     for name, text in {
         "list.json": "[]",

@@ -359,7 +359,7 @@ def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
     with pytest.raises(lch.OutputError, match="settings differ"):
         compare(vit, VISION_MLP, *data, tmp_path / "out", other)
     # A part that was under way when the process was killed.
-    (partial / "saes" / ".input-k4-seed1-killed").mkdir()
+    (partial / "saes" / ".input-k4-seed1-ab12_cd3.tmp").mkdir()
 
     again = compare(vit, VISION_MLP, *data, tmp_path / "out", settings)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -696,7 +696,7 @@ def test_work_in_parts(tmp_path: Path) -> None:
         pass
     with resumable_directory(path, {"a": [1, 2]}) as directory:
         assert (directory / "part").read_text() == "done"
-    assert {p.name for p in path.iterdir()} == {"part", "settings.json"}
+    assert {p.name for p in path.iterdir()} == {"part", "settings.json", "files.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with pytest.raises(lch.OutputError, match="other content"), resumable_directory(path, {}):
         pass

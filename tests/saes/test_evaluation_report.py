@@ -52,6 +52,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_is_self_contained_and_shows_the_results(report: Path) -> None:
     names = {"report.html", "results.json", "density.png", "responses.png", "steering.png"}
+    names |= {"files.json"}
     assert {p.name for p in report.iterdir()} == names
     page = (report / "report.html").read_text()
     for source in re.findall(r'(?:src|href)="([^"]*)"', page):

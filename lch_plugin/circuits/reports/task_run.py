@@ -52,7 +52,6 @@ from lch_plugin.circuits.scores.attribution import METHODS, node_attribution
 from lch_plugin.circuits.tasks import TASKS, TemplateReport, task, task_templates
 from lch_plugin.errors import InputError
 from lch_plugin.files import (
-    SETTINGS,
     check_new_directory,
     portable,
     resumable_directory,
@@ -167,7 +166,6 @@ def run(
         save_graph(graph, directory / "graph.json")
         save_graph(graph, directory / "graph.graphml")
         save_mib(model, whole_mlps(model, scores), directory / "mib.json")
-        (directory / SETTINGS).unlink()
     console.print(summary(results))
     return results
 

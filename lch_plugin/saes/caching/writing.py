@@ -36,7 +36,7 @@ from torch import Tensor
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError, LCHError, NonFiniteError, OutputError
-from lch_plugin.files import check_new_directory, locked, sync_directory
+from lch_plugin.files import check_new_directory, locked, remove_leftovers, sync_directory
 from lch_plugin.records import read_json
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.caching.records import differences, record
@@ -321,6 +321,7 @@ def _finish(
     }
     with _writing(directory):
         kept = {shard.file for shard in shards}
+        remove_leftovers(directory)
         for file in directory.iterdir():  # What others put there is theirs.
             if is_ours(file.name) and file.name not in kept:
                 file.unlink()

@@ -105,6 +105,12 @@ def make_component(
     for split, use in ((to_train, "train"), (to_test, "test")):
         for name, items in split.items.items():
             _check_items(name, items, use, settings.n_neighbours)
+    for name, items in to_test.items.items():
+        if not np.intersect1d(to_train.items[name].labels, items.labels).size:
+            raise InputError(
+                f"no label of {name!r} is both among the {len(to_train.items[name].labels)} items "
+                f"to train on and the {len(items.labels)} to test on. Take more items or rows."
+            )
     first = [next(iter(to_train.batches))]
     shapes = {of: next(iter(_rows(loaded, first, module, of, settings.skip))).shape for of in SITES}
     if len({n_rows for n_rows, _ in shapes.values()}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -57,6 +58,11 @@ class ComparisonSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        whole = ("n_seeds", "d_sae", "n_rows", "n_test_rows", "n_items", "n_neighbours")
+        given = {name: getattr(self, name) for name in (*whole, "batch_size", "skip", "seed")}
+        for name, value in (given | {f"k[{i}]": k for i, k in enumerate(self.k)}).items():
+            if not isinstance(value, int):
+                raise InputError(f"{name}={value!r} must be a whole number.")
         if self.architecture not in get_args(Architecture):
             raise InputError(
                 f"architecture={self.architecture!r} is none of {get_args(Architecture)}."
@@ -77,8 +83,12 @@ class ComparisonSettings:
         for name, low in (least | {"batch_size": 1, "skip": 0, "seed": 0}).items():
             if getattr(self, name) < low:
                 raise InputError(f"{name}={getattr(self, name)} must be at least {low}.")
-        if not self.lr > 0:
-            raise InputError(f"lr={self.lr} must be above 0.")
+        if self.seed + self.n_seeds > 2**32:
+            raise InputError(
+                f"seed={self.seed} and n_seeds={self.n_seeds}: the last seed must be below 2**32."
+            )
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr={self.lr} must be a finite number above 0.")
 
     @property
     def seeds(self) -> range:

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from sae_lens import SAE, TrainingSAE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lch_plugin.files import check_contents, new_directory, write_directory
+from lch_plugin.files import check_contents, new_directory, remove_directory, write_directory
 from lch_plugin.saes.comparison.components import Component
 from lch_plugin.saes.comparison.scores import (
     chance_agreement,
@@ -76,7 +75,7 @@ class Work:
     def remove_values(self) -> None:
         """Leave no copy of the values behind."""
         for of in SITES:
-            shutil.rmtree(self._values(of))
+            remove_directory(self._values(of))
 
     def scores(self) -> Iterator[dict[str, Any]]:
         """Train, save and score each SAE that is not there yet; the scores of all."""
