@@ -9,6 +9,8 @@
   gives that nobody killed; nothing is left beside it; and files of the user's own are still there.
 - **Flips** of a bit and **cuts** of a file's end, anywhere in an artifact: reading it is refused in
   one line, or gives what it gave before.
+- **Hostile text** in place of every text of a page, in headless Chromium where there is one: none
+  of it runs.
 - **Cycles** of attaching, running and detaching each adapter: nothing is left on the model.
 - **Full disks**: an output on a file system that fills up (or where none can be mounted, a limit on
   the size of files) is an error in one line, nothing torn, and what was finished is kept where the
@@ -52,8 +54,10 @@ from lch_plugin.saes.caching.shards import MANIFEST
 from tests.faults import operations
 from tests.faults.cycles import CYCLES, repeat
 from tests.faults.operations import HOOK, OPERATIONS
+from tests.faults.pages import captured, check_page
 
 NOTES = "NOTES.md"
+_WITH_PAGES = ("evaluate", "features", "circuit", "neurons", "demo", "compare")
 # A child that is still at work after so many seconds is a fault of its own.
 _PATIENCE = 300
 _DIED, _REFUSED, _TRACEBACK = -signal.SIGKILL, 3, 4
@@ -385,6 +389,7 @@ def break_everything(
     disks: int,
     names: list[str],
     cycles: int = 0,
+    pages: bool = False,
     seed: int = 0,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Tally:
@@ -407,6 +412,11 @@ def break_everything(
         bench.whole(name)
         tally.add(f"full disk in {name}", bench.fill(name, generator.uniform(0.05, 0.9)))
         tell(f"disk {i + 1} of {disks}: {name}")
+    for name in _WITH_PAGES if pages else ():
+        with bench.room(name) as out:
+            for template, values in captured(lambda name=name, out=out: OPERATIONS[name](out)):
+                tally.add(f"hostile text in {template}", check_page(template, values))
+        tell(f"page of {name}")
     for adapter in CYCLES if cycles else ():
         tally.add(f"{cycles} cycles of {adapter}", repeat(adapter, cycles))
         tell(f"{cycles} cycles of {adapter}")
@@ -434,6 +444,7 @@ def main() -> None:
             cuts=given.cuts,
             disks=given.disks,
             cycles=given.cycles,
+            pages=not given.only,
             names=given.only or list(OPERATIONS),
             seed=given.seed,
             tell=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201

@@ -12,7 +12,7 @@ import torch
 from sae_lens import TopKTrainingSAEConfig
 
 import lch_plugin as lch
-from lch_plugin.circuits.reports import task_run
+from lch_plugin.circuits.reports import neuron_run, task_run
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.demo import run as demo
 from lch_plugin.demo.corpus import stories
@@ -112,6 +112,11 @@ def make_demo(out: Path) -> None:
     demo.run(out)
 
 
+def score_neurons(out: Path) -> None:
+    prompt = "I climbed up the pear tree and picked a"
+    neuron_run.run(model(), prompt, layer=2, answer=" pear", foil=" apple", out=out, n_samples=8)
+
+
 def make_centroids(out: Path) -> None:
     extract(loaded(), "Tom saw an apple", out)
 
@@ -122,6 +127,7 @@ OPERATIONS: dict[str, Callable[[Path], None]] = {
     "resume": resume,
     "compare": compare_sites,
     "circuit": find_circuit,
+    "neurons": score_neurons,
     "features": make_features,
     "evaluate": evaluate,
     "centroids": make_centroids,
