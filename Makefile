@@ -2,17 +2,21 @@
 #
 #   make demo    the demonstration, into demo-report/ (anew each time)
 #   make test    lint, types and tests: what CI runs
+#   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
+#   make faults  kills, flipped bits, full disks: the table of docs/files.md
 #   make bench   what centroids, SAEs on them and circuits cost, and circuits beside other methods
 #
 # PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
-# libraries; PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them.
+# libraries; PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them, and for test-lowest
+# UV_TORCH_BACKEND=cpu.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)/lowest
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-lowest faults check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -21,6 +25,12 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready check
 	$(BIN)/pytest -n auto --dist loadgroup
+
+test-lowest: $(LOWEST)/ready
+	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
+
+faults: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.harness
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -43,6 +53,14 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Of what the package asks for itself the lowest versions, of the rest those that go with them.
+$(LOWEST)/ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python \
+		--resolution lowest-direct --editable '.[test]'
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -130,7 +130,8 @@ class HeadReads:
 
         Shape ``(head, *n, d_head)``.
         """
-        found = torch.einsum("h...d,hde->h...e", normed, self._weight(slot).to(normed))
+        weight = self._weight(slot).to(normed)
+        found = einsum(normed, weight, "head ... d_model, head d_model d -> head ... d")
         bias = getattr(self._attn, f"b_{slot.upper()}", None)
         if bias is None:
             return found
@@ -139,32 +140,31 @@ class HeadReads:
 
     def written(self, z: Float[Tensor, "head *n d_head"]) -> Tensor:
         """What each head writes, without the bias, ``(head, *n, d_model)``."""
-        return torch.einsum("h...e,hed->h...d", z, self._attn.W_O.detach().to(z))
+        weight = self._attn.W_O.detach().to(z)
+        return einsum(z, weight, "head ... d, head d d_model -> head ... d_model")
 
     def by_head(self, slot: Slot | Literal["z"], value: Tensor) -> Float[Tensor, "head b pos d"]:
         """What passes a hook point, head by head: of each head the copy that is its own."""
-        copies = self._n_copies
-        groups = self.n_heads // copies
-        b, pos = value.shape[0] // copies, value.shape[1]
+        # Heads are apart or joined, as the hook point has them.
+        sizes = {"copy": self._n_copies, "d": self._d_head}
         if slot in ("k", "v"):  # One of each group in each copy.
-            found = value.reshape(copies, b, pos, groups, self._d_head).permute(3, 0, 1, 2, 4)
-            return found.reshape(self.n_heads, b, pos, self._d_head)
-        found = value.reshape(copies, b, pos, groups, copies, self._d_head)
-        own = found.diagonal(dim1=0, dim2=4)  # batch pos group d_head member
-        return own.permute(2, 4, 0, 1, 3).reshape(self.n_heads, b, pos, self._d_head)
+            pattern = "(copy b) pos (group d) -> (group copy) b pos d"
+            return rearrange(value.flatten(2), pattern, **sizes)
+        pattern = "(copy b) pos (group member d) -> copy member group b pos d"
+        found = rearrange(value.flatten(2), pattern, member=self._n_copies, **sizes)
+        own = found.diagonal(dim1=0, dim2=1)
+        return rearrange(own, "group b pos d member -> (group member) b pos d")
 
     def joined(self, slot: Slot, heads: Float[Tensor, "head b pos d"]) -> Tensor:
         """The value of a hook point, from what each head has there."""
-        n_heads, b, pos, d_head = heads.shape
-        copies = self._n_copies
         if slot == "q":
-            return heads.permute(1, 2, 0, 3).flatten(2).repeat(copies, 1, 1)
-        found = heads.reshape(n_heads // copies, copies, b, pos, d_head)
-        return found.permute(1, 2, 3, 0, 4).reshape(copies * b, pos, -1)
+            return self.mixed(heads).repeat(self._n_copies, 1, 1)
+        pattern = "(group copy) b pos d -> (copy b) pos (group d)"
+        return rearrange(heads, pattern, copy=self._n_copies)
 
     def mixed(self, z: Float[Tensor, "head b pos d"]) -> Tensor:
         """What passes the hook point of ``z`` and goes on, one copy of the batch again."""
-        return z.permute(1, 2, 0, 3).flatten(2)
+        return rearrange(z, "head b pos d -> b pos (head d)")
 
     @contextmanager
     def entered(self) -> Iterator[None]:

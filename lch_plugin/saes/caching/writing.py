@@ -128,8 +128,7 @@ def cache(
     hook_names = [hook_names] if isinstance(hook_names, str) else list(dict.fromkeys(hook_names))
     context_size = _context_size(model, context_size)
     _check_settings(hook_names, n_tokens, dtype, batch_size)
-    texts = load_text(dataset)
-    check_dataset(model, texts, context_size, use_chat_formatting)
+    texts = check_dataset(model, load_text(dataset), context_size, use_chat_formatting)
     found = path, directory, before = _find(path)
     tokenization = {
         "prepend_bos": prepend_bos,

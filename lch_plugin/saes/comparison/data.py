@@ -11,6 +11,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from lch_plugin.errors import InputError
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes.sources.images import Images
 from lch_plugin.saes.sources.rows import Rows
+from lch_plugin.saes.sources.texts import is_empty
 
 BATCH_SIZE = 32
 _TEXTS_AT_ONCE = 256
@@ -48,7 +50,8 @@ class Labelled:
         left_out: inputs that are not among these because others, to train on, are the same.
 
     Raises:
-        InputError: no inputs, no labels, or not as many labels as inputs.
+        InputError: no inputs, no labels, not as many labels as inputs, or among texts or images in
+            a list one that is missing, empty or no text where others are.
     """
 
     inputs: Any
@@ -67,6 +70,15 @@ class Labelled:
                 raise InputError(
                     f"{name!r} has {len(labels)} entries for {len(self.inputs)} inputs: there has "
                     "to be one for each."
+                )
+        if isinstance(self.inputs, Dataset | Tensor | np.ndarray):
+            return
+        is_text = any(isinstance(one, str) for one in self.inputs)
+        for i, one in enumerate(self.inputs):
+            if is_empty(one) or isinstance(one, str) != is_text:
+                raise InputError(
+                    f"input {i} of {self.name or 'the inputs'} is {shortened(one)}, which is no "
+                    f"{'text' if is_text else 'image'}. Leave it out, and its labels."
                 )
 
     def first(self, n: int) -> Labelled:
@@ -282,7 +294,8 @@ def _items(
         key_of_row += [len(known) + item if item >= 0 else -1 for item in of_token[skip:]]
         known += found
     of_row = np.array(key_of_row)
-    usable = np.array([label not in _NO_LABEL for label in known], dtype=bool)
+    # What differs from itself is NaN, as which tables keep an empty cell.
+    usable = np.array([x not in _NO_LABEL and x == x for x in known], dtype=bool)
     usable &= np.isin(np.arange(len(known)), of_row)
     order = np.random.default_rng(seed).permutation(len(known))
     keys = np.sort(order[usable[order]][:n_items])

@@ -14,7 +14,7 @@ from sklearn.model_selection import GroupShuffleSplit
 
 from lch_plugin.errors import InputError
 from lch_plugin.saes.comparison.data import Labelled
-from lch_plugin.saes.sources.texts import load_text
+from lch_plugin.saes.sources.texts import check_inputs, load_text
 
 # Of a data set that is not split, what is held out.
 _TEST_FRACTION = 0.2
@@ -30,6 +30,7 @@ def load_labelled(
     split: str = "train",
     test_split: str | None = None,
     seed: int = 0,
+    skip_empty: bool = False,
 ) -> tuple[Labelled, Labelled]:
     """Load labelled texts or images, shuffled, to train on and held out.
 
@@ -48,17 +49,23 @@ def load_labelled(
         test_split: held out, of a source with several splits; if None, a fifth of the different
             texts or images of ``split``, chosen at random.
         seed: of the order and of that choice.
+        skip_empty: leave out rows without a text or image; a warning says how many. A row without
+            a label stays, and counts for none.
 
     Raises:
-        InputError: the data set cannot be read, has no such split or column, or has nothing to hold
-            out that is not also in the other part.
+        InputError: the data set cannot be read, has no such split or column, a row without a text
+            or image, no label, or nothing to hold out that is not also in the other part.
     """
     name = f"{source}, {label}" if isinstance(source, str | Path) else label
-    data = _labelled(_load(source, split, seed), label, column, f"{name} ({split})")
+
+    def load(split: str, name: str) -> Labelled:
+        data, read = _load(source, split, label, column, skip_empty)
+        return _labelled(data.shuffle(seed=seed), label, read, name)
+
+    data = load(split, f"{name} ({split})")
     if test_split is not None:
         held_out_name = f"{name} ({test_split}, held out)"
-        test = _labelled(_load(source, test_split, seed), label, column, held_out_name)
-        return data, test.without(data)
+        return data, load(test_split, held_out_name).without(data)
     numbers: dict[Hashable, int] = {}
     of_row = [numbers.setdefault(content, len(numbers)) for content in data.contents()]
     if len(numbers) < 2:
@@ -75,12 +82,22 @@ def load_labelled(
     return train, replace(test, name=f"{name} ({held_out_name})")
 
 
-def _load(source: str | Path | Dataset, split: str, seed: int) -> Dataset:
-    """A split, in an order of its own."""
+def _load(
+    source: str | Path | Dataset, split: str, label: str, column: str | None, skip_empty: bool
+) -> tuple[Dataset, str]:
+    """A split, and which column of it is read."""
     data = _read(source, split)
     if not len(data):
         raise InputError(f"{split!r} of {source} has no rows. Give a split with some.")
-    return data.shuffle(seed=seed)
+    column = column or ("image" if "image" in data.column_names else "text")
+    for wanted in (label, column):
+        if wanted not in data.column_names:
+            raise InputError(
+                f"the data set has no column {wanted!r}, but {data.column_names}. Name one of them."
+            )
+    if data.data.column(label).null_count == len(data.data):
+        raise InputError(f"column {label!r} labels no row: all of it is missing. Name another.")
+    return check_inputs(data, column, skip_empty), column
 
 
 def _read(source: str | Path | Dataset, split: str) -> Dataset:
@@ -97,13 +114,7 @@ def _read(source: str | Path | Dataset, split: str) -> Dataset:
     return data
 
 
-def _labelled(data: Dataset, label: str, column: str | None, name: str) -> Labelled:
-    column = column or ("image" if "image" in data.column_names else "text")
-    for wanted in (label, column):
-        if wanted not in data.column_names:
-            raise InputError(
-                f"the data set has no column {wanted!r}, but {data.column_names}. Name one of them."
-            )
+def _labelled(data: Dataset, label: str, column: str, name: str) -> Labelled:
     feature = data.features[label]
     labels = list(data[label])
     names = getattr(getattr(feature, "feature", feature), "names", None)

@@ -26,10 +26,10 @@ from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.sae_inputs import heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, real_tokens, width
-from lch_plugin.saes.sources.texts import load_text
+from lch_plugin.saes.sources.texts import check_dataset, load_text
 from lch_plugin.saes.training.checks import check_width
 
-_COLUMNS = ("tokens", "input_ids", "text")
+_COLUMNS = ("tokens", "input_ids", "text", "problem")
 # Of a centroid's record, what an SAE does not carry over to another value of: where both records
 # say, and where to say nothing is to say that there is none.
 _PLACE = ("site", "layer", "first_layer", "index", "stack")
@@ -102,7 +102,7 @@ class Codes:
             self.text, self.context_size = text, text.shape[1]
         else:
             self.context_size = int(metadata.context_size or n_ctx(model) or 128)
-            self.text = load_text(text, streaming=True)
+            self.text = check_dataset(model, load_text(text, streaming=True), self.context_size)
         self.n_rows = None if n_tokens is None else max(1, n_tokens // self.context_size)
         self.positions = slice(*(metadata.seqpos_slice or (None,)))
         excluded = metadata.exclude_special_tokens or []
@@ -203,20 +203,13 @@ class Codes:
             yield from self.text.cpu()
             return
         texts = iter(self.text)
-        first: Any = next(texts, {})
-        column = next((c for c in _COLUMNS if c in first), None)
-        if column is None:
-            raise InputError(f"the text has columns {list(first)}: one of {_COLUMNS} is needed.")
+        first: Any = next(texts)
+        column = next(c for c in _COLUMNS if c in first)
         values = (row[column] for row in itertools.chain([first], texts))
-        if column == "text":
+        if isinstance(first[column], str):
             yield from self._tokenised(values)
             return
         for ids in values:
-            if len(ids) < self.context_size:
-                raise InputError(
-                    f"a row of the text has {len(ids)} tokens, fewer than the {self.context_size} "
-                    "that the SAE was trained on. Tokenise into longer rows, or pass text."
-                )
             yield torch.as_tensor(ids[: self.context_size], dtype=torch.long)
 
     def _tokenised(self, texts: Iterator[str]) -> Iterator[Int[Tensor, " pos"]]:

@@ -115,7 +115,7 @@ def train(
         with attached(model, names), evaluating(model), _uncompiled(model):
             check_hooks(model, hooks, config.context_size)
             check_run(config)
-            check_dataset(model, dataset, config.context_size, config.use_chat_formatting)
+            dataset = check_dataset(model, dataset, config.context_size, config.use_chat_formatting)
             # A shallow copy: SAELens sets the format of the dataset it is given.
             runner = MultiRunner if isinstance(config, MultiSAETrainingRunnerConfig) else Runner
             return runner(config, copy.copy(dataset), model).run()
