@@ -220,14 +220,15 @@ def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterat
     wanted = json.loads(json.dumps(settings))
     with claimed(path) as path:
         partial = path.with_name(f".{path.name}.partial")
-        if partial.exists():
-            _check_unfinished(partial, wanted)
-            for parent in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-                if parent.exists():
-                    _remove_leftovers(parent)
-        else:
-            with new_directory(partial) as directory:
-                _write_json(directory / SETTINGS, wanted)
+        with locked(partial):
+            if partial.exists():
+                _check_unfinished(partial, wanted)
+                for parent in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
+                    if parent.exists():
+                        _remove_leftovers(parent)
+            else:
+                with new_directory(partial) as directory:
+                    _write_json(directory / SETTINGS, wanted)
         try:
             yield partial
             _finish(partial, path)
