@@ -473,7 +473,7 @@ def _is_about(error: OSError, directory: Path) -> bool:
 
 
 def _unwritable(path: Path, error: BaseException) -> str:
-    return f"{path} cannot be written: {reason(error)}. Make room there, or choose another path."
+    return f"{path} cannot be written: {reason(error)}. Choose another path, or make room there."
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -100,7 +100,8 @@ def train(
     settings.check(architecture, chosen, chosen.get("d_sae", d_sae))
     if cache and (model or text or column or skip_empty or dtype):
         raise InputError(
-            f"--cache {cache} needs no --model, --text, --column, --skip-empty or --dtype."
+            f"--cache {cache} needs no --model, --text, --column, --skip-empty or --dtype. "
+            "Leave them out."
         )
     if resume is not None and not (resume / TRAINER_STATE_FILENAME).is_file():
         raise InputError(

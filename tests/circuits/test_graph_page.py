@@ -206,7 +206,8 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "page.html").mkdir()
     with pytest.raises(lch.OutputError, match="Choose another path"):
         write_graph_page(small(), tmp_path / "page.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert not list((tmp_path / "page.html").iterdir())
+    assert "<html" in (tmp_path / "page.html-2" / "page.html").read_text()  # It is kept.
 
 
 # ------------------------------------------------------------------------------------ the page
