@@ -66,8 +66,13 @@ def watched() -> Iterator[Callable[[], int | None]]:
     ours.setblocking(False)
     pythons.setblocking(False)
     before = signal.set_wakeup_fd(pythons.fileno(), warn_on_full_buffer=False)
-    # As an exception, so that temporary files are cleaned up on the way out.
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # As an exception, so that temporary files are cleaned up on the way out; SIGINT as well, for
+    # SAELens' runners leave a handler of their own. What is ignored, as by nohup, stays so.
+    handlers = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
 
     def received() -> int | None:
         numbers = b""
@@ -79,7 +84,8 @@ def watched() -> Iterator[Callable[[], int | None]]:
         yield received
     finally:
         _keeping.clear()
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         signal.set_wakeup_fd(before)
         ours.close()
         pythons.close()

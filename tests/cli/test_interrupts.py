@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sae_lens.training._interruption import interrupt_callback
 
 from tests.cli import COMMANDS, HOOK, NEEDED, run
 from tests.cli.conftest import LOADERS
@@ -45,6 +46,20 @@ def test_every_command_says_which_signal_came(
     assert "Traceback" not in said
     assert sorted(Path.cwd().rglob("*")) == before
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_handler_that_a_toolkit_left_is_not_ours(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, interrupt_callback)
+    try:
+        for loader in LOADERS:
+            monkeypatch.setattr(loader, raising(signal.SIGINT))
+        found, said = run("demo", *NEEDED["demo"])
+        assert (found, signal.getsignal(signal.SIGINT)) == (130, interrupt_callback)
+        assert "Traceback" not in said
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_is_finished_of_a_comparison_and_of_a_circuit_is_named(
