@@ -42,6 +42,8 @@ CONTENTS = "files.json"
 SETTINGS = "settings.json"
 # In a directory that is being written: that it is ours to remove if its process was killed.
 _UNFINISHED = ".lch-unfinished"
+# How the names of files and directories end that have not got their own yet.
+_UNDER_WAY = r"-[a-z0-9_]{8}\.tmp"
 _BLOCK = 2**24
 _MOST_NAMES = 1000
 # Seconds that writing one file waits for another process that writes the same.
@@ -104,7 +106,7 @@ def claimed(path: str | Path) -> Iterator[Path]:
     try:
         path = Path(path).expanduser().resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent):
+        with tempfile.TemporaryDirectory(**_named_for(path)):
             pass
     except (OSError, ValueError, RuntimeError) as error:
         raise OutputError(
@@ -245,7 +247,7 @@ def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterat
 def remove_leftovers(directory: Path) -> None:
     """Remove what killed runs left in a directory, but for what other processes are writing."""
     for found in list(directory.iterdir()) if directory.is_dir() else []:
-        if name := re.fullmatch(r"\.(.+)(?:-[a-z0-9_]{8}\.tmp|\.lock)", found.name):
+        if name := re.fullmatch(rf"\.(.+)(?:{_UNDER_WAY}|\.lock)", found.name):
             with suppress(OutputError), locked(directory / name[1]):
                 pass
 
@@ -280,7 +282,7 @@ def replace_file(path: Path, text: str) -> None:
     Raises:
         OSError: the disk refuses; the file is as it was.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(**_named_for(path))
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -380,7 +382,7 @@ class _Kept(OutputError):
 def _remove_leftovers(parent: Path, name: str | None = None) -> None:
     """What killed runs left of a path, or of all in a directory that is ours alone."""
     of = r".+" if name is None else re.escape(name)
-    temporary = re.compile(rf"\.{of}-[a-z0-9_]{{8}}\.tmp")
+    temporary = re.compile(rf"\.{of}{_UNDER_WAY}")
     for found in [p for p in parent.iterdir() if not p.is_symlink()]:
         is_lock = name is None and re.fullmatch(r"\..+\.lock", found.name)
         if not is_lock and not temporary.fullmatch(found.name):
@@ -394,8 +396,13 @@ def _remove_leftovers(parent: Path, name: str | None = None) -> None:
                 found.rmdir()
 
 
+def _named_for(path: Path) -> dict[str, Any]:
+    """How `tempfile` names what will be called as ``path``: as `_UNDER_WAY` says."""
+    return {"prefix": f".{path.name}-", "suffix": ".tmp", "dir": path.parent}
+
+
 def _temporary(path: Path) -> Path:
-    directory = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
+    directory = Path(tempfile.mkdtemp(**_named_for(path)))
     (directory / _UNFINISHED).touch()
     return directory
 

@@ -108,7 +108,7 @@ class NodeScores:
         Raises:
             InputError: another ``by``.
         """
-        order = self._order(by).numpy()
+        order = ordered(self.values, by).numpy()
         if kind is not None:
             order = order[self._table["kind"].to_numpy()[order] == kind]
         return [self._scored(place) for place in order[:n].tolist()]
@@ -118,7 +118,7 @@ class NodeScores:
 
         Rank and percentile, in percent, are among the nodes of a kind, as in `ScoredNode`.
         """
-        table = self._table.iloc[self._order("score").numpy()].reset_index(drop=True)
+        table = self._table.iloc[ordered(self.values, "score").numpy()].reset_index(drop=True)
         names = [str(Node(*row)) for row in zip(*(table[c] for c in _PLACE), strict=True)]
         table.insert(0, "node", names)
         return table
@@ -161,18 +161,7 @@ class NodeScores:
         Raises:
             InputError: the size is below 1 or above the number of nodes, or another ``by``.
         """
-        if not 1 <= size <= len(self.values):
-            raise InputError(f"size={size}: a circuit has 1 to {len(self.values)} nodes.")
-        keep = torch.zeros(len(self.values), dtype=torch.bool)
-        keep[self._order(by)[:size]] = True
-        return Circuit(self.points, keep)
-
-    def _order(self, by: str) -> Int[Tensor, " node"]:
-        """Places of the nodes, the highest first."""
-        keys = {"score": self.values, "magnitude": self.values.abs()}
-        if by not in keys:
-            raise InputError(f"by={by!r} must be one of {tuple(keys)}.")
-        return keys[by].cpu().argsort(descending=True, stable=True)
+        return Circuit(self.points, highest(self.values, size, by, "nodes"))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -288,6 +277,32 @@ def whole_mlps(model: LensModel, scores: NodeScores) -> NodeScores:
         for point in points
     ]
     return NodeScores(points, torch.cat(parts))
+
+
+def ordered(values: Float[Tensor, " n"], by: str) -> Int[Tensor, " n"]:
+    """Places of scores, the highest first, or that of largest magnitude.
+
+    Raises:
+        InputError: another ``by``.
+    """
+    keys = {"score": values, "magnitude": values.abs()}
+    if by not in keys:
+        raise InputError(f"by={by!r} must be one of {tuple(keys)}.")
+    return keys[by].cpu().argsort(descending=True, stable=True)
+
+
+def highest(values: Float[Tensor, " n"], size: int, by: str, what: str) -> Bool[Tensor, " n"]:
+    """Which of some scores are the ``size`` highest, or of largest magnitude.
+
+    Raises:
+        InputError: the size is below 1 or above their number, which counts ``what``; or another
+            ``by``.
+    """
+    if not 1 <= size <= len(values):
+        raise InputError(f"size={size}: a circuit has 1 to {len(values)} {what}.")
+    keep = torch.zeros(len(values), dtype=torch.bool)
+    keep[ordered(values, by)[:size]] = True
+    return keep
 
 
 def place(score: Float[Tensor, ""], peers: Float[Tensor, " n"]) -> tuple[int, float]:

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens.reads import SLOTS
-from lch_plugin.circuits.nodes import Circuit
+from lch_plugin.circuits.nodes import Circuit, highest, ordered
 from lch_plugin.errors import InputError, SiteError
 
 ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
@@ -226,11 +226,11 @@ class EdgeScores:
         Raises:
             InputError: another ``by``.
         """
-        return [self._scored(place) for place in self._order(by)[:n].tolist()]
+        return [self._scored(place) for place in ordered(self.values, by)[:n].tolist()]
 
     def to_dataframe(self) -> pd.DataFrame:
         """All edges, highest first: edge, writer, reader, score, rank and percentile."""
-        order = self._order("score").tolist()
+        order = ordered(self.values, "score").tolist()
         edges = self._edges
         return pd.DataFrame(
             {
@@ -249,11 +249,7 @@ class EdgeScores:
         Raises:
             InputError: the size is below 1 or above the number of edges, or another ``by``.
         """
-        if not 1 <= size <= len(self.values):
-            raise InputError(f"size={size}: a circuit has 1 to {len(self.values)} edges.")
-        keep = torch.zeros(len(self.values), dtype=torch.bool)
-        keep[self._order(by)[:size]] = True
-        return EdgeCircuit(self.wiring, keep)
+        return EdgeCircuit(self.wiring, highest(self.values, size, by, "edges"))
 
     def __repr__(self) -> str:
         named = ", ".join(f"{one.edge} {one.score:+.3g}" for one in self.top(3))
@@ -282,13 +278,6 @@ class EdgeScores:
         return ScoredEdge(
             self._edges[place], score, int(ranks.iloc[place]), float(percentiles.iloc[place])
         )
-
-    def _order(self, by: str) -> Int[Tensor, " edge"]:
-        """Places of the edges, the highest first."""
-        keys = {"score": self.values, "magnitude": self.values.abs()}
-        if by not in keys:
-            raise InputError(f"by={by!r} must be one of {tuple(keys)}.")
-        return keys[by].cpu().argsort(descending=True, stable=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

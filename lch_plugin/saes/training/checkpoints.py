@@ -114,8 +114,9 @@ def n_batches_taken(config: LanguageModelSAERunnerConfig[Any]) -> int:
 
 def newest_good(run: Path) -> Path | None:
     """Of the checkpoints of a run, the last whose files are what they were."""
-    found = [path for path in run.glob("*/") if path.name.isdigit() and _is_good(path)]
-    return max(found, key=lambda path: int(path.name), default=None)
+    found = [path for path in run.glob("*/") if path.name.isdigit()]
+    newest_first = sorted(found, key=lambda path: int(path.name), reverse=True)
+    return next(filter(_is_good, newest_first), None)
 
 
 def check_checkpoint(config: _Config, checkpoint: Path) -> None:
@@ -137,7 +138,10 @@ def check_checkpoint(config: _Config, checkpoint: Path) -> None:
                 f"resume_from_checkpoint={str(checkpoint)!r} is no directory with a file {file}, "
                 f"so no checkpoint of such a run. {_cure(checkpoint)}"
             )
-    is_ours = check_contents(checkpoint, _cure(checkpoint))
+    try:
+        is_ours = check_contents(checkpoint, "")
+    except InputError as error:  # Only now are the others of its run looked at.
+        raise InputError(f"{str(error).rstrip()} {_cure(checkpoint)}") from error
     if not is_ours and (checkpoint / RESUME_FILE).exists():
         raise InputError(
             f"resume_from_checkpoint={str(checkpoint)!r} has lost its {CONTENTS}, by which its "
