@@ -22,7 +22,6 @@ Private attributes used, for want of a public way:
 """
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
-    LensModel,
     MLPParts,
     locate_mlps,
     weight_processing,
@@ -43,15 +42,24 @@ from lch_plugin.adapters.transformer_lens.nodes import (
 )
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import disagreements
+from lch_plugin.adapters.transformer_lens.toolkit import (
+    HookedTransformer,
+    HookPoint,
+    LensModel,
+    TransformerBridge,
+)
 from lch_plugin.adapters.transformer_lens.tracker import attached_readers
 
 __all__ = [
     "Handle",
+    "HookPoint",
+    "HookedTransformer",
     "LensModel",
     "MLPParts",
     "NodeKind",
     "NodePoint",
     "Reader",
+    "TransformerBridge",
     "as_tokens",
     "attach",
     "attached_readers",

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.components import MLP as HookedMLP
-from transformer_lens.components import GatedMLP as HookedGatedMLP
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
 
 from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.states import without_autocast
@@ -30,11 +24,19 @@ from lch_plugin.adapters.transformer_lens.gates import (
     RootOutputGate,
     RootPointGate,
 )
+from lch_plugin.adapters.transformer_lens.toolkit import (
+    HookedGatedMLP,
+    HookedMLP,
+    HookedTransformer,
+    HookPoint,
+    LensModel,
+    MLPBridge,
+    MoEBridge,
+    TransformerBridge,
+)
 from lch_plugin.errors import InputError, SiteError, VanishingCentroidError
 from lch_plugin.mlp import MLP, GatedMLP, PlainMLP, at_least_float32, is_vanishing
 from lch_plugin.sites import integers
-
-LensModel: TypeAlias = TransformerBridge | HookedTransformer
 
 # Lists of blocks, by the name TransformerLens gives them; encoder-decoders have two.
 _STACKS = ("blocks", "encoder_blocks", "decoder_blocks")

@@ -8,15 +8,14 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.transformer_lens import anatomy
-from lch_plugin.adapters.transformer_lens.anatomy import LensModel
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader, NeuronReader
 from lch_plugin.adapters.transformer_lens.points import CentroidPoint
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.self_check import check_readers, disagreements
+from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer, LensModel
 from lch_plugin.adapters.transformer_lens.tracker import tracker_of
 from lch_plugin.adapters.transformer_lens.vjps import HeadVJPReader, LocalReader, VJPReader
 from lch_plugin.cotangents import AnyCotangent, Logit

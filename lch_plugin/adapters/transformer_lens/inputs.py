@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.anatomy import LensModel, MLPParts
+from lch_plugin.adapters.transformer_lens.anatomy import MLPParts
+from lch_plugin.adapters.transformer_lens.toolkit import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.padding import PadToken, known_tokens, tokens_in_ids

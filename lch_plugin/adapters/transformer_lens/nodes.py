@@ -16,10 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
-    LensModel,
     attention,
     check_heads,
     check_model,
@@ -28,6 +26,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     values_point,
 )
 from lch_plugin.adapters.transformer_lens.inputs import as_tokens
+from lch_plugin.adapters.transformer_lens.toolkit import HookPoint, LensModel
 from lch_plugin.errors import InputError, SiteError
 
 NodeKind = Literal["head", "neuron", "mlp"]

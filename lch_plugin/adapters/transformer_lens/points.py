@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
 
-from lch_plugin.adapters.transformer_lens.anatomy import LensModel
+from lch_plugin.adapters.transformer_lens.toolkit import HookPoint, LensModel, TransformerBridge
 from lch_plugin.errors import AttachError
 
 

@@ -10,10 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.transformer_lens.anatomy import (
-    LensModel,
     attention,
     check_heads,
     check_model,
@@ -24,6 +22,7 @@ from lch_plugin.adapters.transformer_lens.anatomy import (
     values_point,
 )
 from lch_plugin.adapters.transformer_lens.gates import Gate, ModuleGate, PointGate
+from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer, LensModel
 from lch_plugin.errors import SiteError
 
 #: What a head reads the residual stream for: its queries, its keys and its values.

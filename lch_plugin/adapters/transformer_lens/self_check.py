@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from lch_plugin.adapters.checks import TOLERANCE, check_more_than_noise, noise
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens.anatomy import (
-    LensModel,
     MLPParts,
     attention_input,
     head_outputs,
@@ -33,6 +32,7 @@ from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPRea
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.states import silenced
+from lch_plugin.adapters.transformer_lens.toolkit import LensModel
 from lch_plugin.adapters.transformer_lens.tracker import tracker_of, without_padding
 from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader

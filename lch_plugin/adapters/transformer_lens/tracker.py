@@ -15,15 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from lch_plugin.adapters.arguments import Call, arguments_of, holds_tokens, is_causal
 from lch_plugin.adapters.checks import check_no_padding
 from lch_plugin.adapters.passes import Late, Pass, gradients
 from lch_plugin.adapters.states import detach_cache, evaluating, without_graph
 from lch_plugin.adapters.transformer_lens.anatomy import (
-    LensModel,
     final_norm,
     logits,
     post_norm,
@@ -38,6 +35,11 @@ from lch_plugin.adapters.transformer_lens.gates import (
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.stand_ins import Forward, ToTokens, Turns
 from lch_plugin.adapters.transformer_lens.states import detach_attributes, silenced
+from lch_plugin.adapters.transformer_lens.toolkit import (
+    HookedTransformer,
+    LensModel,
+    StopAtLayerException,
+)
 from lch_plugin.adapters.transformer_lens.trial import Trial
 from lch_plugin.adapters.transformer_lens.vjps import VJPReader, gradient
 from lch_plugin.adapters.turns import Turn
