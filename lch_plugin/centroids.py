@@ -123,13 +123,33 @@ def affine_expert(
             f"affine_expert needs one output row an input row, but x has shape {tuple(x.shape)} "
             f"and fn(x) {tuple(y.shape)}. Flatten what fn reads into the last dimension of x."
         )
-    offset = (v * y).sum(-1) - (mu * x).sum(-1)
+    offset, radius = offset_and_radius(mu, x, y, v)
     return AffineExpert(
         centroid=mu,
         offset=offset,
-        radius=mu.square().sum(-1) + 2 * offset,
+        radius=radius,
         alignment=torch.nn.functional.cosine_similarity(mu, x, dim=-1),
     )
+
+
+def offset_and_radius(
+    mu: Float[Tensor, "*batch d_in"],
+    x: Float[Tensor, "*batch d_in"],
+    y: Float[Tensor, "*batch d_out"],
+    v: Float[Tensor, "*#batch d_out"],
+    dims: tuple[int, ...] = (-1,),
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+    """``v . y - mu . x`` and ``|mu|^2`` plus twice that: the rest of an expert beside its centroid.
+
+    Args:
+        mu: centroid.
+        x: input.
+        y: output.
+        v: cotangent.
+        dims: what one expert is of: the last dimension, or positions as well where they are mixed.
+    """
+    offset = (v * y).sum(dims) - (mu * x).sum(dims)
+    return offset, mu.square().sum(dims) + 2 * offset
 
 
 @overload

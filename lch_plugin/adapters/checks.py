@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lch_plugin.cotangents import (
@@ -17,7 +17,7 @@ from lch_plugin.cotangents import (
     evaluate,
 )
 from lch_plugin.errors import InputError, NonFiniteError, SiteError, VanishingCentroidError
-from lch_plugin.mlp import MLP, is_vanishing
+from lch_plugin.mlp import MLP, reads_nothing
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Largest relative distance of a closed form from autograd, by the model's dtype: far above
@@ -127,11 +127,34 @@ def check_mlp_cotangent(name: str, mlp: MLP, cotangent: Cotangent) -> None:
         InputError: it is not of the shape of the output.
         VanishingCentroidError: the centroid would be rounding noise.
     """
-    v = evaluate(cotangent, mlp.W_out.new_ones(mlp.W_out.shape[-1]))
-    if is_vanishing(mlp, v):
+    W_out = mlp.W_out
+    check_reads(name, "this MLP", W_out, evaluate(cotangent, W_out.new_ones(W_out.shape[-1])))
+
+
+def check_reads(
+    name: str,
+    writer: str,
+    W_out: Float[Tensor, "n d_out"],
+    v: Float[Tensor, " d_out"],
+    *,
+    cure: str = _CURE,
+) -> None:
+    """Refuse a cotangent that is orthogonal to everything a component writes.
+
+    Args:
+        name: of the centroid.
+        writer: the component, in the message.
+        W_out: its writing weights.
+        v: cotangent.
+        cure: ends the message.
+
+    Raises:
+        VanishingCentroidError: the centroid would be rounding noise.
+    """
+    if reads_nothing(W_out.detach(), v):
         raise VanishingCentroidError(
-            f"{name}: the cotangent is orthogonal to everything this MLP writes, so its centroid "
-            f"would be rounding noise. {_CURE}"
+            f"{name}: the cotangent is orthogonal to everything {writer} writes, so its centroid "
+            f"would be rounding noise. {cure}"
         )
 
 
@@ -155,34 +178,6 @@ def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
             f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite{place}. Look "
             "at the activations there (half precision overflows at 65504: load the model in "
             "float32), and at masked rows, whose gradients may be NaN where their values are not."
-        )
-
-
-def check_no_padding(
-    metric: Metric,
-    gradient: Float[Tensor, "batch pos d_vocab"] | None,
-    tokens: Bool[Tensor, "batch read"] | None,
-) -> None:
-    """Refuse a metric that reads logits at padding.
-
-    Args:
-        metric: which.
-        gradient: its gradient in the logits, if it depends on them.
-        tokens: which positions are tokens; all if None.
-
-    Raises:
-        InputError: it does.
-    """
-    if tokens is None or gradient is None:
-        return
-    padding = ~tokens.to(gradient.device)[:, -gradient.shape[1] :]
-    read = gradient.ne(0).any(-1) & padding
-    if bool(read.any()):
-        row, position = read.nonzero()[0].tolist()
-        raise InputError(
-            f"metric {metric.name!r} reads logits at padding (row {row}, position {position}), "
-            "which are no prompt's. Give it the position it is about, as in Metric(fn, "
-            "position=-1), and it is given the logits of each prompt's own last token."
         )
 
 

@@ -23,9 +23,9 @@ from lch_plugin.adapters.arguments import (
     token_mask,
 )
 from lch_plugin.adapters.checks import check_cotangent, check_finite, check_mlp_cotangent
+from lch_plugin.adapters.grad_scope import GradScope, gradients
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
-from lch_plugin.adapters.passes import Pass, gradients
 from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Structure
 from lch_plugin.adapters.turns import Turn
@@ -62,7 +62,7 @@ class Running:
         return self.name
 
 
-class Graph(Pass):
+class Graph(GradScope):
     """That of one model.
 
     Attributes:

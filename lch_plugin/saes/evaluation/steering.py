@@ -29,7 +29,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin.adapters.arguments import Call, input_of
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens.anatomy import attention, is_module
+from lch_plugin.adapters.transformer_lens.architecture import attention
+from lch_plugin.adapters.transformer_lens.mlps import is_module
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import readers, real_tokens

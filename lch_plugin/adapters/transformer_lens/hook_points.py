@@ -1,7 +1,10 @@
-"""Hook points of ours on a model: there under their full names, and gone without a trace."""
+"""Hook points: ours on a model, there under their full names and gone without a trace; silence."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -108,3 +111,22 @@ def _full_names(component: Any) -> _FullNames:
         present = component._register_hook = _FullNames(component)
     assert isinstance(present, _FullNames)
     return present
+
+
+def hook_points(module: nn.Module) -> Iterator[HookPoint]:
+    """Every hook point within."""
+    return (m for m in module.modules() if isinstance(m, HookPoint))
+
+
+@contextmanager
+def silenced(module: nn.Module) -> Iterator[None]:
+    """No hook on any hook point within fires."""
+    points = list(hook_points(module))
+    saved = [(point._forward_hooks, point._backward_hooks) for point in points]
+    for point in points:
+        point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for point, (forward, backward) in zip(points, saved, strict=True):
+            point._forward_hooks, point._backward_hooks = forward, backward

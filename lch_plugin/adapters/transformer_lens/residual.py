@@ -11,17 +11,17 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.anatomy import (
+from lch_plugin.adapters.transformer_lens.architecture import (
     attention,
     check_heads,
     check_model,
     is_hooked,
-    is_module,
-    locate_mlp,
+    norm_after,
     stacks,
-    values_point,
+    values_name,
 )
 from lch_plugin.adapters.transformer_lens.gates import Gate, ModuleGate, PointGate
+from lch_plugin.adapters.transformer_lens.mlps import is_module, locate_mlp
 from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer, LensModel
 from lch_plugin.errors import SiteError
 
@@ -115,7 +115,7 @@ class HeadReads:
         self.names: Mapping[Slot, str] = {
             slot: f"{path}.hook_{slot}" if hooked else f"{path}.{slot}.hook_out" for slot in SLOTS
         }
-        self.z_name = f"{path}.{values_point(attn)[0]}"
+        self.z_name = f"{path}.{values_name(attn)}"
         norm = _norm(block, "ln1", layer)
         # Past the hooks on it, and not the bridge's own: they belong to the pass that is under way.
         self.norm: Callable[[Tensor], Tensor] = (
@@ -228,7 +228,7 @@ def _input(module: Any) -> Gate:
 def _write(block: Any, component: Any, kind: str) -> Gate:
     if is_hooked(block):
         return PointGate(block, f"hook_{kind}_out", last=True)
-    norm = block._modules.get("ln1_post" if kind == "attn" else "ln2_post")
+    norm = norm_after(block, kind)
     if norm is not None:
         return PointGate(norm, "hook_out", last=True)
     if kind == "mlp" and not is_module(component):

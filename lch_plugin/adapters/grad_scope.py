@@ -1,21 +1,18 @@
-"""One forward pass: gradients on where a centroid needs them, and nowhere else.
+"""Gradients on between two places of a forward pass, and nowhere else.
 
 Vector-Jacobian products are taken on the model's own graph, built while it runs: at a component's
 input the tensor becomes one that gradients can be asked for, at its output they are asked for, and
 what flows on is detached again. So the user's hooks within are part of the component, no module
-runs twice, and components that overlap share one graph. While such a stretch is open gradients are
-on, whatever the caller's mode; hooks on the points inside see tensors that carry gradients.
+runs twice, and components that overlap share one graph. While any component is under way gradients
+are on, whatever the caller's mode; hooks on the points inside see tensors that carry gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
@@ -23,53 +20,27 @@ from lch_plugin.errors import NotDifferentiableError, SiteError
 from lch_plugin.linearization import DetachedMode
 
 
-@dataclass(frozen=True, eq=False)
-class Late:
-    """A centroid that waits for its cotangent.
+class GradScope:
+    """Held open by whoever needs gradients, until the last one releases it.
 
     Attributes:
-        y: the component's output.
-        finish: computes and shows the centroid, given ``v`` of the shape of ``y``.
-    """
-
-    y: Float[Tensor, "batch pos d_out"]
-    finish: Callable[[Tensor], None]
-
-
-class Pass:
-    """State of one forward pass.
-
-    Attributes:
-        given: what the model was called with, by name.
-        n_pos: positions that it reads, of a model that makes tokens of what it is given.
-        masks: by list of blocks that read padding, which positions are tokens.
-        inputs: by reader, what its component has read and not yet turned into an output.
-        captured: by reader, tensors it has put aside.
-        late: by reader, centroids that wait for a cotangent.
+        was_open: whether gradients were ever on.
     """
 
     def __init__(self) -> None:
-        self.given: dict[str, Any] = {}
-        self.n_pos = 0
-        self.masks: dict[str, Bool[Tensor, "batch pos"]] = {}
-        self.inputs: dict[Any, Tensor] = {}
-        self.captured: dict[Any, Any] = {}
-        self.late: dict[Any, Late] = {}
-        # Whether gradients were ever on, and the key-value caches that may have seen them.
-        self.has_graph = False
-        self.caches: list[Any] = []
-        self.norm_input: Tensor | None = None
+        self.was_open = False
+        # Whether each holder wants the detached linearisation.
         self._holders: dict[Hashable, bool] = {}
         self._caller_grad = False
         self._mode: DetachedMode | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether any stretch is."""
+        """Whether anybody holds it."""
         return bool(self._holders)
 
     def is_held_besides(self, holders: Sequence[Hashable]) -> bool:
-        """Whether anybody else has a stretch open."""
+        """Whether anybody else holds it."""
         return any(holder not in holders for holder in self._holders)
 
     @property
@@ -77,30 +48,28 @@ class Pass:
         """The caller's grad mode."""
         return self._caller_grad if self._holders else torch.is_grad_enabled()
 
-    @property
-    def mode(self) -> DetachedMode | None:
-        """The detached linearisation, while a stretch that uses it is open."""
-        return self._mode
+    def hold(self, holder: Hashable, detach: Callable[[], DetachedMode] | None = None) -> None:
+        """Gradients on.
 
-    def hold(
-        self, holder: Hashable, *, detached: bool = False, replay: list[Tensor] | None = None
-    ) -> None:
-        """Open a stretch: gradients on.
+        Args:
+            holder: who needs them; named in messages.
+            detach: makes the mode in which gradients are those of the detached linearisation; None
+                for the model's own.
 
         Raises:
-            SiteError: under inference_mode, or beside a stretch with another linearisation.
+            SiteError: under inference_mode, or beside a holder with another linearisation.
         """
         if torch.is_inference_mode_enabled():
             raise SiteError(
                 f"{holder} needs gradients, which torch.inference_mode() rules out. Run the model "
                 "under torch.no_grad()."
             )
-        if detached and self.caller_grad:
+        if detach is not None and self.caller_grad:
             raise SiteError(
                 f"{holder} is a detached linearisation, which changes gradients, and the caller "
                 "has gradients on. Run the model under torch.no_grad()."
             )
-        if any(other != detached for other in self._holders.values()):
+        if any(other != (detach is not None) for other in self._holders.values()):
             raise SiteError(
                 f"{holder} and {next(iter(self._holders))} overlap, and only one of them is "
                 "detached: the linearisation is that of the whole pass. Listen to one at a time."
@@ -108,32 +77,28 @@ class Pass:
         if not self._holders:
             self._caller_grad = torch.is_grad_enabled()
             torch.set_grad_enabled(True)
-            if detached:
-                self._mode = DetachedMode(replay)
+            if detach is not None:
+                self._mode = detach()
                 self._mode.__enter__()
-        self.has_graph = True
-        self._holders[holder] = detached
+        self.was_open = True
+        self._holders[holder] = detach is not None
 
     def release(self, holder: Hashable) -> None:
-        """Close a stretch; with the last one the caller's grad mode comes back."""
+        """No longer needed; with the last holder the caller's grad mode comes back."""
         if self._holders.pop(holder, None) is not None and not self._holders:
             if self._mode is not None:
                 self._mode.__exit__(None, None, None)
                 self._mode = None
             torch.set_grad_enabled(self._caller_grad)
 
-    def abandon(self) -> None:
-        """Close every stretch."""
+    def release_all(self) -> None:
+        """Nobody holds it any longer."""
         for holder in list(self._holders):
             self.release(holder)
-        self.norm_input = None
-        self.inputs.clear()
-        self.captured.clear()
-        self.late.clear()
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """As if no stretch were open: for what is not the component's own computation."""
+        """As if it were closed: for what is not the component's own computation."""
         with torch.set_grad_enabled(self.caller_grad), without_autocast():
             if self._mode is None:
                 yield
