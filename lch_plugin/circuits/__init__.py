@@ -42,8 +42,8 @@ from lch_plugin.circuits.metrics import (
     logit_difference,
 )
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores, ScoredNode
+from lch_plugin.circuits.prompt_batches import Prompts, prompts, solved
 from lch_plugin.circuits.prompt_files import read_prompts
-from lch_plugin.circuits.prompts import Prompts, prompts, solved
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import write_graph_page
 from lch_plugin.circuits.scores.attribution import (

@@ -16,7 +16,7 @@ from lch_plugin.loading.gguf import load_gguf
 from lch_plugin.loading.origins import find_origin
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from lch_plugin.adapters.transformer_lens import TransformerBridge
 
 
 # Where transformers imports code that comes with a checkpoint.
@@ -53,7 +53,7 @@ class LoadedModel:
             InputError: TransformerLens lacks the tokenizer, a library or an adapter for it, or the
                 model is of code that came with the checkpoint.
         """
-        from transformer_lens.model_bridge import TransformerBridge
+        from lch_plugin.adapters.transformer_lens import TransformerBridge
 
         if type(self.model).__module__.startswith(_OWN_CODE):
             raise InputError(
@@ -106,30 +106,9 @@ class LoadedModel:
         Raises:
             InputError: nnsight cannot wrap the model so.
         """
-        from nnsight import NNsight
-        from nnsight.modeling.transformers import TransformersModel
-        from transformers.pipelines import PipelineException
+        from lch_plugin.adapters.nnsight import wrap
 
-        headless = type(self.model).__name__.endswith("Model") and not self.model.can_generate()
-        # Left to itself, nnsight's pipeline moves the model to the first GPU.
-        defaults: dict[str, Any] = {"device": self.model.device}
-        if _is_tokenizer(self.processor):
-            defaults["tokenizer"] = self.processor
-            task = "feature-extraction"
-        elif self.processor is not None and self.model.main_input_name == "pixel_values":
-            defaults["image_processor"] = self.processor
-            task = "image-feature-extraction"
-        else:
-            return NNsight(self.model, **kwargs)
-        if headless:  # nnsight tells tasks by the heads.
-            defaults["task"] = task
-        try:
-            return TransformersModel(self.model, **{**defaults, **kwargs})
-        except (ValueError, PipelineException) as error:
-            raise InputError(
-                f"nnsight cannot wrap {self.name}, a {type(self.model).__name__}: {error} Give "
-                "another task=, or wrap the model itself as nnsight.NNsight(loaded.model)."
-            ) from error
+        return wrap(self.model, self.processor, self.name, **kwargs)
 
 
 def load(

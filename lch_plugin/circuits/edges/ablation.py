@@ -19,7 +19,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.reads import Slot
 from lch_plugin.circuits.edges.passes import Reading, Record, SplitModel, Watch, twin
 from lch_plugin.circuits.edges.wiring import EdgeCircuit
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
 

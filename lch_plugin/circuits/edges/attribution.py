@@ -26,7 +26,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.edges.ablation import Cut
 from lch_plugin.circuits.edges.passes import Record, SplitModel, twin
 from lch_plugin.circuits.edges.wiring import EdgeScores
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import between, embedding_name
 from lch_plugin.errors import InputError
 

@@ -25,7 +25,7 @@ from lch_plugin.adapters.transformer_lens import (
 )
 from lch_plugin.circuits.metrics import logit_difference
 from lch_plugin.circuits.nodes import Circuit, Node
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError

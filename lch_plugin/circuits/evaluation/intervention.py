@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, NodePoint, node_points
 from lch_plugin.circuits.metrics import COMPARISONS
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import (
     activations,
     embedding_name,

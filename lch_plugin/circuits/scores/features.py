@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, Transcoder
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -36,11 +35,10 @@ from lch_plugin.adapters.transformer_lens import (
     run_edited,
 )
 from lch_plugin.circuits.nodes import place
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.saes.sources.hooks import attached
 from lch_plugin.sites import Linearization
 
 _HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_centroid")
@@ -121,7 +119,7 @@ class ActiveFeatures:
 def feature_attribution(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
-    sae: SAE[Any],
+    sae: Any,
     *,
     linearization: Linearization = "detached",
 ) -> FeatureScores:
@@ -163,7 +161,7 @@ def feature_attribution(
 
 @without_autocast()
 def active_features(
-    model: LensModel, batch: Prompts, sae: SAE[Any], *, linearization: Linearization = "detached"
+    model: LensModel, batch: Prompts, sae: Any, *, linearization: Linearization = "detached"
 ) -> ActiveFeatures:
     """What each feature does, position by position; arguments as `feature_attribution`."""
     hook_name, parts = _site(model, sae)
@@ -183,13 +181,11 @@ def active_features(
     )
 
 
-def _site(model: LensModel, sae: SAE[Any]) -> tuple[str, MLPParts]:
+def _site(model: LensModel, sae: Any) -> tuple[str, MLPParts]:
     """The centroids that an SAE reads, and the MLP that they are of."""
-    if not isinstance(sae, SAE) or isinstance(sae, Transcoder):
-        raise InputError(
-            f"sae is a {type(sae).__name__}. A feature is a direction that an SAE both reads and "
-            "writes: pass one of SAELens', such as SAE.load_from_disk(...)."
-        )
+    from lch_plugin.saes.evaluation.sae_inputs import check_dictionary
+
+    check_dictionary(sae)
     hook_name = str(sae.cfg.metadata.hook_name)
     match = _HOOK.fullmatch(hook_name)
     if match is None:
@@ -208,9 +204,11 @@ def _site(model: LensModel, sae: SAE[Any]) -> tuple[str, MLPParts]:
 
 
 def _codes(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], sae: SAE[Any], hook_name: str
+    model: LensModel, tokens: Int[Tensor, "batch pos"], sae: Any, hook_name: str
 ) -> Float[Tensor, "batch pos d_sae"]:
     """Activations of the features on the centroids."""
+    from lch_plugin.saes.sources.hooks import attached
+
     seen: dict[str, Tensor] = {}
     with evaluating(model), attached(model, [hook_name]), torch.no_grad():
         run_edited(model, tokens, {hook_name: partial(seen.__setitem__, hook_name)})

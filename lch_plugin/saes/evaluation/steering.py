@@ -24,11 +24,10 @@ from jaxtyping import Float, Int
 from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin.adapters.arguments import Call, input_of
 from lch_plugin.adapters.states import evaluating
+from lch_plugin.adapters.transformer_lens import HookedTransformer, TransformerBridge
 from lch_plugin.adapters.transformer_lens.anatomy import attention, is_module
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.saes.sources.hooked import HookedModel

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.transformer_lens import (
+    HookedTransformer,
     LensModel,
     Reader,
+    TransformerBridge,
     attach,
     attached_readers,
     weight_processing,
