@@ -26,6 +26,7 @@ ROOMS = {
         "memo",
         "padding",
         "mlp",
+        "metrics",
         "cotangents",
         "centroids",
         "linearization",
@@ -53,7 +54,6 @@ ROOMS = {
         "comparison",
     ),
     "lch_plugin.circuits": (
-        "metrics",
         "prompt_batches",
         "prompt_files",
         "tasks",

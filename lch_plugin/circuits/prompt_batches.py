@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, run_edited
-from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
+from lch_plugin.metrics import Comparison, logit_difference
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import integers
 

@@ -18,7 +18,6 @@ from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
 from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
 from lch_plugin.circuits.graphs.patterns import pattern_worth
-from lch_plugin.circuits.metrics import Compared
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import Contributions, contributions
@@ -26,6 +25,7 @@ from lch_plugin.circuits.scores.features import active_features
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import portable
+from lch_plugin.metrics import Compared
 from lch_plugin.sites import Linearization
 
 #: Name of the node that everything flows to.
