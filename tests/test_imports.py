@@ -20,6 +20,7 @@ ROOT = Path(lch_plugin.__file__).parent
 ROOMS = {
     "lch_plugin": (
         "errors",
+        "devices",
         "records",
         "files",
         "statistics",
@@ -57,6 +58,7 @@ ROOMS = {
         "prompt_batches",
         "prompt_files",
         "tasks",
+        "ranking",
         "nodes",
         "scores",
         "graphs",

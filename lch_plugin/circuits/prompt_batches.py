@@ -165,6 +165,11 @@ class Prompts:
         return value
 
 
+def batches_of(prompts: Prompts | Iterable[Prompts]) -> list[Prompts]:
+    """One batch or several, as a list."""
+    return [prompts] if isinstance(prompts, Prompts) else list(prompts)
+
+
 def prompts(
     model: LensModel,
     clean: str | Sequence[str],
@@ -241,7 +246,7 @@ def solved(model: LensModel, prompts: Prompts | Iterable[Prompts]) -> list[Promp
     Raises:
         InputError: none is right; or as `Prompts.measure`.
     """
-    batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    batches = batches_of(prompts)
     kept: list[Prompts] = []
     values: list[float] = []
     for batch in batches:

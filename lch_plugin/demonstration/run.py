@@ -36,7 +36,7 @@ from lch_plugin.demo import load_demo_model
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import Example, examples, pear_apple
 from lch_plugin.demonstration import plots
-from lch_plugin.errors import InputError
+from lch_plugin.devices import check_device
 from lch_plugin.figures import ACTIVATIONS, CENTROIDS
 from lch_plugin.files import claimed, write_directory
 from lch_plugin.padding import mark_tokens
@@ -100,16 +100,6 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
 
         write_directory(out, write)
     console.print(f"Open [bold]{Path(out) / 'report.html'}[/bold]")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that tensors cannot live on, before any work starts."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device={device!r} cannot be used: {error}. Use cpu, or a device that torch sees."
-        ) from error
 
 
 def describe(

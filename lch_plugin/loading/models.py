@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lch_plugin.devices import check_device
 from lch_plugin.errors import InputError
 from lch_plugin.loading.directories import load_directory
 from lch_plugin.loading.gguf import load_gguf
@@ -140,7 +141,7 @@ def load(
         InputError: there is no such model, it cannot be loaded faithfully, it comes with code and
             ``trust_remote_code`` is left out, or dtype or device does not exist.
     """
-    dtype, device = _dtype(dtype), _device(device)
+    dtype, device = _dtype(dtype), check_device(device)
     origin = find_origin(source, revision, trust_remote_code)
     read = load_directory if origin.path.is_dir() else load_gguf
     model, processor = read(origin, dtype)
@@ -157,17 +158,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
             "float16 or float64, or leave it out to keep the checkpoint's."
         )
     return value
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"device={str(device)!r} is not available here: {reason}. Use device='cpu', or a "
-            "PyTorch built for the device."
-        ) from error
 
 
 def _is_tokenizer(processor: Any) -> bool:

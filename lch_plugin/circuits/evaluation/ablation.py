@@ -24,7 +24,7 @@ from lch_plugin.adapters.transformer_lens import (
     locate_mlps,
 )
 from lch_plugin.circuits.nodes import Circuit, Node
-from lch_plugin.circuits.prompt_batches import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
@@ -67,7 +67,7 @@ class Ablation:
         reference: Reference = "resample",
     ) -> None:
         self._model = model
-        self.batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+        self.batches = batches_of(prompts)
         if not sum(map(len, self.batches)):
             raise InputError("there are no prompts to run a circuit on.")
         if reference not in _REFERENCES:

@@ -14,7 +14,6 @@ add up to the MLP's. The choice of expert is as in `lch_plugin.circuits.scores.a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,14 +33,12 @@ from lch_plugin.adapters.transformer_lens import (
     mlp_inputs,
     run_edited,
 )
-from lch_plugin.circuits.nodes import place
-from lch_plugin.circuits.prompt_batches import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
+from lch_plugin.circuits.ranking import place
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Linearization
-
-_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_centroid")
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def feature_attribution(
     total = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
     n_active = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
     n_prompts = 0
-    for batch in [prompts] if isinstance(prompts, Prompts) else prompts:
+    for batch in batches_of(prompts):
         found = active_features(model, batch, sae, linearization=linearization)
         total += found.contributions.double().sum((0, 1)).cpu()
         n_active += (found.codes != 0).sum((0, 1)).cpu()
@@ -184,16 +181,17 @@ def active_features(
 def _site(model: LensModel, sae: Any) -> tuple[str, MLPParts]:
     """The centroids that an SAE reads, and the MLP that they are of."""
     from lch_plugin.saes.evaluation.sae_inputs import check_dictionary
+    from lch_plugin.saes.sources.hooks import site_of
 
     check_dictionary(sae)
     hook_name = str(sae.cfg.metadata.hook_name)
-    match = _HOOK.fullmatch(hook_name)
-    if match is None:
+    site = site_of(hook_name)
+    if site is None or site.kind != "mlp":
         raise InputError(
             f"the SAE reads {hook_name!r}. Its features are directions of an MLP's input only if "
             "it reads that MLP's centroids, as 'blocks.2.mlp.hook_centroid'."
         )
-    (parts,) = locate_mlps(model, int(match[1]))
+    (parts,) = locate_mlps(model, site.layers)
     d_in = parts.weights.W_in.shape[0]
     if sae.cfg.d_in != d_in:
         raise InputError(
