@@ -20,9 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler
 
 import lch_plugin as lch
-from lch_plugin import plots
 from lch_plugin.demo.vision import digits, load_demo_vision_model
 from lch_plugin.saes import Images, Rows, evaluate, train_on
+from lch_plugin.saes.evaluation.plots import patches_by_feature
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", help="name on the hub, or a directory; the embedded one by default")
@@ -104,6 +104,6 @@ for name, of, config in (
 
 sae = saes["centroid, TopK"]
 features = sae.encode(next(iter(rows(test, "centroid")))).detach()
-figure = plots.patches_by_feature(first, features)
+figure = patches_by_feature(first, features)
 figure.savefig(args.out)
 print("wrote", args.out)

@@ -30,6 +30,7 @@ from lch_plugin.errors import (
     OutputError,
     PaddingWarning,
     SiteError,
+    ToolkitError,
     VanishingCentroidError,
 )
 from lch_plugin.linearization import detached
@@ -58,6 +59,7 @@ __all__ = [
     "PaddingWarning",
     "Site",
     "SiteError",
+    "ToolkitError",
     "VanishingCentroidError",
     "affine_expert",
     "attach",

@@ -16,16 +16,30 @@ points on the model rather than on the block (`lch_plugin.Site`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from lch_plugin.errors import InputError, SiteError
-from lch_plugin.padding import token_index
+from lch_plugin.errors import InputError
+from lch_plugin.metrics import Metric, check_foil, logit_difference
+
+__all__ = [
+    "AnyCotangent",
+    "Cotangent",
+    "Logit",
+    "Metric",
+    "Ones",
+    "Random",
+    "Vector",
+    "as_cotangent",
+    "decoder_row",
+    "evaluate",
+    "is_fixed",
+    "logit_difference",
+]
 
 
 @runtime_checkable
@@ -128,145 +142,11 @@ class Logit:
         numbers = (self.token, *(n for n in (self.foil, self.position) if n is not None))
         if any(isinstance(n, bool) or not hasattr(n, "__index__") for n in numbers):
             raise InputError(f"{self} takes token ids and a position, all of them integers.")
-        _check_foil(self.token, self.foil)
+        check_foil(self.token, self.foil)
 
     @property
     def name(self) -> str:
         return f"logit_{self.token}" + ("" if self.foil is None else f"_minus_{self.foil}")
-
-
-@dataclass(frozen=True, eq=False)
-class Metric:
-    """The gradient of a metric of the logits in the component's output: a *targeted* centroid.
-
-    It asks what the component does for the metric through everything downstream of it.
-
-    Attributes:
-        fn: from logits, ``(batch, pos, d_vocab)``, to one number a sequence, ``(batch,)``, or one.
-        name: for hook names and records.
-        position: if given, ``fn`` gets the logits of this position alone, ``(batch, 1, d_vocab)``.
-            It is counted among each prompt's own tokens, padding left out: -1 is the last.
-    """
-
-    fn: Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]]
-    name: str = "metric"
-    position: int | None = None
-
-    def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise InputError(f"a Metric takes a function of the logits, not {self.fn!r}.")
-        position = self.position
-        if isinstance(position, bool) or not (position is None or hasattr(position, "__index__")):
-            raise InputError(f"position={position!r} must be an integer, or None for all logits.")
-
-    def of(
-        self,
-        logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Bool[Tensor, "batch read"] | None = None,
-    ) -> Float[Tensor, "*batch"]:
-        """The metric of each sequence.
-
-        Args:
-            logits: of the model.
-            tokens: which of the positions that the model reads are tokens and not padding; all if
-                None. The logits may be of the last of them alone.
-
-        Raises:
-            InputError: a prompt has no such position.
-        """
-        if self.position is None:
-            return self.fn(logits)
-        if tokens is not None:  # A model may compute the last logits alone.
-            tokens = tokens[:, -logits.shape[1] :]
-        try:
-            index = token_index(self.position, logits.shape[1], tokens).to(logits.device)
-        except SiteError as error:
-            raise InputError(f"metric {self.name!r}: {error}") from error
-        return self.fn(logits[torch.arange(len(logits), device=logits.device), index][:, None])
-
-    def value(
-        self,
-        logits: Float[Tensor, "batch pos d_vocab"],
-        tokens: Bool[Tensor, "batch read"] | None = None,
-    ) -> Float[Tensor, ""]:
-        """The metric summed over sequences, which are independent of each other.
-
-        Raises:
-            InputError: the function gives something else, or nothing differentiable, or a prompt
-                has no such position.
-        """
-        value = self.of(logits, tokens)
-        if not isinstance(value, Tensor) or value.ndim > 1 or not value.requires_grad:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(
-                f"metric {self.name!r} gave {found}; it has to give one differentiable number a "
-                "sequence, shape (batch,), or one for all."
-            )
-        return value.sum()
-
-    def of_rows(self, rows: Sequence[int], n: int) -> Metric:
-        """The metric of some sequences of a batch of ``n`` that this one was made for.
-
-        Args:
-            rows: which of them, each once, in the order in which their logits will come.
-            n: sequences in the whole batch.
-        """
-        index = torch.tensor(rows)
-
-        def of_some(logits: Tensor) -> Tensor:
-            # The function knows the sequences by their places. Those that are not here get logits
-            # of one that is, without a gradient, and their values are not looked at.
-            places = index.to(logits.device)
-            filled = logits.detach()[:1].expand(n, -1, -1).index_copy(0, places, logits)
-            return self._each(filled, n)[places]
-
-        return Metric(of_some, self.name, self.position)
-
-    def beside(self, other: Metric, n: int) -> Metric:
-        """The metric of ``n`` sequences by this one, and of those after them by another.
-
-        Raises:
-            InputError: the other has another name or position.
-        """
-        if (self.name, self.position) != (other.name, other.position):
-            raise InputError(
-                f"metric {self.name!r} at position {self.position} and metric {other.name!r} at "
-                f"position {other.position} are not one: they cannot be measured in one batch."
-            )
-
-        def of_both(logits: Tensor) -> Tensor:
-            first, rest = logits[:n], logits[n:]
-            return torch.cat([self._each(first, n), other._each(rest, len(rest))])
-
-        return Metric(of_both, self.name, self.position)
-
-    def _each(self, logits: Tensor, n: int) -> Tensor:
-        value = self.fn(logits)
-        if not isinstance(value, Tensor) or value.shape != (n,):
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(
-                f"metric {self.name!r} gave {found} for {n} sequences; it has to give one number "
-                f"for each, shape ({n},), to be taken apart or put together."
-            )
-        return value
-
-
-def logit_difference(answer: int, foil: int, position: int = -1) -> Metric:
-    """Logit of ``answer`` minus logit of ``foil`` at a position, as a `Metric`.
-
-    Args:
-        answer, foil: ids of tokens.
-        position: among each prompt's own tokens, padding left out; the last if not given.
-
-    Raises:
-        InputError: the foil is the answer itself.
-    """
-    _check_foil(answer, foil)
-
-    def difference(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-        return logits[:, -1, answer] - logits[:, -1, foil]
-
-    return Metric(difference, f"{answer}_minus_{foil}", position)
 
 
 def decoder_row(sae: Any, feature: int) -> Vector:
@@ -338,11 +218,6 @@ def evaluate(cotangent: Cotangent, y: Float[Tensor, "*batch d_out"]) -> Float[Te
     if not ours:
         _check_direction(v)
     return v
-
-
-def _check_foil(token: int, foil: int | None) -> None:
-    if token == foil:
-        raise InputError(f"token and foil are both {token}: their logits do not differ.")
 
 
 def _check_direction(v: Tensor) -> None:

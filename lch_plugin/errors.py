@@ -38,5 +38,9 @@ class NonFiniteError(LCHError):
     """A centroid came out with NaN or infinite values."""
 
 
+class ToolkitError(LCHError, ImportError):
+    """A toolkit is not installed, or not in a version that works here."""
+
+
 class PaddingWarning(UserWarning):
     """Whether a position is a token or padding was not said, or the model reads padding as text."""

@@ -201,6 +201,11 @@ def write_directory(path: str | Path, write: Callable[[Path], T]) -> T:
         raise OutputError(f"{said} Of this run {where}.") from error
 
 
+def unfinished(path: Path) -> Path:
+    """Where work in parts is kept until all of it is there: ``.NAME.partial``, beside its path."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     """Yield a directory beside ``path`` that outlives an interruption, for long work in parts.
@@ -221,7 +226,7 @@ def resumable_directory(path: str | Path, settings: Mapping[str, Any]) -> Iterat
     """
     wanted = json.loads(json.dumps(settings))
     with claimed(path) as path:
-        partial = path.with_name(f".{path.name}.partial")
+        partial = unfinished(path)
         with locked(partial):
             if partial.exists():
                 _check_unfinished(partial, wanted)

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from lch_plugin import plots
+from examples.centroids_by_site import SiteStatistics, centroids_by_site
 from lch_plugin.errors import InputError
+from lch_plugin.saes.comparison.plots import firing_by_k, scores_by_k
+from lch_plugin.saes.evaluation.plots import patches_by_feature
 
 RADII = [0.01, 0.1, 1.0]
 
 
-def statistics(kind: str, layer: int | None) -> plots.SiteStatistics:
+def statistics(kind: str, layer: int | None) -> SiteStatistics:
     values = torch.linspace(0.5, 1.5, 5)
-    return plots.SiteStatistics(kind, layer, values, values - 1, (3.0, 7.0), torch.tensor(RADII))
+    return SiteStatistics(kind, layer, values, values - 1, (3.0, 7.0), torch.tensor(RADII))
 
 
 def markers(axis: Any) -> tuple[list[float], list[float]]:
@@ -30,7 +32,7 @@ def test_centroids_by_site(with_model: bool) -> None:
     shown = [statistics(kind, layer) for kind in ("mlp", "block") for layer in (0, 1)]
     shown += [statistics("model", None)] * with_model
 
-    figure = plots.centroids_by_site(shown, RADII)
+    figure = centroids_by_site(shown, RADII)
 
     norm, cosine, dimension, linearity = figure.axes
     ticks = [label.get_text() for label in norm.get_xticklabels()]
@@ -56,7 +58,7 @@ def test_patches_by_feature(channels: int) -> None:
     activations[2, 0, 1, 1] = 2.0
     activations[1, 1, 0, 1] = 1.0
     rows = activations.reshape(16, 3).bfloat16().requires_grad_()
-    figure = plots.patches_by_feature(images, rows, [1, 0], n_images=3)
+    figure = patches_by_feature(images, rows, [1, 0], n_images=3)
     first, second = (axis.images[1].get_alpha() for axis in figure.axes[:2])
     assert first[0, 7] == first.max() == pytest.approx(0.75)
     assert second[7, 0] == second.max() == pytest.approx(0.375)
@@ -66,14 +68,14 @@ def test_patches_by_feature(channels: int) -> None:
 
 def test_patches_that_make_no_grid_are_refused() -> None:
     with pytest.raises(InputError, match="CLS token"):
-        plots.patches_by_feature(torch.rand(2, 1, 8, 8), torch.rand(10, 3))
+        patches_by_feature(torch.rand(2, 1, 8, 8), torch.rand(10, 3))
 
 
 def test_scores_by_k() -> None:
     """Every seed is a dot, every mean on a line; places without a panel stay empty."""
     panel = {"centroid": {8: [0.1, 0.3], 16: [0.5, 0.7]}, "input": {8: [0.2, 0.2], 16: [0.4, 0.4]}}
     titles = ["one", "two", "three", "four"]
-    figure = plots.scores_by_k(dict.fromkeys(titles, panel), {"two": {"centroid": 0.9}})
+    figure = scores_by_k(dict.fromkeys(titles, panel), {"two": {"centroid": 0.9}})
     shown = [axis for axis in figure.axes if axis.axison]
     assert [axis.get_title() for axis in shown] == titles
     first, second = shown[:2]
@@ -90,7 +92,7 @@ def test_scores_by_k() -> None:
 def test_firing_by_k() -> None:
     """Features that never fire are left out, the others go by frequency."""
     density = torch.tensor([0.0, 0.01, 0.5, 0.1])
-    figure = plots.firing_by_k({8: {"centroid": [density, density]}, 16: {"input": [density]}})
+    figure = firing_by_k({8: {"centroid": [density, density]}, 16: {"input": [density]}})
     left, right = figure.axes
     assert [axis.get_title() for axis in (left, right)] == ["k = 8", "k = 16"]
     assert len(left.lines) == 2

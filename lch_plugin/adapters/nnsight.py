@@ -35,6 +35,7 @@ from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from nnsight.util import apply
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lch_plugin.adapters.arguments import (
     Call,
@@ -152,6 +153,44 @@ class CentroidEnvoy(Envoy):
             return centroid(self, self.cotangent)
         except AttributeError as error:  # An envoy would look for `centroid` in its module instead.
             raise RuntimeError(f"centroid of {self.path}: {error}") from error
+
+
+def wrap(model: PreTrainedModel, processor: Any, name: str, **kwargs: Any) -> Any:
+    """A model for nnsight, with its tokenizer or image processor if it has one.
+
+    Args:
+        model: of transformers; it stays as it is.
+        processor: what reads its inputs; None, or of another kind, for a plain NNsight.
+        name: of the model, for errors.
+        **kwargs: for the wrapper, in place of what is found out here.
+
+    Raises:
+        InputError: nnsight cannot wrap the model so.
+    """
+    from nnsight import NNsight
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers.pipelines import PipelineException
+
+    headless = type(model).__name__.endswith("Model") and not model.can_generate()
+    # Left to itself, nnsight's pipeline moves the model to the first GPU.
+    defaults: dict[str, Any] = {"device": model.device}
+    if isinstance(processor, PreTrainedTokenizerBase):
+        defaults["tokenizer"] = processor
+        task = "feature-extraction"
+    elif processor is not None and model.main_input_name == "pixel_values":
+        defaults["image_processor"] = processor
+        task = "image-feature-extraction"
+    else:
+        return NNsight(model, **kwargs)
+    if headless:  # nnsight tells tasks by the heads.
+        defaults["task"] = task
+    try:
+        return TransformersModel(model, **{**defaults, **kwargs})
+    except (ValueError, PipelineException) as error:
+        raise InputError(
+            f"nnsight cannot wrap {name}, a {type(model).__name__}: {error} Give another task=, or "
+            "wrap the model itself as nnsight.NNsight(loaded.model)."
+        ) from error
 
 
 def _check(envoy: Envoy, cotangent: Any) -> Cotangent:

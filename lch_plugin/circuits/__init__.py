@@ -4,8 +4,8 @@ One sign convention throughout, in the units of the metric (logits or nats): a p
 that removing the node lowers the metric. The untargeted score of a neuron (no metric, the paper's)
 is a magnitude and has no sign. Every score comes with its rank and percentile.
 
-Modules, each knowing those before it: `metrics`, what is measured; `prompts`, on what; `tasks`,
-seven known behaviours; `prompt_files`, texts of one's own; `nodes`, heads, neurons and MLPs, their
+Modules, each knowing those before it: `prompt_batches`, what is measured on what; `prompt_files`,
+texts of one's own; `tasks`, seven known behaviours; `nodes`, heads, neurons and MLPs, their
 scores, and circuits made of them; `scores`, what each of them is worth; `graphs`, what flows
 between them; `edges`, circuits of edges; `evaluation`, whether a circuit is true of the model;
 `reports`, pages to look at.
@@ -35,15 +35,9 @@ from lch_plugin.circuits.graphs import (
     same_write,
     save_graph,
 )
-from lch_plugin.circuits.metrics import (
-    kl_divergence,
-    log_odds,
-    log_probability,
-    logit_difference,
-)
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores, ScoredNode
+from lch_plugin.circuits.prompt_batches import Prompts, prompts, solved
 from lch_plugin.circuits.prompt_files import read_prompts
-from lch_plugin.circuits.prompts import Prompts, prompts, solved
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import write_graph_page
 from lch_plugin.circuits.scores.attribution import (
@@ -58,6 +52,12 @@ from lch_plugin.circuits.scores.features import FeatureScores, feature_attributi
 from lch_plugin.circuits.scores.neurons import Neuron, NeuronAttribution, neuron_attribution
 from lch_plugin.circuits.scores.stability import Stability, stability
 from lch_plugin.circuits.tasks import TASKS, TemplateReport, task, task_templates
+from lch_plugin.metrics import (
+    kl_divergence,
+    log_odds,
+    log_probability,
+    logit_difference,
+)
 
 __all__ = [
     "METHODS",

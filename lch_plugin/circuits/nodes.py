@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
+from lch_plugin.circuits.ranking import highest, ordered, ranked
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.sites import integers
 
@@ -141,19 +142,13 @@ class NodeScores:
     @cached_property
     def _table(self) -> pd.DataFrame:
         """All nodes in their order, each among the nodes of its kind."""
-        table = pd.DataFrame(
-            {
-                "kind": [p.kind for p in self.points for _ in range(p.n_nodes)],
-                "layer": [p.layer for p in self.points for _ in range(p.n_nodes)],
-                "index": [i for p in self.points for i in range(p.n_nodes)],
-                "score": self.values.cpu().double().numpy(),
-            }
-        )
-        peers = table.groupby("kind", sort=False)["score"]
-        table["rank"] = peers.rank(method="min", ascending=False).astype(int)
-        lower = peers.rank(method="min", ascending=True) - 1
-        table["percentile"] = 100 * lower / peers.transform("size")
-        return table
+        kinds = [p.kind for p in self.points for _ in range(p.n_nodes)]
+        nodes = {
+            "kind": kinds,
+            "layer": [p.layer for p in self.points for _ in range(p.n_nodes)],
+            "index": [i for p in self.points for i in range(p.n_nodes)],
+        }
+        return pd.DataFrame(nodes).join(ranked(self.values, kinds))
 
     def circuit(self, size: int, *, by: Literal["score", "magnitude"] = "score") -> Circuit:
         """The circuit of the ``size`` nodes that score highest, or of largest magnitude.
@@ -277,37 +272,6 @@ def whole_mlps(model: LensModel, scores: NodeScores) -> NodeScores:
         for point in points
     ]
     return NodeScores(points, torch.cat(parts))
-
-
-def ordered(values: Float[Tensor, " n"], by: str) -> Int[Tensor, " n"]:
-    """Places of scores, the highest first, or that of largest magnitude.
-
-    Raises:
-        InputError: another ``by``.
-    """
-    keys = {"score": values, "magnitude": values.abs()}
-    if by not in keys:
-        raise InputError(f"by={by!r} must be one of {tuple(keys)}.")
-    return keys[by].cpu().argsort(descending=True, stable=True)
-
-
-def highest(values: Float[Tensor, " n"], size: int, by: str, what: str) -> Bool[Tensor, " n"]:
-    """Which of some scores are the ``size`` highest, or of largest magnitude.
-
-    Raises:
-        InputError: the size is below 1 or above their number, which counts ``what``; or another
-            ``by``.
-    """
-    if not 1 <= size <= len(values):
-        raise InputError(f"size={size}: a circuit has 1 to {len(values)} {what}.")
-    keep = torch.zeros(len(values), dtype=torch.bool)
-    keep[ordered(values, by)[:size]] = True
-    return keep
-
-
-def place(score: Float[Tensor, ""], peers: Float[Tensor, " n"]) -> tuple[int, float]:
-    """Rank of a score among its peers, 1 for the highest, and its percentile, in percent."""
-    return int((peers > score).sum()) + 1, 100 * float((peers < score).double().mean())
 
 
 def _counted(points: Sequence[NodePoint]) -> str:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.circuits.metrics import Comparison, logit_difference
-from lch_plugin.circuits.prompts import Prompts, prompts
+from lch_plugin.circuits.prompt_batches import Prompts, prompts
 from lch_plugin.errors import InputError
+from lch_plugin.metrics import Comparison, logit_difference
 from lch_plugin.records import parse_json
 
 _NEEDED, _OPTIONAL = ("clean", "answer", "foil"), "corrupt"

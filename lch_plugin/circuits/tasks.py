@@ -35,11 +35,11 @@ import pandas as pd
 import torch
 
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.circuits.metrics import Comparison, logit_difference
-from lch_plugin.circuits.prompts import Prompts, measured, prompts, single_token
+from lch_plugin.circuits.prompt_batches import Prompts, measured, prompts, single_token
 from lch_plugin.demo import vocabulary
 from lch_plugin.demo.tasks import Example, askable, check_split, examples, is_held_out
 from lch_plugin.errors import InputError
+from lch_plugin.metrics import Comparison, logit_difference
 
 _BEHAVIOURS = {
     "an": "a_an",

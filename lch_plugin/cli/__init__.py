@@ -28,7 +28,9 @@ def main() -> None:
 @app.command()
 def demo(out: Out = Path("demo-report"), seed: Seed = 0, device: Device = "cpu") -> None:
     """Centroids, two SAEs and a circuit of the embedded model, as one HTML report."""
-    from lch_plugin.demo.run import run  # Seconds of imports, which --help need not wait for.
+    from lch_plugin.demonstration.run import (
+        run,  # Seconds of imports, which --help need not wait for.
+    )
 
     run(out, seed=seed, device=device)
 

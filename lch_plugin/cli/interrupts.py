@@ -26,21 +26,20 @@ def what_is_kept() -> str:
 
 def finished_parts(out: Path) -> str | None:
     """Of work that goes on when its command is repeated."""
-    if not (partial := _partial(out)).exists():
+    from lch_plugin.files import unfinished
+
+    if not (partial := unfinished(out.resolve())).exists():
         return None
     return f"What is finished is kept in {partial}: repeat the same command to go on after it."
 
 
 def scores_alone(out: Path) -> str | None:
     """Of a circuit that was being tested."""
-    if not (scores := _partial(out) / "scores.csv").exists():
+    from lch_plugin.files import unfinished
+
+    if not (scores := unfinished(out.resolve()) / "scores.csv").exists():
         return None
     return f"The scores are kept in {scores}. Repeat the same command for all of it."
-
-
-def _partial(out: Path) -> Path:
-    path = out.resolve()
-    return path.with_name(f".{path.name}.partial")
 
 
 def last_checkpoint(run: Path, resumed: Path | None) -> str | None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from lch_plugin.errors import InputError
+
 T = TypeVar("T", str, Path, None)
 
 #: More than any disk holds, and still a number that every library can count to.
@@ -84,15 +86,12 @@ def directory(value: Path) -> Path:
 
 def device_here(value: str) -> str:
     """Of an option, a device that tensors can live on, on this machine."""
-    import torch
+    from lch_plugin.devices import check_device
 
     try:
-        torch.zeros(1, device=value).item()
-    except Exception as error:  # Each kind of device has its own.
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise typer.BadParameter(
-            f"{value!r} cannot be used here: {reason}. Give cpu, or a device that torch sees."
-        ) from error
+        check_device(value)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
     return value
 
 

@@ -88,12 +88,11 @@ def train(
     out: Out = Path("sae"),
 ) -> None:
     """Train an SAE on a hook point with SAELens' runner."""
-    from sae_lens.constants import TRAINER_STATE_FILENAME
-
     from lch_plugin import saes
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes.sources.hooks import attached, width
+    from lch_plugin.saes.training.checkpoints import CHECKPOINT_FILE
     from lch_plugin.saes.training.configs import sae_config
 
     chosen = settings.parse(setting)
@@ -103,9 +102,9 @@ def train(
             f"--cache {cache} needs no --model, --text, --column, --skip-empty or --dtype. "
             "Leave them out."
         )
-    if resume is not None and not (resume / TRAINER_STATE_FILENAME).is_file():
+    if resume is not None and not (resume / CHECKPOINT_FILE).is_file():
         raise InputError(
-            f"--resume {resume} is no checkpoint, a directory with {TRAINER_STATE_FILENAME}. Give "
+            f"--resume {resume} is no checkpoint, a directory with {CHECKPOINT_FILE}. Give "
             f"one of {out}-checkpoints, which is named after its number of tokens."
         )
     if cache:
@@ -424,7 +423,7 @@ def compare(
         seed=seed,
     )
     if not model:
-        from lch_plugin.demo.labels import embedded_task
+        from lch_plugin.saes.comparison.embedded import embedded_task
 
         if dataset:
             raise InputError(f"--dataset {dataset} needs a --model to read it, and its --module.")

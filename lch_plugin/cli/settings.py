@@ -46,9 +46,7 @@ def check(architecture: str, settings: dict[str, Any], d_sae: int | None) -> Non
         InputError: an unknown architecture or name, a value of another type or out of range, or
             more features active than there are.
     """
-    from sae_lens.constants import DTYPE_MAP
-
-    from lch_plugin.saes.training.configs import sae_config
+    from lch_plugin.saes.training.configs import DTYPES, sae_config
 
     for name, reason in _NOT_HERE.items():
         if name in settings:
@@ -61,8 +59,8 @@ def check(architecture: str, settings: dict[str, Any], d_sae: int | None) -> Non
         given = f"--setting {name}={json.dumps(value)}"
         if not _fits(value, hints[name]):
             raise InputError(f"{given}: {architecture} takes {_in_words(hints[name])} there.")
-        if name == "dtype" and value not in DTYPE_MAP:
-            raise InputError(f"{given}: SAELens knows {', '.join(DTYPE_MAP)}. Use one of them.")
+        if name == "dtype" and value not in DTYPES:
+            raise InputError(f"{given}: SAELens knows {', '.join(DTYPES)}. Use one of them.")
         may_be_zero = name.endswith(_MAY_BE_ZERO)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from lch_plugin.adapters.transformer_lens import TransformerBridge
 
 DEMO_MODEL_DIR = Path(__file__).parent / "model"
 
@@ -17,6 +17,6 @@ def load_demo_model(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TransformerBridge:
     """Load the demo model into TransformerLens, without a network."""
-    from transformer_lens.model_bridge import TransformerBridge
+    from lch_plugin.adapters.transformer_lens import TransformerBridge
 
     return TransformerBridge.boot_transformers(str(DEMO_MODEL_DIR), device=device, dtype=dtype)

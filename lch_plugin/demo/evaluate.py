@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.demo.corpus import stories
-from lch_plugin.demo.tasks import BEHAVIOURS, Example, examples, logit_difference
+from lch_plugin.demo.tasks import BEHAVIOURS, Example, examples, margin
 
 _BIGRAM_STORIES = 20_000
 
@@ -29,7 +29,7 @@ class Score:
     Attributes:
         n: How many examples there are.
         accuracy: The fraction with a positive logit difference.
-        logit_difference: Its mean.
+        margin: Its mean.
         top1: The fraction whose most likely token of the whole vocabulary is an answer.
         flipped: The fraction whose corrupt prompt has a negative logit difference.
         bigram: The accuracy of a bigram model of the training text; a tie counts as half.
@@ -37,7 +37,7 @@ class Score:
 
     n: int
     accuracy: float
-    logit_difference: float
+    margin: float
     top1: float
     flipped: float
     bigram: float
@@ -103,14 +103,14 @@ def _score(
     answers = [token_ids(tokenizer, example.answers) for example in asked]
     foils = [token_ids(tokenizer, example.foils) for example in asked]
     on_clean, on_corrupt, on_baseline = (
-        torch.stack(list(map(logit_difference, logits, answers, foils)))
+        torch.stack(list(map(margin, logits, answers, foils)))
         for logits in (clean, corrupt, baseline)
     )
     is_top = [int(logits.argmax()) in right for logits, right in zip(clean, answers, strict=True)]
     return Score(
         n=len(asked),
         accuracy=_mean(on_clean > 0),
-        logit_difference=_mean(on_clean),
+        margin=_mean(on_clean),
         top1=sum(is_top) / len(asked),
         flipped=_mean(on_corrupt < 0),
         bigram=_mean(on_baseline > 0) + _mean(on_baseline == 0) / 2,

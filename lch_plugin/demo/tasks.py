@@ -452,7 +452,7 @@ def pear_apple() -> Example:
     return make_example("a_an", ("tree", "apple", "pear", "I"), random.Random(0))
 
 
-def logit_difference(
+def margin(
     logits: Float[Tensor, "*batch d_vocab"], answers: Sequence[int], foils: Sequence[int]
 ) -> Float[Tensor, "*batch"]:
     """The largest logit of ``answers`` minus the largest of ``foils``; positive if right."""

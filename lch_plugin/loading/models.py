@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lch_plugin.devices import check_device
 from lch_plugin.errors import InputError
 from lch_plugin.loading.directories import load_directory
 from lch_plugin.loading.gguf import load_gguf
 from lch_plugin.loading.origins import find_origin
 
 if TYPE_CHECKING:
-    from transformer_lens.model_bridge import TransformerBridge
+    from lch_plugin.adapters.transformer_lens import TransformerBridge
 
 
 # Where transformers imports code that comes with a checkpoint.
@@ -53,7 +54,7 @@ class LoadedModel:
             InputError: TransformerLens lacks the tokenizer, a library or an adapter for it, or the
                 model is of code that came with the checkpoint.
         """
-        from transformer_lens.model_bridge import TransformerBridge
+        from lch_plugin.adapters.transformer_lens import TransformerBridge
 
         if type(self.model).__module__.startswith(_OWN_CODE):
             raise InputError(
@@ -106,30 +107,9 @@ class LoadedModel:
         Raises:
             InputError: nnsight cannot wrap the model so.
         """
-        from nnsight import NNsight
-        from nnsight.modeling.transformers import TransformersModel
-        from transformers.pipelines import PipelineException
+        from lch_plugin.adapters.nnsight import wrap
 
-        headless = type(self.model).__name__.endswith("Model") and not self.model.can_generate()
-        # Left to itself, nnsight's pipeline moves the model to the first GPU.
-        defaults: dict[str, Any] = {"device": self.model.device}
-        if _is_tokenizer(self.processor):
-            defaults["tokenizer"] = self.processor
-            task = "feature-extraction"
-        elif self.processor is not None and self.model.main_input_name == "pixel_values":
-            defaults["image_processor"] = self.processor
-            task = "image-feature-extraction"
-        else:
-            return NNsight(self.model, **kwargs)
-        if headless:  # nnsight tells tasks by the heads.
-            defaults["task"] = task
-        try:
-            return TransformersModel(self.model, **{**defaults, **kwargs})
-        except (ValueError, PipelineException) as error:
-            raise InputError(
-                f"nnsight cannot wrap {self.name}, a {type(self.model).__name__}: {error} Give "
-                "another task=, or wrap the model itself as nnsight.NNsight(loaded.model)."
-            ) from error
+        return wrap(self.model, self.processor, self.name, **kwargs)
 
 
 def load(
@@ -161,7 +141,7 @@ def load(
         InputError: there is no such model, it cannot be loaded faithfully, it comes with code and
             ``trust_remote_code`` is left out, or dtype or device does not exist.
     """
-    dtype, device = _dtype(dtype), _device(device)
+    dtype, device = _dtype(dtype), check_device(device)
     origin = find_origin(source, revision, trust_remote_code)
     read = load_directory if origin.path.is_dir() else load_gguf
     model, processor = read(origin, dtype)
@@ -178,17 +158,6 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
             "float16 or float64, or leave it out to keep the checkpoint's."
         )
     return value
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"device={str(device)!r} is not available here: {reason}. Use device='cpu', or a "
-            "PyTorch built for the device."
-        ) from error
 
 
 def _is_tokenizer(processor: Any) -> bool:

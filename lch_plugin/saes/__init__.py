@@ -6,6 +6,9 @@ wrapper of HuggingFace models (`HookedModel`), and on models without text throug
 (`cache`), and the same SAEs compared on centroids and activations (`compare`).
 """
 
+# Before all the others, each of which needs it.
+import lch_plugin.saes.toolkit  # isort: skip  # noqa: F401
+
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.caching.writing import cache
 from lch_plugin.saes.comparison import ComparisonSettings, Labelled, compare, load_labelled

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lch_plugin as lch
-from lch_plugin import plots
 from lch_plugin.circuits import (
     Circuit,
     Node,
@@ -34,6 +33,7 @@ from lch_plugin.circuits.evaluation.faithfulness import (
     size_of,
     smallest_circuit,
 )
+from lch_plugin.circuits.reports import plots
 from lch_plugin.cotangents import Metric
 from tests import models
 

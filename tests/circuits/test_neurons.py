@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lch_plugin as lch
-from lch_plugin import plots
 from lch_plugin.circuits import neuron_attribution
+from lch_plugin.circuits.reports import plots
 from lch_plugin.circuits.scores import neurons
 from lch_plugin.cotangents import Metric
 from lch_plugin.linearization import detached

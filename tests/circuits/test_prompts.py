@@ -7,7 +7,7 @@ import torch
 
 import lch_plugin as lch
 from lch_plugin.circuits import Prompts, log_odds, logit_difference, prompts, solved
-from lch_plugin.circuits.prompts import single_token
+from lch_plugin.circuits.prompt_batches import single_token
 from lch_plugin.cotangents import Metric
 from tests import models
 

@@ -14,10 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 import lch_plugin as lch
-from lch_plugin import plots
 from lch_plugin.circuits import Circuit, NodeScores, graphs
-from lch_plugin.circuits.prompts import deal
-from lch_plugin.circuits.reports import task_run
+from lch_plugin.circuits.prompt_batches import deal
+from lch_plugin.circuits.reports import plots, task_run
 from lch_plugin.cli import app
 from tests.browser import CHROMIUM, browse
 

@@ -11,15 +11,15 @@ from sae_lens import TopKSAE, TopKSAEConfig
 
 import lch_plugin as lch
 import lch_plugin.circuits.reports.task_run
-import lch_plugin.demo.labels
-import lch_plugin.demo.run
+import lch_plugin.demonstration.run
 import lch_plugin.loading
+import lch_plugin.saes.comparison.embedded
 
 LOADED = "a model is being loaded"
 LOADERS = (
     "lch_plugin.loading.load",
-    "lch_plugin.demo.run.load_demo_model",
-    "lch_plugin.demo.labels.embedded_task",
+    "lch_plugin.demonstration.run.load_demo_model",
+    "lch_plugin.saes.comparison.embedded.embedded_task",
 )
 
 

@@ -9,7 +9,10 @@ import re
 import pytest
 
 from lch_plugin.demo.corpus import stories, write_stories, write_story
-from lch_plugin.demo.labels import (
+from lch_plugin.demo.tasks import BEHAVIOURS
+from lch_plugin.demo.vision import digits
+from lch_plugin.errors import InputError
+from lch_plugin.saes.comparison.embedded import (
     behaviours,
     embedded_task,
     labelled_digits,
@@ -17,9 +20,6 @@ from lch_plugin.demo.labels import (
     lexicon,
     parts_of_speech,
 )
-from lch_plugin.demo.tasks import BEHAVIOURS
-from lch_plugin.demo.vision import digits
-from lch_plugin.errors import InputError
 
 #: Words of the stories that are more than one part of speech in them, or none of those labelled.
 UNLABELLED = """

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from lch_plugin.demo import DEMO_MODEL_DIR, load_demo_model
 from lch_plugin.demo.evaluate import Score, evaluate, next_token_logits, token_ids
-from lch_plugin.demo.tasks import BEHAVIOURS, logit_difference, pear_apple
+from lch_plugin.demo.tasks import BEHAVIOURS, margin, pear_apple
 from lch_plugin.demo.train import Recipe, pack, save, train
 from lch_plugin.errors import OutputError
 
@@ -122,7 +122,7 @@ def test_pear_and_apple_is_right() -> None:
     example = pear_apple()
     logits = next_token_logits(hugging_face_model(), tokenizer, [example.prompt, example.corrupt])
     answers, foils = token_ids(tokenizer, example.answers), token_ids(tokenizer, example.foils)
-    clean, corrupt = logit_difference(logits, answers, foils)
+    clean, corrupt = margin(logits, answers, foils)
     assert clean > 0 > corrupt
     assert int(logits[0].argmax()) in answers
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lch_plugin as lch
 from lch_plugin import cli
-from lch_plugin.demo import run as demo
+from lch_plugin.demonstration import run as demo
 
 # In one process, so that what the fixtures make is made once.
 pytestmark = pytest.mark.xdist_group("demo_run")

@@ -15,8 +15,8 @@ from lch_plugin.demo.tasks import (
     combinations,
     examples,
     is_held_out,
-    logit_difference,
     make_example,
+    margin,
     pear_apple,
 )
 from lch_plugin.demo.vocabulary import article, plural
@@ -136,11 +136,11 @@ def test_the_distractor_disagrees() -> None:
         assert example.combination[-2] != example.combination[-1]
 
 
-def test_logit_difference() -> None:
+def test_margin() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 5.0], [4.0, 1.0, 3.0, 0.0]])
-    difference = logit_difference(logits, [0, 2], [1, 3])
+    difference = margin(logits, [0, 2], [1, 3])
     torch.testing.assert_close(difference, torch.tensor([-3.0, 3.0]))
-    torch.testing.assert_close(logit_difference(logits[1], [0, 2], [1, 3]), torch.tensor(3.0))
+    torch.testing.assert_close(margin(logits[1], [0, 2], [1, 3]), torch.tensor(3.0))
 
 
 @pytest.mark.parametrize(

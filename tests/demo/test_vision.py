@@ -14,8 +14,8 @@ from transformers import AutoModel, Dinov2Model
 
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR, digits, load_demo_vision_model
 from lch_plugin.demo.vision.augment import Augmentation, augment
-from lch_plugin.demo.vision.digits import N_CLASSES, pixels, split_indices
 from lch_plugin.demo.vision.evaluate import evaluate, features, knn, score_untrained
+from lch_plugin.demo.vision.images import N_CLASSES, pixels, split_indices
 from lch_plugin.demo.vision.train import Recipe, save, train
 from lch_plugin.errors import InputError, OutputError
 

@@ -14,12 +14,12 @@ from sae_lens import TopKTrainingSAEConfig
 import lch_plugin as lch
 from lch_plugin.circuits.reports import neuron_run, task_run
 from lch_plugin.demo import DEMO_MODEL_DIR
-from lch_plugin.demo import run as demo
 from lch_plugin.demo.corpus import stories
-from lch_plugin.demo.labels import labelled_digits
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR
+from lch_plugin.demonstration import run as demo
 from lch_plugin.extract import extract
 from lch_plugin.saes.comparison import ComparisonSettings, Labelled, compare
+from lch_plugin.saes.comparison.embedded import labelled_digits
 from lch_plugin.saes.training.checkpoints import newest_good
 
 HOOK = "blocks.1.mlp.hook_centroid"

@@ -27,7 +27,6 @@ from typer.testing import CliRunner
 import lch_plugin as lch
 from lch_plugin.cli import app
 from lch_plugin.demo import DEMO_MODEL_DIR
-from lch_plugin.demo.labels import labelled_digits, labelled_stories
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR
 from lch_plugin.files import resumable_directory
 from lch_plugin.loading import LoadedModel
@@ -35,6 +34,7 @@ from lch_plugin.saes import ComparisonSettings, Labelled, Rows, compare, evaluat
 from lch_plugin.saes.comparison import work
 from lch_plugin.saes.comparison.components import make_component
 from lch_plugin.saes.comparison.data import Split, prepare
+from lch_plugin.saes.comparison.embedded import labelled_digits, labelled_stories
 from lch_plugin.saes.comparison.scores import label_agreement, probe_scores
 from lch_plugin.saes.comparison.settings import SITES
 from lch_plugin.saes.comparison.values import Values, item_means, write_values

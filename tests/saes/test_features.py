@@ -23,7 +23,7 @@ from lch_plugin.cli import app
 from lch_plugin.contexts import Context, top_contexts
 from lch_plugin.cotangents import Random
 from lch_plugin.demo.corpus import stories
-from lch_plugin.demo.run import pack, to_text
+from lch_plugin.demonstration.run import pack, to_text
 from lch_plugin.saes import FeatureReport, HookedModel, features
 from lch_plugin.saes.sources.hooks import provenance
 from tests import models

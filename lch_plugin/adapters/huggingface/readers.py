@@ -191,6 +191,11 @@ class Reader:
         return self.target.name
 
     @property
+    def input_name(self) -> str:
+        """Name of the module whose input is what the component reads."""
+        return self.target.first
+
+    @property
     def padding(self) -> Finder | None:
         """What finds the padding of the inputs of the innermost model around it."""
         return next((call.finder for call in self._model_calls.values()), None)

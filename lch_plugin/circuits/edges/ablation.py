@@ -19,7 +19,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.residual import Slot
 from lch_plugin.circuits.edges.passes import Reading, Record, SplitModel, Watch, twin
 from lch_plugin.circuits.edges.wiring import EdgeCircuit
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32
 
@@ -43,7 +43,7 @@ class EdgeAblation:
     def __init__(self, model: LensModel, prompts: Prompts | Iterable[Prompts]) -> None:
         self._model, self._split = model, SplitModel(model)
         self.wiring = self._split.wiring
-        given = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+        given = batches_of(prompts)
         self.batches = [part for batch in given for part in self._split.batches(batch)]
         if not self.batches:
             raise InputError("there are no prompts to run a circuit on.")

@@ -26,7 +26,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.edges.ablation import Cut
 from lch_plugin.circuits.edges.passes import Record, SplitModel, twin
 from lch_plugin.circuits.edges.wiring import EdgeScores
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.circuits.scores.attribution import between, embedding_name
 from lch_plugin.errors import InputError
 
@@ -70,7 +70,7 @@ def edge_attribution(
     if not places or not all(0 <= place <= 1 for place in places):
         raise InputError(f"places={tuple(places)}: give at least one share between 0 and 1.")
     split = SplitModel(model)
-    given = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    given = batches_of(prompts)
     parts = [part for batch in given for part in split.batches(batch, _N_PROMPTS)]
     if not parts:
         raise InputError("there are no prompts to score edges on.")

@@ -30,7 +30,7 @@ from lch_plugin.adapters.transformer_lens.residual import (
     final_read,
 )
 from lch_plugin.circuits.edges.wiring import Wiring
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import at_least_float32
 

@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens.residual import SLOTS
-from lch_plugin.circuits.nodes import Circuit, highest, ordered
+from lch_plugin.circuits.nodes import Circuit
+from lch_plugin.circuits.ranking import highest, ordered, ranked
 from lch_plugin.errors import InputError, SiteError
 
 ReaderKind = Literal["q", "k", "v", "mlp", "logits"]
@@ -230,18 +231,13 @@ class EdgeScores:
 
     def to_dataframe(self) -> pd.DataFrame:
         """All edges, highest first: edge, writer, reader, score, rank and percentile."""
-        order = ordered(self.values, "score").tolist()
-        edges = self._edges
-        return pd.DataFrame(
-            {
-                "edge": [str(edges[i]) for i in order],
-                "writer": [edges[i].writer for i in order],
-                "reader": [edges[i].reader for i in order],
-                "score": self.values[order].cpu().double().numpy(),
-                "rank": self._ranks[0].iloc[order].to_numpy(),
-                "percentile": self._ranks[1].iloc[order].to_numpy(),
-            }
-        )
+        order = ordered(self.values, "score").numpy()
+        table = self._table.iloc[order].reset_index(drop=True)
+        edges = [self._edges[i] for i in order]
+        names = ([str(e) for e in edges], [e.writer for e in edges], [e.reader for e in edges])
+        for i, column in enumerate(("edge", "writer", "reader")):
+            table.insert(i, column, names[i])
+        return table
 
     def circuit(self, size: int, *, by: Literal["score", "magnitude"] = "score") -> EdgeCircuit:
         """The circuit of the ``size`` edges that score highest, or of largest magnitude.
@@ -265,19 +261,14 @@ class EdgeScores:
         return self.wiring.edges
 
     @cached_property
-    def _ranks(self) -> tuple[pd.Series[int], pd.Series[float]]:
-        """Rank and percentile of each edge."""
-        values = pd.Series(self.values.cpu().double().numpy())
-        ranks = values.rank(method="min", ascending=False).astype(int)
-        lower = values.rank(method="min", ascending=True) - 1
-        return ranks, 100 * lower / len(values)
+    def _table(self) -> pd.DataFrame:
+        """Score, rank and percentile of all edges, in their order."""
+        return ranked(self.values)
 
     def _scored(self, place: int) -> ScoredEdge:
-        ranks, percentiles = self._ranks
-        score = float(self.values[place])
-        return ScoredEdge(
-            self._edges[place], score, int(ranks.iloc[place]), float(percentiles.iloc[place])
-        )
+        row = self._table.iloc[place]
+        edge = self._edges[place]
+        return ScoredEdge(edge, float(row["score"]), int(row["rank"]), float(row["percentile"]))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

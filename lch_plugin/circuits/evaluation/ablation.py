@@ -23,12 +23,12 @@ from lch_plugin.adapters.transformer_lens import (
     check_token_ids,
     locate_mlps,
 )
-from lch_plugin.circuits.metrics import logit_difference
 from lch_plugin.circuits.nodes import Circuit, Node
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
+from lch_plugin.metrics import logit_difference
 from lch_plugin.sites import integers
 from lch_plugin.statistics import ROUNDING
 
@@ -67,7 +67,7 @@ class Ablation:
         reference: Reference = "resample",
     ) -> None:
         self._model = model
-        self.batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+        self.batches = batches_of(prompts)
         if not sum(map(len, self.batches)):
             raise InputError("there are no prompts to run a circuit on.")
         if reference not in _REFERENCES:

@@ -40,7 +40,7 @@ from lch_plugin.circuits.edges.ablation import EdgeAblation
 from lch_plugin.circuits.edges.wiring import EdgeCircuit, EdgeScores
 from lch_plugin.circuits.evaluation.ablation import Ablation, Reference
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.errors import InputError
 
 #: Shares of the nodes that MIB's evaluator keeps.

@@ -35,8 +35,7 @@ from torch.autograd import forward_ad
 
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, NodePoint, node_points
-from lch_plugin.circuits.metrics import COMPARISONS
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import (
     activations,
     embedding_name,
@@ -44,6 +43,7 @@ from lch_plugin.circuits.scores.attribution import (
 )
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
+from lch_plugin.metrics import COMPARISONS
 
 # Relative difference up to which the metric of the graph and that of the model are the same.
 _SAME = 1e-3

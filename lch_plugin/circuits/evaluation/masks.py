@@ -29,7 +29,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.evaluation.ablation import Ablation, Reference
 from lch_plugin.circuits.evaluation.faithfulness import Scale
 from lch_plugin.circuits.nodes import NodeScores
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import CLEAN, Method, kept_gradients
 from lch_plugin.errors import InputError
 

@@ -10,7 +10,6 @@ from typing import Any
 import networkx as nx
 import torch
 from jaxtyping import Float
-from sae_lens import SAE
 from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
@@ -19,14 +18,14 @@ from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
 from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
 from lch_plugin.circuits.graphs.patterns import pattern_worth
-from lch_plugin.circuits.metrics import Compared
 from lch_plugin.circuits.nodes import Circuit
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import Contributions, contributions
 from lch_plugin.circuits.scores.features import active_features
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import portable
+from lch_plugin.metrics import Compared
 from lch_plugin.sites import Linearization
 
 #: Name of the node that everything flows to.
@@ -55,7 +54,7 @@ def attribution_graph(
     circuit: Circuit | None = None,
     max_nodes: int = 500,
     linearization: Linearization = "detached",
-    sae: SAE[Any] | None = None,
+    sae: Any = None,
     patterns: bool = False,
 ) -> nx.DiGraph:
     """What flows between the nodes of a model on one prompt, and from there to the metric.
@@ -87,7 +86,8 @@ def attribution_graph(
         max_nodes: how many heads, neurons, MLPs and features are kept, by size of contribution.
         linearization: of every component: ``"detached"`` or ``"jacobian"``, which counts what
             flows through attention patterns as well.
-        sae: on the centroids of an MLP; the features active there take the place of its neurons.
+        sae: of SAELens, on the centroids of an MLP; the features active there take the place of its
+            neurons.
         patterns: whether to tell what flows through attention patterns; needs a corrupt twin, and
             ``"detached"``, since a Jacobian has it in the weights already.
 

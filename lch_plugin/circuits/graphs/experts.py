@@ -28,7 +28,7 @@ from lch_plugin.adapters.transformer_lens.residual import (
     final_read,
     position_embedding_name,
 )
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import embedding_name
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode

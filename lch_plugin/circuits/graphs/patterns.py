@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, pattern_names
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import activations, metric_gradients
 
 

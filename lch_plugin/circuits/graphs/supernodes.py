@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.graphs.writes import node_writes
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.errors import InputError
 
 #: Names of nodes, by the name of their supernode.

@@ -12,7 +12,7 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
 from lch_plugin.circuits.graphs.experts import freeze
 from lch_plugin.circuits.graphs.parts import sliced
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 
 
 @dataclass(frozen=True, eq=False)

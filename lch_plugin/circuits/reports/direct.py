@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
-from lch_plugin.adapters.transformer_lens import LensModel, locate_mlps
+from lch_plugin.adapters.transformer_lens import HookedTransformer, LensModel, locate_mlps
 from lch_plugin.adapters.transformer_lens.architecture import post_norm
 from lch_plugin.adapters.transformer_lens.hook_points import silenced
 from lch_plugin.linearization import DetachedMode

@@ -18,7 +18,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.nodes import pattern_names
 from lch_plugin.circuits.graphs.writes import node_writes
 from lch_plugin.circuits.nodes import Node, NodeScores
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.reports.direct import direct_logits
 from lch_plugin.circuits.reports.graph_page import NodeDetail
 from lch_plugin.circuits.scores.attribution import activations

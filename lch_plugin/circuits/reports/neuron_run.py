@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from lch_plugin import plots
 from lch_plugin.adapters.transformer_lens import (
     MLPParts,
+    TransformerBridge,
     as_tokens,
     locate_mlps,
     run_edited,
     weight_processing,
 )
-from lch_plugin.circuits.prompts import Prompts, prompts
+from lch_plugin.circuits.prompt_batches import Prompts, prompts
+from lch_plugin.circuits.reports import plots
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.circuits.scores.attribution import activations
 from lch_plugin.circuits.scores.neurons import NeuronAttribution, neuron_attribution

@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lch_plugin import plots
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.circuits.evaluation.faithfulness import (
@@ -41,10 +40,10 @@ from lch_plugin.circuits.evaluation.faithfulness import (
 )
 from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, prune, save_graph
-from lch_plugin.circuits.metrics import COMPARISONS
 from lch_plugin.circuits.nodes import Circuit, NodeScores, ScoredNode, whole_mlps
+from lch_plugin.circuits.prompt_batches import Prompts, deal, solved
 from lch_plugin.circuits.prompt_files import read_prompts
-from lch_plugin.circuits.prompts import Prompts, deal, solved
+from lch_plugin.circuits.reports import plots
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.circuits.reports.graph_details import node_details
 from lch_plugin.circuits.reports.graph_page import UNITS, NodeDetail, page_data
@@ -57,6 +56,7 @@ from lch_plugin.files import (
     resumable_directory,
     write_file,
 )
+from lch_plugin.metrics import COMPARISONS
 from lch_plugin.report import write_report
 
 #: Prompts a circuit is found on; the share of the metric that it recovers; what it is scored and
@@ -107,7 +107,7 @@ def run(
         nodes: or how many of the heads and neurons make it up.
         share: or which share of them does.
         method: that they are scored by, one of `lch_plugin.circuits.METHODS`.
-        metric: that it is found and tested by, one of `lch_plugin.circuits.metrics.COMPARISONS`.
+        metric: that it is found and tested by, one of `lch_plugin.metrics.COMPARISONS`.
         seed: of everything random.
 
     Returns:

@@ -47,10 +47,10 @@ import torch
 from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import (
+    HookedTransformer,
     LensModel,
     NodeKind,
     NodePoint,
@@ -59,7 +59,7 @@ from lch_plugin.adapters.transformer_lens import (
     run_edited,
 )
 from lch_plugin.circuits.nodes import NodeScores
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
@@ -387,7 +387,7 @@ def _mean_scores(
 ) -> NodeScores:
     """Scores of batches, each summed over its prompts, as the mean over all prompts."""
     total, n_prompts = torch.zeros(sum(p.n_nodes for p in points), dtype=torch.float64), 0
-    batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    batches = batches_of(prompts)
     for batch in track(batches, "scores", transient=True):
         total += score(batch).cpu()
         n_prompts += len(batch)

@@ -14,7 +14,6 @@ add up to the MLP's. The choice of expert is as in `lch_plugin.circuits.scores.a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import SAE, Transcoder
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -35,15 +33,12 @@ from lch_plugin.adapters.transformer_lens import (
     mlp_inputs,
     run_edited,
 )
-from lch_plugin.circuits.nodes import place
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts, batches_of
+from lch_plugin.circuits.ranking import place
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.saes.sources.hooks import attached
 from lch_plugin.sites import Linearization
-
-_HOOK = re.compile(r"blocks\.(\d+)\.mlp\.hook_centroid")
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ class ActiveFeatures:
 def feature_attribution(
     model: LensModel,
     prompts: Prompts | Iterable[Prompts],
-    sae: SAE[Any],
+    sae: Any,
     *,
     linearization: Linearization = "detached",
 ) -> FeatureScores:
@@ -151,7 +146,7 @@ def feature_attribution(
     total = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
     n_active = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
     n_prompts = 0
-    for batch in [prompts] if isinstance(prompts, Prompts) else prompts:
+    for batch in batches_of(prompts):
         found = active_features(model, batch, sae, linearization=linearization)
         total += found.contributions.double().sum((0, 1)).cpu()
         n_active += (found.codes != 0).sum((0, 1)).cpu()
@@ -163,7 +158,7 @@ def feature_attribution(
 
 @without_autocast()
 def active_features(
-    model: LensModel, batch: Prompts, sae: SAE[Any], *, linearization: Linearization = "detached"
+    model: LensModel, batch: Prompts, sae: Any, *, linearization: Linearization = "detached"
 ) -> ActiveFeatures:
     """What each feature does, position by position; arguments as `feature_attribution`."""
     hook_name, parts = _site(model, sae)
@@ -183,21 +178,20 @@ def active_features(
     )
 
 
-def _site(model: LensModel, sae: SAE[Any]) -> tuple[str, MLPParts]:
+def _site(model: LensModel, sae: Any) -> tuple[str, MLPParts]:
     """The centroids that an SAE reads, and the MLP that they are of."""
-    if not isinstance(sae, SAE) or isinstance(sae, Transcoder):
-        raise InputError(
-            f"sae is a {type(sae).__name__}. A feature is a direction that an SAE both reads and "
-            "writes: pass one of SAELens', such as SAE.load_from_disk(...)."
-        )
+    from lch_plugin.saes.evaluation.sae_inputs import check_dictionary
+    from lch_plugin.saes.sources.hooks import site_of
+
+    check_dictionary(sae)
     hook_name = str(sae.cfg.metadata.hook_name)
-    match = _HOOK.fullmatch(hook_name)
-    if match is None:
+    site = site_of(hook_name)
+    if site is None or site.kind != "mlp":
         raise InputError(
             f"the SAE reads {hook_name!r}. Its features are directions of an MLP's input only if "
             "it reads that MLP's centroids, as 'blocks.2.mlp.hook_centroid'."
         )
-    (parts,) = locate_mlps(model, int(match[1]))
+    (parts,) = locate_mlps(model, site.layers)
     d_in = parts.weights.W_in.shape[0]
     if sae.cfg.d_in != d_in:
         raise InputError(
@@ -208,9 +202,11 @@ def _site(model: LensModel, sae: SAE[Any]) -> tuple[str, MLPParts]:
 
 
 def _codes(
-    model: LensModel, tokens: Int[Tensor, "batch pos"], sae: SAE[Any], hook_name: str
+    model: LensModel, tokens: Int[Tensor, "batch pos"], sae: Any, hook_name: str
 ) -> Float[Tensor, "batch pos d_sae"]:
     """Activations of the features on the centroids."""
+    from lch_plugin.saes.sources.hooks import attached
+
     seen: dict[str, Tensor] = {}
     with evaluating(model), attached(model, [hook_name]), torch.no_grad():
         run_edited(model, tokens, {hook_name: partial(seen.__setitem__, hook_name)})

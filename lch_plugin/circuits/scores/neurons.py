@@ -40,8 +40,8 @@ from lch_plugin.adapters.transformer_lens import (
     recorded_mlp_inputs,
 )
 from lch_plugin.centroids import sample_neighbourhood
-from lch_plugin.circuits.nodes import place
-from lch_plugin.circuits.prompts import Prompts
+from lch_plugin.circuits.prompt_batches import Prompts
+from lch_plugin.circuits.ranking import place
 from lch_plugin.circuits.scores.attribution import metric_gradients
 from lch_plugin.cotangents import Metric, Vector, evaluate
 from lch_plugin.errors import InputError, SiteError

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Dinov2Model
 
-from lch_plugin.demo.vision.digits import digits
+from lch_plugin.demo.vision.images import digits
 from lch_plugin.errors import InputError
 
 __all__ = ["DEMO_VISION_MODEL_DIR", "digits", "load_demo_vision_model"]

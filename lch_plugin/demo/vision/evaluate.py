@@ -20,7 +20,7 @@ from transformers import Dinov2Model
 
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR, load_demo_vision_model
 from lch_plugin.demo.vision.augment import augment
-from lch_plugin.demo.vision.digits import N_CLASSES, digits, normalise, pixels
+from lch_plugin.demo.vision.images import N_CLASSES, digits, normalise, pixels
 from lch_plugin.demo.vision.train import Recipe
 from lch_plugin.errors import InputError
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
 from lch_plugin.demo.vision.augment import Augmentation, augment
-from lch_plugin.demo.vision.digits import IMAGE_SIZE, normalise, pixels
+from lch_plugin.demo.vision.images import IMAGE_SIZE, normalise, pixels
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, write_directory
 

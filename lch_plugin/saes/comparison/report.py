@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lch_plugin import plots
 from lch_plugin.report import write_report
+from lch_plugin.saes.comparison import plots
 from lch_plugin.saes.comparison.scores import SPARSE
 from lch_plugin.saes.comparison.settings import SITES
 from lch_plugin.saes.comparison.statistics import correct, mean_and_sd, paired_test

@@ -23,11 +23,10 @@ from lch_plugin.errors import InputError
 from lch_plugin.files import check_contents
 from lch_plugin.records import check_record
 from lch_plugin.saes.caching.cache import Cache
-from lch_plugin.saes.evaluation.sae_inputs import heads_joined
+from lch_plugin.saes.evaluation.sae_inputs import check_width, heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, real_tokens, width
 from lch_plugin.saes.sources.texts import check_dataset, load_text
-from lch_plugin.saes.training.checks import check_width
 
 _COLUMNS = ("tokens", "input_ids", "text", "problem")
 # Of a centroid's record, what an SAE does not carry over to another value of: where both records

@@ -23,7 +23,6 @@ from rich.progress import track
 from sae_lens import SAE
 from torch import Tensor
 
-from lch_plugin import plots
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.cotangents import Cotangent, Ones
@@ -32,6 +31,7 @@ from lch_plugin.files import check_new_directory, write_directory
 from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
+from lch_plugin.saes.evaluation import plots
 from lch_plugin.saes.evaluation.codes import Codes, describe_text
 from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation, evaluate
 from lch_plugin.saes.evaluation.functional import (

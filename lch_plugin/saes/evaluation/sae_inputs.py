@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from lch_plugin.errors import InputError
@@ -26,6 +26,25 @@ def heads_joined(sae: SAE[Any]) -> Iterator[None]:
     finally:
         if joins:
             sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+def check_dictionary(sae: Any) -> None:
+    """Refuse what has no directions that it both reads and writes.
+
+    Raises:
+        InputError: no SAE of SAELens, or a transcoder.
+    """
+    if not isinstance(sae, SAE) or isinstance(sae, Transcoder):
+        raise InputError(
+            f"sae is a {type(sae).__name__}. A feature is a direction that an SAE both reads and "
+            "writes: pass one of SAELens', such as SAE.load_from_disk(...)."
+        )
+
+
+def check_width(name: str, d_in: int, found: int) -> None:
+    """Refuse an SAE that does not fit what it is to read."""
+    if d_in != found:
+        raise InputError(f"sae.d_in={d_in}, but {name} has {found} dimensions. Set d_in={found}.")
 
 
 def check_rows(sae: SAE[Any], batch: Tensor) -> None:

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from sae_lens.load_model import HookedProxyLM, get_hook_fn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerBase
 
 from lch_plugin.adapters.huggingface import (
@@ -18,6 +17,7 @@ from lch_plugin.adapters.huggingface import (
     resolve,
     resolve_arguments,
 )
+from lch_plugin.adapters.transformer_lens import HookPoint
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
 

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 
 from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.transformer_lens import (
+    HookedTransformer,
     LensModel,
     Reader,
+    TransformerBridge,
     attach,
     attached_readers,
     weight_processing,
@@ -55,6 +55,12 @@ def readers(
     return model.readers if isinstance(model, HookedModel) else attached_readers(model)
 
 
+def site_of(hook_name: str) -> Site | None:
+    """The mlp, attn or block whose all-ones centroid a hook point shows by its name, if it does."""
+    match = _CENTROID_HOOK.fullmatch(hook_name)
+    return match and Site(match[2] or "block", int(match[1]))  # type: ignore[arg-type]
+
+
 @contextmanager
 def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Iterator[None]:
     """See that a model has these hook points, for as long as the block lasts.
@@ -73,8 +79,7 @@ def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Itera
     missing = (
         [] if isinstance(model, HookedModel) else [n for n in names if n not in readers(model)]
     )
-    matches = filter(None, map(_CENTROID_HOOK.fullmatch, missing))
-    sites = [Site(match[2] or "block", int(match[1])) for match in matches]  # type: ignore[arg-type]
+    sites = [site for site in map(site_of, missing) if site is not None]
     with attach(model, site=sites) if sites else nullcontext():
         for name in names:
             _check_hook(model, name)

@@ -31,6 +31,8 @@ from lch_plugin.errors import InputError, OutputError
 from lch_plugin.files import CONTENTS, check_contents, remove_leftovers, write_directory
 from lch_plugin.records import check_plain, read_json, reason
 
+#: A directory with this file is a checkpoint.
+CHECKPOINT_FILE = TRAINER_STATE_FILENAME
 #: What a checkpoint holds beside SAELens' files: the state of torch's generator, and how many
 #: batches scale and mean were estimated from.
 RESUME_FILE = "lch_resume.safetensors"

@@ -16,18 +16,13 @@ from sae_lens import (
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_contents
+from lch_plugin.saes.evaluation.sae_inputs import check_width
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import widths
 from lch_plugin.saes.training.checkpoints import check_checkpoint, check_sae
 
 # Tokens for each feature, below which none has been seen often enough to be learned.
 _FEWEST = 4
-
-
-def check_width(hook: str, d_in: int, found: int) -> None:
-    """Refuse an SAE that does not fit what it is to be trained on."""
-    if d_in != found:
-        raise InputError(f"sae.d_in={d_in}, but {hook} has {found} dimensions. Set d_in={found}.")
 
 
 def check_run(

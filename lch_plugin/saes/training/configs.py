@@ -6,9 +6,13 @@ import dataclasses
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAEConfig
+from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from lch_plugin.errors import InputError
+
+#: Names of the dtypes that an SAE can have.
+DTYPES = tuple(DTYPE_MAP)
 
 
 def runner_config(

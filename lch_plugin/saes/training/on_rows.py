@@ -19,8 +19,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from lch_plugin.errors import InputError, NonFiniteError
+from lch_plugin.saes.evaluation.sae_inputs import check_width
 from lch_plugin.saes.sources.rows import Rows
-from lch_plugin.saes.training.checks import check_width
 from lch_plugin.saes.training.starting import n_estimate_batches, start_at_data, starts_at_data
 from lch_plugin.saes.training.watching import Watch, check_scale
 

@@ -31,7 +31,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from lch_plugin.errors import InputError
-from lch_plugin.saes.training.checks import check_width
+from lch_plugin.saes.evaluation.sae_inputs import check_width
 from lch_plugin.saes.training.on_rows import shuffled, with_lr_end
 from lch_plugin.saes.training.starting import n_estimate_batches
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, run_edited
-from lch_plugin.circuits.metrics import Comparison, logit_difference
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
+from lch_plugin.metrics import Comparison, logit_difference
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import integers
 
@@ -165,6 +165,11 @@ class Prompts:
         return value
 
 
+def batches_of(prompts: Prompts | Iterable[Prompts]) -> list[Prompts]:
+    """One batch or several, as a list."""
+    return [prompts] if isinstance(prompts, Prompts) else list(prompts)
+
+
 def prompts(
     model: LensModel,
     clean: str | Sequence[str],
@@ -241,7 +246,7 @@ def solved(model: LensModel, prompts: Prompts | Iterable[Prompts]) -> list[Promp
     Raises:
         InputError: none is right; or as `Prompts.measure`.
     """
-    batches = [prompts] if isinstance(prompts, Prompts) else list(prompts)
+    batches = batches_of(prompts)
     kept: list[Prompts] = []
     values: list[float] = []
     for batch in batches:

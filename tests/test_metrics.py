@@ -41,6 +41,15 @@ def test_several_answers_and_foils_are_compared_by_mean_or_by_probability(tokens
         torch.testing.assert_close(share[i], p[i, right].sum().log())
 
 
+def test_the_logit_difference_is_one_function_of_tokens_for_all_prompts_or_for_each() -> None:
+    assert lch.circuits.logit_difference is lch.cotangents.logit_difference
+    expected = logit_difference([[3], [3]], [[5], [5]]).of(LOGITS)
+    for answers, foils in ((3, 5), ([[3], [3]], 5), (3, [[5], [5]])):
+        metric = logit_difference(answers, foils)
+        torch.testing.assert_close(metric.of(LOGITS), expected)
+    assert logit_difference(3, 5).name == "3_minus_5"
+
+
 def test_a_token_named_twice_counts_once() -> None:
     for metric in (logit_difference, log_odds):
         twice = metric([[3, 3], [4]], [[5], [6, 7, 6]]).of(LOGITS)
@@ -84,7 +93,8 @@ def test_bad_input_is_refused() -> None:
         (lambda: logit_difference([[1]], [[]]), "at least one foil"),
         (lambda: logit_difference([[1]], [[D_VOCAB]]).of(LOGITS[:1]), r"\[12\] leave"),
         (lambda: log_probability([]), "at least one answer"),
-        (lambda: logit_difference(3, 4), "at least one answer"),  # type: ignore[arg-type]
+        (lambda: log_odds(3, 4), "at least one answer"),  # type: ignore[arg-type]
+        (lambda: logit_difference(3, 3), "do not differ"),
         (lambda: logit_difference([3], [4]), "list of token ids for its answers.*got 3"),  # type: ignore[list-item]
         (lambda: log_probability([[1.5]]), r"got \[1\.5\]"),  # type: ignore[list-item]
         (lambda: kl_divergence(LOGITS[:1]).of(LOGITS), r"reference has \(1, 12\).*gave \(2, 12\)"),

@@ -24,28 +24,25 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
-from sae_lens import (
-    LanguageModelSAERunnerConfig,
-    LoggingConfig,
-    TopKTrainingSAEConfig,
-    TrainingSAE,
-)
 from scipy.stats import false_discovery_control
 from torch import Tensor
-from transformer_lens.model_bridge import TransformerBridge
 
-from lch_plugin import circuits, plots, saes
-from lch_plugin.adapters.transformer_lens import attach, locate_mlps
+from lch_plugin import circuits, saes
+from lch_plugin.adapters.transformer_lens import TransformerBridge, attach, locate_mlps
+from lch_plugin.circuits.reports import plots as circuit_plots
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.contexts import top_contexts
 from lch_plugin.demo import load_demo_model
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import Example, examples, pear_apple
-from lch_plugin.errors import InputError
+from lch_plugin.demonstration import plots
+from lch_plugin.devices import check_device
+from lch_plugin.figures import ACTIVATIONS, CENTROIDS
 from lch_plugin.files import claimed, write_directory
 from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE
+from lch_plugin.saes.training.configs import sae_config
 
 SAE_LAYER = 2
 N_TRAINING_STORIES, N_TEST_STORIES = 6000, 400
@@ -103,16 +100,6 @@ def run(out: str | Path, *, seed: int = 0, device: str = "cpu") -> None:
 
         write_directory(out, write)
     console.print(f"Open [bold]{Path(out) / 'report.html'}[/bold]")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that tensors cannot live on, before any work starts."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device={device!r} cannot be used: {error}. Use cpu, or a device that torch sees."
-        ) from error
 
 
 def describe(
@@ -182,7 +169,7 @@ def centroids_over_text(
 
 def compare_saes(
     model: TransformerBridge, training: Tensor, tokens: Tensor, seed: int
-) -> tuple[dict[str, TrainingSAE[Any]], dict[str, Any], Figure]:
+) -> tuple[dict[str, Any], dict[str, Any], Figure]:
     """Train both SAEs, evaluate them on held-out stories and look at their features."""
     sites = {
         "centroids": f"blocks.{SAE_LAYER}.mlp.hook_centroid",
@@ -193,7 +180,7 @@ def compare_saes(
         values = values_at(model, tokens, list(sites.values()))
         for name, hook in sites.items():
             torch.manual_seed(seed)
-            config = sae_config(hook, model, seed)
+            config = run_config(hook, model, seed)
             sae = dictionaries[name] = saes.train(
                 model, Dataset.from_dict({"tokens": training.tolist()}), config
             )
@@ -206,28 +193,20 @@ def compare_saes(
                 "features": describe_features(model, sae.encode(x), tokens, evaluation.density),
             }
     settings = {"architecture": "TopK", "layer": SAE_LAYER, "d_sae": D_SAE, "k": K}
-    colours = {"centroids": plots.CENTROIDS, "activations": plots.ACTIVATIONS}
+    colours = {"centroids": CENTROIDS, "activations": ACTIVATIONS}
     figure = plots.firing_frequencies(densities, colours)
     return dictionaries, {"settings": settings, "trained": trained}, figure
 
 
-def sae_config(
-    hook: str, model: TransformerBridge, seed: int
-) -> LanguageModelSAERunnerConfig[TopKTrainingSAEConfig]:
+def run_config(hook: str, model: TransformerBridge, seed: int) -> Any:
     """One configuration for both sides; SAELens scales each to the same mean norm."""
-    return LanguageModelSAERunnerConfig(
-        sae=TopKTrainingSAEConfig(
-            d_in=model.cfg.d_model,
-            d_sae=D_SAE,
-            k=K,
-            normalize_activations="expected_average_only_in",
-        ),
-        model_name="lch-demo",
-        hook_name=hook,
-        dataset_path="generated stories",
-        streaming=False,
-        context_size=model.cfg.n_ctx,
+    return saes.runner_config(
+        sae_config("topk", d_in=model.cfg.d_model, d_sae=D_SAE, k=K),
+        hook,
         training_tokens=TRAINING_TOKENS,
+        model_name="lch-demo",
+        dataset_path="generated stories",
+        context_size=model.cfg.n_ctx,
         train_batch_size_tokens=1024,
         n_batches_in_buffer=64,
         n_batches_for_norm_estimate=10,
@@ -237,10 +216,6 @@ def sae_config(
         lr_decay_steps=60,
         device=str(model.cfg.device),
         seed=seed,
-        checkpoint_path=None,
-        output_path=None,
-        verbose=False,
-        logger=LoggingConfig(log_to_wandb=False),
     )
 
 
@@ -326,8 +301,8 @@ def a_an_circuit(
     }
     named = {f"{r}, {p}, layer {layer}": check for (r, p, layer), check in checks.items()}
     return results, {
-        "neurons": plots.neuron_scores(scored),
-        "ablations": plots.ablation_effects(named),
+        "neurons": circuit_plots.neuron_scores(scored),
+        "ablations": circuit_plots.ablation_effects(named),
     }
 
 

@@ -1,0 +1,1 @@
+"""What ``lch demo`` shows of the embedded model, and how."""
