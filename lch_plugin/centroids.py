@@ -137,8 +137,7 @@ def offset_and_radius(
     x: Float[Tensor, "*batch d_in"],
     y: Float[Tensor, "*batch d_out"],
     v: Float[Tensor, "*#batch d_out"],
-    dims: tuple[int, ...] = (-1,),
-) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """``v . y - mu . x`` and ``|mu|^2`` plus twice that: the rest of an expert beside its centroid.
 
     Args:
@@ -146,10 +145,9 @@ def offset_and_radius(
         x: input.
         y: output.
         v: cotangent.
-        dims: what one expert is of: the last dimension, or positions as well where they are mixed.
     """
-    offset = (v * y).sum(dims) - (mu * x).sum(dims)
-    return offset, mu.square().sum(dims) + 2 * offset
+    offset = (v * y).sum(-1) - (mu * x).sum(-1)
+    return offset, mu.square().sum(-1) + 2 * offset
 
 
 @overload

@@ -20,7 +20,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Float
@@ -260,6 +260,20 @@ class Settings:
     @property
     def _has_local(self) -> bool:
         return True
+
+
+class Options(TypedDict, total=False):
+    """`Settings` but for the cotangent, as keyword arguments."""
+
+    output_positions: int | Sequence[int] | None
+    linearization: Linearization
+    expert: bool
+    radius: float | None
+    sigma: float | None
+    n_samples: int
+    neighbourhood: Neighbourhood
+    centre: bool
+    generator: torch.Generator | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -83,6 +84,19 @@ def output_of(output: Any, name: str) -> Tensor:
         f"{name} returned {type(output).__name__} without a floating-point tensor in it, so there "
         "is nothing to take a centroid of. Name a module within."
     )
+
+
+def with_output(output: Any, y: Tensor, other: Tensor) -> Any:
+    """What a module returned, with another tensor in place of `output_of` it."""
+    if output is y:
+        return other
+    if isinstance(output, dict):  # ModelOutput too, which keeps its values twice.
+        changed = copy.copy(output)
+        for key, value in output.items():
+            changed[key] = other if value is y else value
+        return changed
+    values = [other if value is y else value for value in output]
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
 
 def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:

@@ -17,6 +17,7 @@ from lch_plugin.cotangents import (
     evaluate,
 )
 from lch_plugin.errors import InputError, NonFiniteError, SiteError, VanishingCentroidError
+from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import MLP, reads_nothing
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,6 +29,8 @@ TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
+# The same of the detached linearisation: HuggingFace's norms compute in float32 at best.
+AFFINE_TOLERANCE = {**TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
 # A centroid this much smaller than one through a random cotangent is rounding noise.
 _VANISHING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 _CURE = (
@@ -156,6 +159,49 @@ def check_reads(
             f"{name}: the cotangent is orthogonal to everything {writer} writes, so its centroid "
             f"would be rounding noise. {cure}"
         )
+
+
+def distance_from_affine(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> float:
+    """How far a component is from affine with the factors held fixed that it has at an input.
+
+    Zero where it is affine: then its change at another input, read through a cotangent, is what the
+    centroid says. Relative to the change itself.
+
+    Args:
+        fn: the component, as a function of what it reads.
+        x: input.
+        v: cotangent, in the shape of ``fn(x)``.
+
+    Raises:
+        SiteError: it does other things at another input, so that no factors can be held.
+    """
+    shift = noise(x) * x.std()
+    with torch.enable_grad(), DetachedMode() as mode:
+        y = fn(mode.follow(x.detach().requires_grad_()).clone())
+    with torch.enable_grad(), DetachedMode(mode.recorded) as replay:
+        variable = replay.follow((x.detach() + shift).requires_grad_())
+        try:
+            shifted = fn(variable.clone())
+        except (StopIteration, RuntimeError) as error:
+            raise SiteError(f"no detached linearisation of this component: {error}") from None
+    (mu,) = torch.autograd.grad(shifted, variable, v.to(shifted))
+    return off_by(v, (shifted - y).detach(), mu, shift)
+
+
+def off_by(v: Tensor, change: Tensor, mu: Tensor, shift: Tensor) -> float:
+    """How far the change of an output is from what a centroid says, relative to that change."""
+    v, change, mu, shift = (t.double() for t in (v, change, mu, shift))
+    off = float((v * change).sum() - (mu * shift).sum())
+    return abs(off) / max(float(v.norm() * change.norm()), torch.finfo(torch.float64).tiny)
+
+
+def not_affine(name: str, kind: str, off: float) -> SiteError:
+    """The error that says so."""
+    return SiteError(
+        f"{name}: with its factors fixed the {kind} is not affine (off by {off:.1e} of its change "
+        "at another input), so it has no exact expert of this kind. Some function in it is not "
+        "among those of lch_plugin.linearization. Use the Jacobian."
+    )
 
 
 def check_finite(name: str, tensor: Tensor, place: str = "") -> None:

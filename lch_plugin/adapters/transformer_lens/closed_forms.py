@@ -22,6 +22,7 @@ from lch_plugin.adapters.transformer_lens.gates import Gate, PointGate
 from lch_plugin.adapters.transformer_lens.mlps import UNPROCESSED, MLPParts, mlp_gates
 from lch_plugin.adapters.transformer_lens.model_end import postpone
 from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.values import expert_values, local_values
 from lch_plugin.cotangents import Ones, Vector, is_fixed
 from lch_plugin.errors import SiteError
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
@@ -93,14 +94,15 @@ class MLPReader(Reader):
             def mu_at(samples: Tensor) -> Tensor:
                 return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, dtype=dtype)
 
-            self._show(self._local(x.to(dtype), mu_at))
+            self._show(local_values(self.site, x.to(dtype), mu_at))
         elif not self.site.expert:
             self._show({"": lambda: centroid_of_neurons(mlp, pre, s, dtype=dtype)})
         else:
             assert x is not None
             mu = centroid_of_neurons(mlp, pre, s, dtype=dtype)
-            values = self._expert(mu, x, y, self._at(y) if v is None else v)
-            self._show(values | {"_region": lambda: pre[0] > 0})
+            v = self._at(y) if v is None else v
+            values = expert_values(mu, x, y, v, mixes_positions=False)
+            self._show({**values, "_region": lambda: pre[0] > 0})
 
     def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Weight of each neuron in ``v . f(x)``."""
@@ -224,4 +226,4 @@ class HeadReader(Reader):
                 f"{self.name}: with a key-value cache the head reads earlier tokens as well, which "
                 "are not at hand for its offset. Run the whole sequence at once."
             )
-        self._show(self._expert(mu, x, y, v.to(dtype)))
+        self._show(expert_values(mu, x, y, v.to(dtype), mixes_positions=True))

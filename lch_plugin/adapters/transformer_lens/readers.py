@@ -8,21 +8,18 @@ on the model's own graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from torch.utils.hooks import RemovableHandle
 
 from lch_plugin.adapters.checks import check_finite
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.hook_points import CentroidPoint
 from lch_plugin.adapters.transformer_lens.runs import Run, Runs
-from lch_plugin.centroids import mean_over_neighbourhood, offset_and_radius
+from lch_plugin.adapters.values import Values
 from lch_plugin.cotangents import Cotangent, evaluate
-from lch_plugin.mlp import at_least_float32
 from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Site
 
@@ -133,7 +130,7 @@ class Reader:
         """A cotangent spread over the outputs ``y`` that count."""
         return spread(v, y, self._tokens, self.site.positions)
 
-    def _show(self, values: dict[str, Callable[[], Tensor]]) -> None:
+    def _show(self, values: Values) -> None:
         """Hand values to whoever listens, computing only those."""
         tokens = self._tokens
         with self._run.scope.outside():
@@ -144,40 +141,3 @@ class Reader:
                 tensor = blank(value().detach(), tokens)
                 check_finite(point.name, tensor, f", at layer {self.layer}")
                 point.fire(tensor)
-
-    def _expert(self, mu: Tensor, x: Tensor, y: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
-        """Centroid and, for an `expert` site, the numbers that go with it."""
-        mu, x, y, v = (t.to(at_least_float32(t)) for t in (mu, x, y, v))
-        # A component that mixes positions has one affine expert a sequence; another one has one a
-        # position, with a last dimension where TransformerLens counts positions from the end.
-        mixed = self.site.mixes_positions
-
-        def numbers() -> tuple[Tensor, ...]:
-            found = offset_and_radius(mu, x, y, v, (-2, -1) if mixed else (-1,))
-            return found if mixed else tuple(value[..., None] for value in found)
-
-        return {
-            "": lambda: mu,
-            "_offset": lambda: numbers()[0],
-            "_radius": lambda: numbers()[1],
-            "_alignment": lambda: cosine_similarity(mu, x, dim=-1)[..., None],
-        }
-
-    def _local(self, x: Tensor, mu: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], Tensor]]:
-        """Mean centroid over the site's neighbourhood of ``x``, and its spread."""
-        site = self.site
-        local = mean_over_neighbourhood(
-            mu,
-            x,
-            radius=site.radius,
-            sigma=site.sigma,
-            n_samples=site.n_samples,
-            neighbourhood=site.neighbourhood,
-            centre=site.centre,
-            generator=site.generator or torch.Generator(x.device).manual_seed(0),
-        )
-        return {
-            "": lambda: local.mean.to(at_least_float32(x)),
-            "_variance": lambda: local.variance,
-            "_standard_error": lambda: local.standard_error,
-        }

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lch_plugin.adapters.checks import TOLERANCE, check_more_than_noise, noise
+from lch_plugin.adapters.checks import (
+    AFFINE_TOLERANCE,
+    TOLERANCE,
+    check_more_than_noise,
+    noise,
+    not_affine,
+    off_by,
+)
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader
 from lch_plugin.adapters.transformer_lens.gates import Gate
@@ -43,9 +50,6 @@ from lch_plugin.errors import InputError, SiteError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import mlp_centroid
 from lch_plugin.sites import Site
-
-# TOLERANCE for the detached linearisation: HuggingFace's norms compute in float32 at best.
-_AFFINE_TOLERANCE = {**TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
 
 
 def disagreements(model: LensModel, parts: Sequence[MLPParts]) -> dict[str, SiteError | None]:
@@ -364,14 +368,9 @@ def _check_detached(tracker: Tracker, reader: VJPReader) -> None:
             f"{reader.name}: no detached linearisation of this model: {error}"
         ) from None
     _check_noise(reader, v, mu, shifted.mu(reader))
-    change = (shifted.written[reader] - y).double()
-    off = float((v.double() * change).sum() - (mu.double() * shift.double()).sum())
-    if not abs(off) <= _AFFINE_TOLERANCE[x.dtype] * float(v.norm()) * float(change.norm()):
-        raise SiteError(
-            f"{reader.name}: with its factors fixed the {reader.site.kind} is not affine (off by "
-            f"{abs(off):.1e} on another input), so it has no exact expert of this kind. Some "
-            "function in it is not among those of lch_plugin.linearization. Use the Jacobian."
-        )
+    off = off_by(v, shifted.written[reader] - y, mu, shift)
+    if not off <= AFFINE_TOLERANCE[x.dtype]:
+        raise not_affine(reader.name, reader.site.kind, off)
 
 
 class _Kept(CentroidPoint):

@@ -27,6 +27,7 @@ from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.model_end import postpone
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.runs import Run
+from lch_plugin.adapters.values import expert_values, local_values
 from lch_plugin.centroids import centroid
 from lch_plugin.cotangents import Metric, Ones, Random
 from lch_plugin.errors import SiteError
@@ -77,8 +78,8 @@ class VJPReader(Reader):
 
     def finish(self, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
         """Show a centroid that has been computed."""
-        mu = mu.detach()
-        self._show(self._expert(mu, x.detach(), y.detach(), v.detach()))
+        known = (t.detach() for t in (mu, x, y, v))
+        self._show(expert_values(*known, mixes_positions=self.site.mixes_positions))
 
     def finish_late(self, x: Tensor, y: Tensor, v: Tensor) -> None:
         """Compute and show a centroid whose cotangent has come."""
@@ -236,7 +237,7 @@ class LocalReader(Reader):
 
         with self._run.scope.outside():
             with self.runs.silence(self._component):
-                values = self._local(seen.x, mu_at)
+                values = local_values(self.site, seen.x, mu_at)
             self._show(values)
 
     def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
