@@ -293,7 +293,8 @@ def sample_neighbourhood(
 
     ``"ball"`` is uniform in the ball of a radius. ``"gaussian"`` adds noise of standard deviation
     ``sigma`` in each coordinate. With a radius that is ``radius / sqrt(d_in)``, so that both put
-    points at comparable distances. `docs/conventions.md` says which of these the paper's code uses.
+    points at comparable distances. `docs/explanation/conventions.md` says which of these the
+    paper's code uses.
 
     Args:
         x: input, floating point.
