@@ -36,7 +36,7 @@ faults: $(VENV)/ready
 
 # Warnings are errors: a link that leads nowhere, a page that is not in the navigation.
 docs: $(VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 docs-tables: $(VENV)/ready
 	$(BIN)/python -W ignore -m tests.docs
