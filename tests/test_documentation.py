@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import re
 import runpy
 import shlex
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from transformers import ViTImageProcessor
 from typer.main import get_command
 
 import lch_plugin as lch
-from lch_plugin import cli
+from lch_plugin import cli, demo
 from tests import families
 
 ROOT = Path(__file__).parent.parent
@@ -46,9 +48,12 @@ PAGES_WITH_PYTHON = [page for page in PAGES if any(run for _, run in blocks(page
 @pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
 def test_the_pages_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one script."""
+    code = "\n".join(code for code, run in blocks(page, "python") if run)
+    if "sae" in code and int(version("transformer-lens").split(".")[0]) >= 4:
+        pytest.importorskip("sae_lens", exc_type=ImportError)
     # From a file: nnsight reads the source of what it traces.
     script = tmp_path / "page.py"
-    script.write_text("\n".join(code for code, run in blocks(page, "python") if run))
+    script.write_text(code)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
 
@@ -79,6 +84,22 @@ def test_the_pages_names_exist(page: str) -> None:
             thing = lch
             for name in found[0].split(".")[1:]:
                 thing = getattr(thing, name, None) or submodule(thing, name)
+
+
+TOP_LEVEL = [
+    name
+    for name in lch.__all__
+    if callable(fn := getattr(lch, name)) and ">>>" in (fn.__doc__ or "")
+]
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_the_examples_of_the_functions_at_the_top_run(name: str) -> None:
+    found = doctest.DocTestFinder(recurse=False).find(
+        getattr(lch, name), name, globs={"torch": torch, "lch": lch, **vars(demo)}
+    )
+    for example in found:
+        assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def submodule(package: object, name: str) -> object:

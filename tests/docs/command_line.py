@@ -43,10 +43,9 @@ def _row(parameter: Any, hint: Any) -> tuple[str, ...]:
     kind = next(_TYPES[t] for t in within if t in _TYPES)
     if parameter.multiple or parameter.nargs == -1:
         kind += ", repeatable"
-    default = "" if kind == "flag" or not parameter.default else f"`{parameter.default}`"
-    if parameter.default == 0 and kind == "integer":
-        default = "`0`"
-    return f"`{shown}`", kind, "needed" if parameter.required else default, _line(parameter.help)
+    default = parameter.default if isinstance(parameter.default, str | int | float | Path) else ""
+    said = "" if kind == "flag" or default == "" else f"`{default}`"
+    return f"`{shown}`", kind, "needed" if parameter.required else said, _line(parameter.help)
 
 
 def _is_argument(parameter: Any) -> bool:

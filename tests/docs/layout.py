@@ -17,7 +17,8 @@ def tree() -> str:
     uses = imports()
     lines = ["```text", "lch_plugin/"]
     for i, level in enumerate(levels(uses)):
-        lines.append(f"  level {i}")
+        circle = any(uses[name] & set(level) for name in level)
+        lines.append(f"  level {i}{': these import each other' if circle else ''}")
         for name in level:
             path = ROOT / name
             shown = f"{name}/" if path.is_dir() else f"{name}.py"
