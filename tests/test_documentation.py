@@ -114,7 +114,7 @@ def shell_lines(page: str) -> Iterator[str]:
 
 def inline_codes(page: str) -> list[str]:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
 
 
 def check_shell(line: str, *, whole: bool) -> None:
