@@ -379,7 +379,9 @@ class Reader:
                 "module that holds all of it."
             )
         args, kwargs = running.call
-        own = {getattr(module, "layer_idx", None) for module in first.modules()} - {None}
+        own = {
+            vars(module)["layer_idx"] for module in first.modules() if "layer_idx" in vars(module)
+        }
         if any(holds_tokens(cache, layer) for cache in running.caches for layer in own or {0}):
             raise SiteError(
                 f"{self.label} has to be run again for this, which a key-value cache that holds "
