@@ -246,7 +246,8 @@ class HuggingFace:
 
     def _beside(self, handle: Any, name: str) -> dict[str, Tensor]:
         """Offsets, variances and so on, where there are any."""
-        return {}
+        values = {n.removeprefix(f"{name}_"): handle.cache[n] for n in handle.hook_names}
+        return {ending: value for ending, value in values.items() if ending != name}
 
     def any_module(self, module: nn.Module, x: Tensor) -> Tensor:
         with lch.huggingface.attach(module, [""]) as handle:
@@ -273,13 +274,16 @@ class NNSight:
         self.model = lch.load(DEMO_MODEL_DIR, dtype=F64).nnsight()
 
     def centroid(self, asked: Asked) -> Found:
-        if asked.kind in ("head", "neuron", "span", "model"):  # A trace names one module.
+        if asked.kind in ("head", "neuron", "model"):  # A trace names modules, and reads ids.
             raise Cannot
         tokens, mask = ids(asked.padding)
         centroid, v, options = lch.nnsight.centroid, asked.cotangent, asked.options
         block = self.model.transformer.h[asked.layer]
-        envoy = {"mlp": block.mlp, "attn": block.attn, "block": block}[asked.kind]
-        with self.model.trace({"input_ids": tokens, "attention_mask": mask}):
+        span = self.model.transformer.h[1 : asked.layer + 1]
+        envoy = {"mlp": block.mlp, "attn": block.attn, "block": block, "span": span}[asked.kind]
+        late = isinstance(v, Logit | Metric)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        with torch.set_grad_enabled(late), self.model.trace(inputs):
             if asked.edit == "input":
                 block.mlp.input = 2 * block.mlp.input
             if asked.edit == "within":
