@@ -55,6 +55,7 @@ ROOMS = {
         "comparison",
     ),
     "lch_plugin.circuits": (
+        "kinds",
         "prompt_batches",
         "prompt_files",
         "tasks",

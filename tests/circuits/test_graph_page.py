@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import lch_plugin as lch
 from lch_plugin.circuits import grouped, merge
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import Node, ScoredNode
-from lch_plugin.circuits.reports.graph_layout import PARTS, layout
+from lch_plugin.circuits.reports.graph_layout import layout
 from lch_plugin.circuits.reports.graph_page import NodeDetail, page_data, write_graph_page
 from tests.browser import CHROMIUM, browse
 
@@ -72,7 +73,7 @@ def small(n_neurons: int = 30, seed: int = 0, share_of_edges: float = 0.5) -> nx
     node(graph, f"m2@{LAST}", "mlp", 2, LAST, 0.5)
     node(graph, f"m0.f7@{LAST}", "feature", 0, LAST, 0.5, index=7)
     node(graph, "metric", "metric", 3, LAST, 3.21, offset=-0.5)
-    place = {key: (d["layer"], RANKS[PARTS[d["kind"]]]) for key, d in graph.nodes(data=True)}
+    place = {key: (d["layer"], RANKS[KINDS[d["kind"]].row]) for key, d in graph.nodes(data=True)}
     for source, target in combinations(sorted(graph, key=place.__getitem__), 2):
         if place[source] < place[target] and rng.random() < share_of_edges:
             graph.add_edge(source, target, weight=rng.gauss(0, 0.1))
@@ -131,7 +132,7 @@ def test_positions_where_little_happens_leave_room_to_those_where_much_does() ->
 def test_layers_go_upward() -> None:
     graph = small()
     placed = layout(graph)
-    row = {key: (d["layer"], RANKS[PARTS[d["kind"]]]) for key, d in graph.nodes(data=True)}
+    row = {key: (d["layer"], RANKS[KINDS[d["kind"]].row]) for key, d in graph.nodes(data=True)}
     for s, t in graph.edges:
         assert placed.nodes[s][1] > placed.nodes[t][1]
     for a, b in combinations(graph, 2):

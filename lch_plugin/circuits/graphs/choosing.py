@@ -11,6 +11,7 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens import NodePoint
 from lch_plugin.circuits.graphs.experts import Expert
 from lch_plugin.circuits.graphs.parts import Parts, sliced
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.scores.attribution import Contributions
 from lch_plugin.circuits.scores.features import ActiveFeatures
@@ -67,9 +68,8 @@ def parts_of(
         nodes = kept.get(("feature", expert.layer))
         return None if nodes is None else _feature_parts(features, nodes)
     for point in points:
-        part = "attn" if point.kind == "head" else "mlp"
         nodes = kept.get((point.kind, point.layer))
-        if nodes and (part, point.layer) == (expert.kind, expert.layer):
+        if nodes and (KINDS[point.kind].component, point.layer) == (expert.kind, expert.layer):
             return sliced(point.kind, point.width, nodes, expert.clean.held)
     return None
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +27,7 @@ from lch_plugin.adapters.transformer_lens.reads import (
     final_read,
     position_embedding_name,
 )
+from lch_plugin.circuits.kinds import KINDS, ComponentKind
 from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import embedding_name
 from lch_plugin.errors import SiteError
@@ -66,7 +66,7 @@ class Expert:
         graph: tuple[Tensor, Tensor, Tensor],
         reference: Values | None,
     ) -> None:
-        self.kind: Literal["attn", "mlp"] = component.kind
+        self.kind: ComponentKind = component.kind
         self.layer = component.layer
         self._read, self._held, self._write = graph
         n_pos = self._read.numel() // self._read.shape[-1]
@@ -233,7 +233,7 @@ class _Wiring:
     ) -> None:
         self._model = model
         self.components = components(model)
-        self._names = {("attn" if p.kind == "head" else "mlp", p.layer): p.name for p in points}
+        self._names = {(KINDS[p.kind].component, p.layer): p.name for p in points}
         self._inputs = inputs
         self._final = final_read(model)
 

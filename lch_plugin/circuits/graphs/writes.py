@@ -12,6 +12,7 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
 from lch_plugin.circuits.graphs.experts import freeze
 from lch_plugin.circuits.graphs.parts import sliced
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.prompt_batches import Prompts
 
 
@@ -50,8 +51,7 @@ def node_writes(model: LensModel, prompts: Prompts, graph: nx.DiGraph) -> Writes
     for expert in frozen.experts:
         for point in points:
             keys = owned[point.kind, point.layer]
-            of_expert = ("attn" if point.kind == "head" else "mlp", point.layer)
-            if keys and of_expert == (expert.kind, expert.layer):
+            if keys and (KINDS[point.kind].component, point.layer) == (expert.kind, expert.layer):
                 places = [(graph.nodes[k]["position"], graph.nodes[k]["index"]) for k in keys]
                 nodes = sliced(point.kind, point.width, places, expert.clean.held)
                 own = expert.written(nodes.of(expert.clean.held), nodes.positions)

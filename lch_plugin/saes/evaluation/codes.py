@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict
-from sae_lens import SAE, Transcoder
+from sae_lens import SAE
 from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
@@ -23,7 +23,7 @@ from lch_plugin.errors import InputError
 from lch_plugin.files import check_contents
 from lch_plugin.records import check_record
 from lch_plugin.saes.caching.cache import Cache
-from lch_plugin.saes.evaluation.sae_inputs import check_width, heads_joined
+from lch_plugin.saes.evaluation.sae_inputs import check_dictionary, check_width, heads_joined
 from lch_plugin.saes.sources.hooked import HookedModel
 from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, real_tokens, width
 from lch_plugin.saes.sources.texts import check_dataset, load_text
@@ -229,11 +229,7 @@ class Codes:
 
 
 def _hook_name(sae: Any, hook_name: str | None) -> str:
-    if not isinstance(sae, SAE) or isinstance(sae, Transcoder):
-        raise InputError(
-            f"sae is a {type(sae).__name__}. What features do is asked in the space that an SAE "
-            "both reads and writes: pass one of SAELens', such as SAE.load_from_disk(...)."
-        )
+    check_dictionary(sae)
     if sae.cfg.metadata.hook_head_index is not None:
         raise InputError(
             f"the SAE reads head {sae.cfg.metadata.hook_head_index} alone; pass one that reads "
