@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lch_plugin.contexts import Context, top_contexts
+from lch_plugin.max_activating_examples import ActivatingExample, max_activating_examples
 
 TOKENS = [list("abcdef"), list("ghijkl"), list("mnopqr")]
 
@@ -12,12 +12,12 @@ TOKENS = [list("abcdef"), list("ghijkl"), list("mnopqr")]
 def test_the_highest_peak_of_each_row_comes_with_its_surroundings() -> None:
     values = torch.zeros(3, 6)
     values[0, 5], values[0, 1], values[2, 0] = 1.0, 0.5, 3.0
-    assert top_contexts(values, TOKENS, before=2, after=1) == [
-        Context(["m", "n"], [3.0, 0.0], peak=0),
-        Context(["d", "e", "f"], [0.0, 0.0, 1.0], peak=2),
+    assert max_activating_examples(values, TOKENS, before=2, after=1) == [
+        ActivatingExample(["m", "n"], [3.0, 0.0], peak=0),
+        ActivatingExample(["d", "e", "f"], [0.0, 0.0, 1.0], peak=2),
     ]
-    assert len(top_contexts(values, TOKENS, n=1)) == 1
+    assert len(max_activating_examples(values, TOKENS, n=1)) == 1
 
 
 def test_silence_has_no_peaks() -> None:
-    assert top_contexts(-torch.ones(3, 6), TOKENS) == []
+    assert max_activating_examples(-torch.ones(3, 6), TOKENS) == []

@@ -494,7 +494,7 @@ def test_codes_of_given_tokens_leave_padding_out() -> None:
     from sae_lens import StandardSAE, StandardSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
-    from lch_plugin.saes.evaluation.codes import Codes
+    from lch_plugin.saes.evaluation.feature_acts import Codes
 
     hook = "blocks.1.mlp.hook_centroid"
     config = StandardSAEConfig(

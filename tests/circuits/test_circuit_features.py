@@ -85,12 +85,12 @@ def test_a_score_is_what_removing_the_direction_takes(
     name, model = backend
     prompts = Prompts(CLEAN, METRIC, CORRUPT if paired else None)
     scores = feature_attribution(model, prompts, SAE)
-    codes = active_features(model, prompts, SAE).codes
+    feature_acts = active_features(model, prompts, SAE).feature_acts
     other = mlp_inputs(model, CORRUPT, locate_mlps(model, 1))[0] if paired else None
     mode = DetachedMode()
     whole = frozen_metric(model, mode, lambda x: x)
     for feature in [one.index for one in scores.top(3, by="magnitude")]:
-        d, active = DIRECTIONS[feature], (codes[..., feature] != 0)[..., None]
+        d, active = DIRECTIONS[feature], (feature_acts[..., feature] != 0)[..., None]
 
         def remove(x: Tensor, d: Tensor = d, active: Tensor = active) -> Tensor:
             along = x @ d if other is None else x @ d - other @ d
@@ -104,9 +104,9 @@ def test_a_score_is_what_removing_the_direction_takes(
 def test_the_jacobian_is_the_change_to_first_order(gpt2: Any) -> None:
     prompts, step = Prompts(CLEAN, METRIC), 1e-5
     scores = feature_attribution(gpt2, prompts, SAE, linearization="jacobian")
-    codes = active_features(gpt2, prompts, SAE).codes
+    feature_acts = active_features(gpt2, prompts, SAE).feature_acts
     (top,) = scores.top(1, by="magnitude")
-    d, active = DIRECTIONS[top.index], (codes[..., top.index] != 0)[..., None]
+    d, active = DIRECTIONS[top.index], (feature_acts[..., top.index] != 0)[..., None]
 
     def metric(size: float) -> float:
         def edit(x: Tensor) -> Tensor:
@@ -124,12 +124,12 @@ def test_features_count_where_they_are_active_on_the_centroid(backend: tuple[str
     _, model = backend
     with lch.attach(model, 1), torch.no_grad():
         _, cache = model.run_with_cache(CLEAN, names_filter=[HOOK])
-        codes = SAE.encode(cache[HOOK].to(torch.float64))
+        feature_acts = SAE.encode(cache[HOOK].to(torch.float64))
     scores = feature_attribution(model, Prompts(CLEAN, METRIC), SAE)
-    assert torch.equal(scores.n_active, (codes != 0).sum((0, 1)))
+    assert torch.equal(scores.n_active, (feature_acts != 0).sum((0, 1)))
     found = active_features(model, Prompts(CLEAN, METRIC), SAE)
-    assert bool((found.contributions[codes == 0] == 0).all())
-    assert bool((found.contributions[codes != 0] != 0).all())
+    assert bool((found.contributions[feature_acts == 0] == 0).all())
+    assert bool((found.contributions[feature_acts != 0] != 0).all())
     assert scores.hook_name == HOOK
 
 
@@ -196,7 +196,7 @@ def test_features_are_nodes_of_the_flow(backend: tuple[str, Any]) -> None:
         at = 0, data["position"], data["index"]
         expected = float(found.contributions[at])
         assert data["contribution"] == pytest.approx(expected, rel=1e-6, abs=EXACT.get(name, 1e-9))
-        assert data["activation"] == pytest.approx(float(found.codes[at]))
+        assert data["activation"] == pytest.approx(float(found.feature_acts[at]))
         assert f"m1.f{data['index']}@{data['position']}" in graph
     assert {data["layer"] for _, data in nodes if data["kind"] == "neuron"} == {0, 2}
     assert graph.graph["sae"] == HOOK

@@ -249,33 +249,33 @@ def test_a_circuit_is_judged_by_interventions(model, prompts: Prompts, scores: N
         return float((run_circuit(model, prompts, one).mean() - scale[0]) / scale[1])
 
     assert torch.equal(found.kept, run_circuit(model, prompts, circuit))
-    assert torch.equal(found.rest, run_circuit(model, prompts, ~circuit))
+    assert torch.equal(found.complement, run_circuit(model, prompts, ~circuit))
     assert found.recovered == pytest.approx(f(circuit), rel=1e-12)
-    assert found.rest_recovered == pytest.approx(f(~circuit), rel=1e-12)
-    assert list(found.falls) == tested
-    for node, fall in found.falls.items():
+    assert found.complement_recovered == pytest.approx(f(~circuit), rel=1e-12)
+    assert list(found.minimality) == tested
+    for node, fall in found.minimality.items():
         assert fall == pytest.approx(f(circuit) - f(circuit.without(node)), abs=1e-12)
     assert found.interval[0] < found.recovered < found.interval[1]
-    assert found.rest_interval[0] < found.rest_recovered < found.rest_interval[1]
-    assert (len(found.gaps), len(found.random)) == (10, 10)
-    sizes = sorted(abs(fall) for fall in found.falls.values())
+    assert found.complement_interval[0] < found.complement_recovered < found.complement_interval[1]
+    assert (len(found.completeness), len(found.random)) == (10, 10)
+    sizes = sorted(abs(fall) for fall in found.minimality.values())
     assert found.idle_share(tolerance=0.0) == 0
     assert found.idle_share(tolerance=sizes[1]) == pytest.approx(2 / 3)
     again = judge(model, prompts, circuit, nodes=tested, generator=seeded())
     assert json.dumps(again.to_dict()) == json.dumps(found.to_dict())
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert Circuit.from_dict(circuit.points, written["circuit"]).nodes == circuit.nodes
-    assert written["incompleteness"]["max"] == float(found.gaps.max())
-    assert written["falls"] == {str(node): fall for node, fall in found.falls.items()}
+    assert written["incompleteness"]["max"] == float(found.completeness.max())
+    assert written["falls"] == {str(node): fall for node, fall in found.minimality.items()}
 
 
 def test_the_whole_model_is_faithful_and_complete(
     model, prompts: Prompts, scores: NodeScores
 ) -> None:
     found = judge(model, prompts, scores.circuit(N_NODES), nodes=[Node("head", 0)])
-    assert (found.recovered, found.rest_recovered) == (1, 0)
+    assert (found.recovered, found.complement_recovered) == (1, 0)
     assert found.interval == (1, 1)
-    assert not found.gaps.any()
+    assert not found.completeness.any()
     assert (found.random == 1).all()
 
 
@@ -287,11 +287,13 @@ def test_gaps_set_the_circuit_against_the_model_without_the_same_nodes(
     found = judge(model, prompts, circuit, n_subsets=20, generator=seeded())
     gap = float((found.full - found.empty).mean())
     nothing = abs(found.recovered - 1)
-    itself = abs(float((found.rest - found.empty).mean()) / gap)
-    expected = [nothing if abs(gap - nothing) < 1e-9 else itself for gap in found.gaps.tolist()]
-    assert found.gaps.tolist() == pytest.approx(expected, abs=1e-12)
+    itself = abs(float((found.complement - found.empty).mean()) / gap)
+    expected = [
+        nothing if abs(gap - nothing) < 1e-9 else itself for gap in found.completeness.tolist()
+    ]
+    assert found.completeness.tolist() == pytest.approx(expected, abs=1e-12)
     assert set(expected) == {nothing, itself}
-    assert list(found.falls.values()) == [pytest.approx(found.recovered)]
+    assert list(found.minimality.values()) == [pytest.approx(found.recovered)]
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -334,7 +336,7 @@ def test_five_percent_of_the_nodes_say_an_after_apple() -> None:
         model, tests, circuit, nodes=circuit.nodes[:1], n_subsets=1, n_random=3, generator=seeded()
     )
     assert found.interval[0] > 0.75
-    assert abs(found.rest_recovered) < 0.05
+    assert abs(found.complement_recovered) < 0.05
     assert float(found.random.abs().max()) < 0.1
 
 

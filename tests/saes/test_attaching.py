@@ -43,10 +43,10 @@ def test_saes_of_several_layers_read_their_centroids(backend: str, saes: SAEs) -
         out, cache = model.run_with_cache_with_saes(IDS, saes=saes)
         assert torch.equal(out, logits)
         for sae, name in zip(saes, NAMES, strict=True):
-            codes = cache[f"{name}.hook_sae_acts_post"]
-            torch.testing.assert_close(codes, sae.encode(mu[name]))
+            feature_acts = cache[f"{name}.hook_sae_acts_post"]
+            torch.testing.assert_close(feature_acts, sae.encode(mu[name]))
             torch.testing.assert_close(cache[f"{name}.hook_sae_recons"], sae(mu[name]))
-            assert bool((codes > 0).any())
+            assert bool((feature_acts > 0).any())
         assert not model.acts_to_saes
 
 
@@ -103,9 +103,9 @@ def test_editing_codes_leaves_the_model_alone(backend: str, saes: SAEs) -> None:
         logits, point = model(IDS), f"{NAMES[0]}.hook_sae_acts_post"
         edited: list[Tensor] = []
 
-        def double(codes: Tensor, hook: Any) -> Tensor:
-            edited.append(codes)
-            return 2 * codes
+        def double(feature_acts: Tensor, hook: Any) -> Tensor:
+            edited.append(feature_acts)
+            return 2 * feature_acts
 
         out = model.run_with_hooks_with_saes(IDS, saes=saes[:1], fwd_hooks=[(point, double)])
         assert len(edited) == 1
@@ -118,9 +118,11 @@ def test_circuitsvis_draws_the_codes_of_an_attached_sae(backend: str, saes: SAEs
     with lch.attach(model, LAYERS), torch.no_grad():
         sae = saes[0]
         _, cache = model.run_with_cache_with_saes(IDS[:1], saes=[sae])
-        codes = cache[f"{NAMES[0]}.hook_sae_acts_post"][0]
-    chosen = codes.sum(0).topk(3).indices.tolist()
+        feature_acts = cache[f"{NAMES[0]}.hook_sae_acts_post"][0]
+    chosen = feature_acts.sum(0).topk(3).indices.tolist()
     text = [f"w{i}" for i in IDS[0]]
-    html = tokens.colored_tokens_multi(text, codes[:, chosen], list(map(str, chosen))).local_src
+    html = tokens.colored_tokens_multi(
+        text, feature_acts[:, chosen], list(map(str, chosen))
+    ).local_src
     assert "ColoredTokensMulti" in html
     assert all(f'"{word}"' in html for word in text)

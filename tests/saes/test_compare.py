@@ -31,13 +31,13 @@ from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR
 from lch_plugin.files import resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes import ComparisonSettings, Labelled, Rows, compare, evaluate, load_labelled
-from lch_plugin.saes.comparison import work
+from lch_plugin.saes.comparison import jobs
 from lch_plugin.saes.comparison.components import make_component
 from lch_plugin.saes.comparison.data import Split, prepare
 from lch_plugin.saes.comparison.embedded import labelled_digits, labelled_stories
 from lch_plugin.saes.comparison.scores import label_agreement, probe_scores
 from lch_plugin.saes.comparison.settings import SITES
-from lch_plugin.saes.comparison.values import Values, item_means, write_values
+from lch_plugin.saes.comparison.stored_values import StoredValues, item_means, store_values
 from lch_plugin.statistics import holm
 from tests import families
 
@@ -176,20 +176,20 @@ def test_items_are_chosen_by_the_seed_alone(gpt2: LoadedModel, other_words: Load
 def test_values_on_disk_are_the_rows(vit: LoadedModel, tmp_path: Path) -> None:
     split = ready(vit, labelled_digits("test"), VISION_MLP)
     rows = Rows(vit.model, split.batches, VISION_MLP, positions=slice(1, None))
-    write_values(rows, tmp_path / "x.npy", split.n_rows)
+    store_values(rows, tmp_path / "x.npy", split.n_rows)
     expected = torch.cat(list(rows))
-    assert torch.cat(list(Values(tmp_path / "x.npy"))).equal(expected)
+    assert torch.cat(list(StoredValues(tmp_path / "x.npy"))).equal(expected)
 
     items = split.items["digit"]
-    means = item_means(Values(tmp_path / "x.npy"), items, lambda x: 2 * x)
+    means = item_means(StoredValues(tmp_path / "x.npy"), items, lambda x: 2 * x)
     assert means == pytest.approx(2 * expected.unflatten(0, (-1, 64)).mean(1).numpy(), abs=1e-5)
 
-    shuffled = Values(tmp_path / "x.npy", seed=3)
+    shuffled = StoredValues(tmp_path / "x.npy", seed=3)
     first, second = torch.cat(list(shuffled)), torch.cat(list(shuffled))
     assert not first.equal(second)
     assert first.sort(0).values.equal(expected.sort(0).values)
-    assert torch.cat(list(Values(tmp_path / "x.npy", seed=3))).equal(first)
-    assert not torch.cat(list(Values(tmp_path / "x.npy", seed=4))).equal(first)
+    assert torch.cat(list(StoredValues(tmp_path / "x.npy", seed=3))).equal(first)
+    assert not torch.cat(list(StoredValues(tmp_path / "x.npy", seed=4))).equal(first)
 
 
 def test_words_have_the_mean_of_their_tokens(gpt2: LoadedModel, tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_words_have_the_mean_of_their_tokens(gpt2: LoadedModel, tmp_path: Path) 
     )
     split = ready(gpt2, data)
     rows = Rows(gpt2.model, split.batches, MLP, positions=slice(1, None))
-    write_values(rows, tmp_path / "x.npy", split.n_rows)
+    store_values(rows, tmp_path / "x.npy", split.n_rows)
     x = torch.cat(list(rows))
-    means = item_means(Values(tmp_path / "x.npy"), split.items["kind"], lambda x: x)
+    means = item_means(StoredValues(tmp_path / "x.npy"), split.items["kind"], lambda x: x)
     expected = torch.stack([x[:2].mean(0), x[2], x[3]]).numpy()
     assert means == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
@@ -209,7 +209,7 @@ def test_words_have_the_mean_of_their_tokens(gpt2: LoadedModel, tmp_path: Path) 
 def test_another_number_of_rows_is_refused(n_rows: int, vit: LoadedModel, tmp_path: Path) -> None:
     batches = labelled_digits("test").inputs[:64].split(32)
     with pytest.raises(lch.InputError, match=f"{n_rows} were expected"):
-        write_values(Rows(vit.model, batches, VISION_MLP), tmp_path / "x.npy", n_rows)
+        store_values(Rows(vit.model, batches, VISION_MLP), tmp_path / "x.npy", n_rows)
 
 
 # --- the comparison ------------------------------------------------------------------------------
@@ -259,10 +259,13 @@ def test_scores_are_of_what_is_held_out(of: Any, done: tuple[Path, Any], vit: Lo
         batches = data.inputs.split(32)
         rows = list(Rows(vit.model, batches, VISION_MLP, of=of, positions=slice(1, None)))
         with torch.no_grad():
-            codes = sae.encode(torch.cat(rows)).unflatten(0, (-1, 64)).mean(1).numpy()
+            feature_acts = sae.encode(torch.cat(rows)).unflatten(0, (-1, 64)).mean(1).numpy()
         n = len(data.inputs)
         kept = np.sort(np.random.default_rng(0).permutation(n)[: SMALL.n_items])
-        codes_and_labels += [codes[kept], np.array([str(x) for x in data.labels["digit"]])[kept]]
+        codes_and_labels += [
+            feature_acts[kept],
+            np.array([str(x) for x in data.labels["digit"]])[kept],
+        ]
     evaluation = evaluate(sae, rows)
     assert score["explained_variance"] == pytest.approx(evaluation.explained_variance, abs=1e-5)
     assert score["n_fired"] == evaluation.n_fired
@@ -343,9 +346,9 @@ def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
         trained.append(original(*args, **kwargs))
         return trained[-1]
 
-    original: Callable[..., Any] = work.train_on
+    original: Callable[..., Any] = jobs.train_on
     data = three_digits("train"), three_digits("test")
-    monkeypatch.setattr(work, "train_on", train_on)
+    monkeypatch.setattr(jobs, "train_on", train_on)
     with pytest.raises(KeyboardInterrupt):
         compare(vit, VISION_MLP, *data, tmp_path / "out", settings)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import lch_plugin as lch
 from lch_plugin.cotangents import Logit
 from lch_plugin.mlp import MLP, mlp_centroid
 from lch_plugin.saes import HookedModel
-from lch_plugin.saes.feature_pages.effects import closed_form, neuron_terms, push
+from lch_plugin.saes.dashboards.effects import closed_form, neuron_terms, push
 from tests import models
 
 LAYER = 1

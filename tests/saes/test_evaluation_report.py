@@ -19,7 +19,7 @@ from lch_plugin import cli
 from lch_plugin.demo.corpus import stories
 from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.evaluation import plots
-from lch_plugin.saes.evaluation.codes import load_sae
+from lch_plugin.saes.evaluation.feature_acts import load_sae
 from lch_plugin.saes.evaluation.report import evaluation_report
 from lch_plugin.saes.evaluation.steering import SteeringEffects
 from tests import models

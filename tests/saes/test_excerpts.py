@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lch_plugin.saes.feature_pages.excerpts import Excerpts, Histogram, Survey
+from lch_plugin.saes.dashboards.firing import Histogram, MaxActivatingExamples, Survey
 
 N_POS, N_FEATURES = 5, 3
 
@@ -18,56 +18,56 @@ def codes_in_batches(draw: st.DrawFn) -> tuple[Tensor, list[int]]:
     sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     seed = draw(st.integers(0, 2**16))
     shape = sum(sizes), N_POS, N_FEATURES
-    codes = torch.randint(-3, 5, shape, generator=torch.Generator().manual_seed(seed))
-    return codes.clamp_min(0).float(), sizes
+    feature_acts = torch.randint(-3, 5, shape, generator=torch.Generator().manual_seed(seed))
+    return feature_acts.clamp_min(0).float(), sizes
 
 
 @given(codes_in_batches(), st.integers(1, 6))
 def test_the_best_rows_are_kept_in_order_with_their_text(
     found: tuple[Tensor, list[int]], n: int
 ) -> None:
-    codes, sizes = found
-    tokens = torch.arange(codes.shape[0] * N_POS).view(-1, N_POS)
-    excerpts = Excerpts(n)
-    for batch, ids in zip(codes.split(sizes), tokens.split(sizes), strict=True):
-        excerpts.add(batch, 2 * batch, ids)
+    feature_acts, sizes = found
+    tokens = torch.arange(feature_acts.shape[0] * N_POS).view(-1, N_POS)
+    examples = MaxActivatingExamples(n)
+    for batch, ids in zip(feature_acts.split(sizes), tokens.split(sizes), strict=True):
+        examples.add(batch, 2 * batch, ids)
     for feature in range(N_FEATURES):
-        peaks, positions = codes[..., feature].max(1)
+        peaks, positions = feature_acts[..., feature].max(1)
         # Earlier rows first among equals.
         rows = sorted(range(len(peaks)), key=lambda row, peaks=peaks: -float(peaks[row]))[:n]
         rows = [row for row in rows if peaks[row] > 0]
-        assert excerpts.count(feature) == len(rows)
+        assert examples.count(feature) == len(rows)
         for i, row in enumerate(rows):
-            assert excerpts.scores[i, feature] == peaks[row]
-            assert excerpts.positions[i, feature] == positions[row]
-            assert torch.equal(excerpts.tokens[i, feature], tokens[row])
-            assert torch.equal(excerpts.values[i, feature], 2 * codes[row, :, feature])
+            assert examples.scores[i, feature] == peaks[row]
+            assert examples.positions[i, feature] == positions[row]
+            assert torch.equal(examples.tokens[i, feature], tokens[row])
+            assert torch.equal(examples.values[i, feature], 2 * feature_acts[row, :, feature])
 
 
 @given(codes_in_batches())
 def test_surveys_and_histograms_count_every_token_once(found: tuple[Tensor, list[int]]) -> None:
-    codes, sizes = found
+    feature_acts, sizes = found
     survey = Survey(N_FEATURES, torch.device("cpu"))
-    for batch in codes.split(sizes):
+    for batch in feature_acts.split(sizes):
         survey.add(batch, batch.shape[0] * N_POS)
-    fires = (codes > 0).sum((0, 1))
+    fires = (feature_acts > 0).sum((0, 1))
     assert torch.equal(survey.n_fired, fires)
-    assert torch.equal(survey.maximum, codes.amax((0, 1)))
-    torch.testing.assert_close(survey.density, (codes > 0).float().mean((0, 1)))
-    energy = codes.square().sum((0, 1))
+    assert torch.equal(survey.maximum, feature_acts.amax((0, 1)))
+    torch.testing.assert_close(survey.density, (feature_acts > 0).float().mean((0, 1)))
+    energy = feature_acts.square().sum((0, 1))
     torch.testing.assert_close(survey.energy, energy / energy.sum().clamp_min(1e-300))
     histogram = Histogram(survey.maximum, 4)
-    for batch in codes.split(sizes):
+    for batch in feature_acts.split(sizes):
         histogram.add(histogram.bins(batch))
     assert torch.equal(histogram.counts.sum(1), fires)
     for feature, maximum in enumerate(survey.maximum.tolist()):
         for i, count in enumerate(histogram.counts[feature].tolist()):
-            own = codes[..., feature]
+            own = feature_acts[..., feature]
             inside = (own > maximum * i / 4) & (own <= maximum * (i + 1) / 4) & (own > 0)
             assert count == int(inside.sum())
 
 
 def test_nothing_seen_is_nothing_found() -> None:
-    assert Excerpts(3).count(0) == 0
+    assert MaxActivatingExamples(3).count(0) == 0
     survey = Survey(2, torch.device("cpu"))
     assert survey.density.tolist() == survey.energy.tolist() == [0, 0]

@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 import lch_plugin as lch
 from lch_plugin.cli import app
-from lch_plugin.contexts import Context, top_contexts
 from lch_plugin.cotangents import Random
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demonstration.run import pack, to_text
+from lch_plugin.max_activating_examples import ActivatingExample, max_activating_examples
 from lch_plugin.saes import FeatureReport, HookedModel, features
-from lch_plugin.saes.sources.hooks import provenance
+from lch_plugin.saes.sources.hook_points import provenance
 from tests import models
 from tests.browser import CHROMIUM, browse
 
@@ -71,16 +71,16 @@ def report() -> FeatureReport:
 
 
 def test_numbers_are_those_of_the_whole_text_at_once() -> None:
-    codes = dictionary().encode(values())
-    fires = codes > 0
+    feature_acts = dictionary().encode(values())
+    fires = feature_acts > 0
     assert report().n_tokens == tokens().numel()
     torch.testing.assert_close(report().density, fires.float().mean((0, 1)))
-    energy = codes.square().sum((0, 1))
+    energy = feature_acts.square().sum((0, 1))
     torch.testing.assert_close(report().energy, energy / energy.sum())
     allowed = energy * (fires.float().mean((0, 1)) <= 0.3)
     assert [f.index for f in report().features] == allowed.topk(5).indices.tolist()
     for f in report().features:
-        own = codes[..., f.index]
+        own = feature_acts[..., f.index]
         assert f.maximum == pytest.approx(own.max().item(), rel=1e-5)
         assert sum(f.histogram) == int((own > 0).sum())
         truth = torch.histc(own[own > 0], len(f.histogram), 0, own.max().item())
@@ -90,9 +90,9 @@ def test_numbers_are_those_of_the_whole_text_at_once() -> None:
 
 
 def test_excerpts_are_the_highest_peaks_of_the_text() -> None:
-    codes, text = dictionary().encode(values()), to_text(model(), tokens())
+    feature_acts, text = dictionary().encode(values()), to_text(model(), tokens())
     for f in report().features:
-        expected = top_contexts(codes[..., f.index], text, 10)
+        expected = max_activating_examples(feature_acts[..., f.index], text, 10)
         assert len(f.contexts) == len(expected) == 10
         for found, truth in zip(f.contexts, expected, strict=True):
             assert (found.tokens, found.peak) == (truth.tokens, truth.peak)
@@ -100,9 +100,9 @@ def test_excerpts_are_the_highest_peaks_of_the_text() -> None:
 
 
 def test_lower_bands_hold_tokens_of_their_activations() -> None:
-    codes = dictionary().encode(values())
+    feature_acts = dictionary().encode(values())
     for f in report().features:
-        own = codes[..., f.index]
+        own = feature_acts[..., f.index]
         assert [band.high for band in f.bands] == pytest.approx(
             [f.maximum * q for q in (0.75, 0.5, 0.25)]
         )
@@ -143,9 +143,9 @@ def test_the_batch_size_changes_nothing() -> None:
 
 
 def test_neurons_add_up_to_the_centroid_along_the_feature() -> None:
-    sae, codes = dictionary(), dictionary().encode(values())
+    sae, feature_acts = dictionary(), dictionary().encode(values())
     for f in report().features:
-        peaks, positions = codes[..., f.index].max(1)
+        peaks, positions = feature_acts[..., f.index].max(1)
         rows = peaks.topk(10).indices
         mu = values()[rows, positions[rows]]
         along = (mu @ normalize(sae.W_dec[f.index], dim=0)).mean().item()
@@ -156,8 +156,11 @@ def test_neurons_add_up_to_the_centroid_along_the_feature() -> None:
 
 def test_promoted_tokens_are_those_that_a_small_push_promotes() -> None:
     f = report().features[0]
-    direction, codes = normalize(dictionary().W_dec[f.index], dim=0), dictionary().encode(values())
-    peaks, positions = codes[..., f.index].max(1)
+    direction, feature_acts = (
+        normalize(dictionary().W_dec[f.index], dim=0),
+        dictionary().encode(values()),
+    )
+    peaks, positions = feature_acts[..., f.index].max(1)
     rows = peaks.topk(10).indices
     moved = []
     for row in rows.tolist():
@@ -209,11 +212,11 @@ def test_activations_with_signs_are_ranked_by_magnitude(tmp_path: Path) -> None:
     with torch.no_grad():
         sae.b_enc[5] = -1e3
     found = features(model(), sae, tokens(), indices=[5, 3])
-    codes = sae.encode(values())
-    torch.testing.assert_close(found.density, (codes != 0).float().mean((0, 1)))
+    feature_acts = sae.encode(values())
+    torch.testing.assert_close(found.density, (feature_acts != 0).float().mean((0, 1)))
     assert found.density[5] == 1
     for f in found.features:
-        own = codes[..., f.index]
+        own = feature_acts[..., f.index]
         assert f.maximum == pytest.approx(own.abs().max().item(), rel=1e-5)
         assert sum(f.histogram) == int((own != 0).sum())
         peaks = own.abs().amax(1).topk(10).values
@@ -252,8 +255,8 @@ def test_what_the_sae_was_not_trained_on_does_not_count() -> None:
     found = features(model(), sae, tokens(), indices=[0, 1, 2])
     inside = tokens()[:, 1:40]
     assert found.n_tokens == int((inside != bos).sum())
-    codes = sae.encode(values())[:, 1:40][inside != bos]
-    torch.testing.assert_close(found.density, (codes > 0).float().mean(0))
+    feature_acts = sae.encode(values())[:, 1:40][inside != bos]
+    torch.testing.assert_close(found.density, (feature_acts > 0).float().mean(0))
     for f in found.features:
         assert all(c.tokens[c.peak] != model().tokenizer.bos_token for c in f.contexts)
 
@@ -454,7 +457,7 @@ class Page(HTMLParser):
 def hostile() -> FeatureReport:
     """The report, with text in it that means something to a browser."""
     first, *rest = report().features
-    excerpt = Context(HOSTILE, [1.0, 0.5, 0.2, 0.1, 0.3, 0.0], 0)
+    excerpt = ActivatingExample(HOSTILE, [1.0, 0.5, 0.2, 0.1, 0.3, 0.0], 0)
     promoted = [dataclasses.replace(first.promoted[0], token=t) for t in HOSTILE]
     changed = dataclasses.replace(first, contexts=[excerpt], promoted=promoted)
     return dataclasses.replace(report(), features=[changed, *rest])
@@ -563,7 +566,7 @@ def test_the_command_refuses_what_it_cannot_read(tmp_path: Path) -> None:
 
 
 def test_an_sae_is_read_from_its_directory(tmp_path: Path) -> None:
-    from lch_plugin.saes.evaluation.codes import load_sae
+    from lch_plugin.saes.evaluation.feature_acts import load_sae
 
     dictionary().save_model(tmp_path / "sae")
     assert isinstance(load_sae(tmp_path / "sae"), SAE)

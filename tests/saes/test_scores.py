@@ -29,7 +29,7 @@ from lch_plugin.saes.comparison.statistics import correct, mean_and_sd, paired_t
 LABELS = np.repeat(["x", "y", "z"], 40)
 
 
-def codes(seed: int, strength: float = 1.0, d_sae: int = 12) -> np.ndarray:
+def feature_acts(seed: int, strength: float = 1.0, d_sae: int = 12) -> np.ndarray:
     """Sparse noise, and for each label two features of its own: 2 and 3 for x, 4 and 5 for y..."""
     rng = np.random.default_rng(seed)
     found = rng.random((len(LABELS), d_sae)) * (rng.random((len(LABELS), d_sae)) < 0.2)
@@ -39,27 +39,29 @@ def codes(seed: int, strength: float = 1.0, d_sae: int = 12) -> np.ndarray:
 
 
 def test_probes_find_what_is_there() -> None:
-    train, test = codes(0, strength=4), codes(1, strength=4)
+    train, test = feature_acts(0, strength=4), feature_acts(1, strength=4)
     scores = probe_scores(train, LABELS, test, LABELS)
     assert scores == {"probe": 1, "sparse_probe_1": 1, "sparse_probe_5": 1, "sparse_probe_10": 1}
 
 
-@pytest.mark.parametrize("of_codes", [True, False])
-def test_probes_find_nothing_where_nothing_is(of_codes: bool) -> None:
+@pytest.mark.parametrize("of_feature_acts", [True, False])
+def test_probes_find_nothing_where_nothing_is(of_feature_acts: bool) -> None:
     """With labels in another order: chance, within four standard errors."""
     rng = np.random.default_rng(0)
     train = rng.normal(size=(600, 12)).astype(np.float32)
     test = rng.normal(size=(600, 12)).astype(np.float32)
     labels, test_labels = rng.permutation(np.tile(LABELS, 5)), rng.permutation(np.tile(LABELS, 5))
-    full = probe_accuracy(train, labels, test, test_labels, of_codes=of_codes)
-    sparse = sparse_probe_accuracies(train, labels, test, test_labels, of_codes=of_codes)[5]
+    full = probe_accuracy(train, labels, test, test_labels, of_feature_acts=of_feature_acts)
+    sparse = sparse_probe_accuracies(
+        train, labels, test, test_labels, of_feature_acts=of_feature_acts
+    )[5]
     assert full == pytest.approx(1 / 3, abs=4 * np.sqrt(2 / 9 / 600))
     assert sparse == pytest.approx(1 / 2, abs=4 * np.sqrt(1 / 4 / 600))
 
 
 def test_sparse_probes_choose_features_in_training() -> None:
     """A feature that tells the labels apart among the test items only is no use."""
-    train, test = codes(0, strength=0), codes(1, strength=0)
+    train, test = feature_acts(0, strength=0), feature_acts(1, strength=0)
     test[:, 0] = LABELS == "x"
     assert sparse_probe_accuracies(train, LABELS, test, LABELS)[1] < 0.7
     train[:, 0] = LABELS == "x"
@@ -84,7 +86,7 @@ def test_a_dead_dictionary_is_at_chance() -> None:
     assert sparse_probe_accuracies(dead, LABELS, dead, LABELS) == chance
     assert probe_accuracy(dead, LABELS, dead, LABELS) == pytest.approx(1 / 3)
     assert label_agreement(dead, LABELS, 5) == pytest.approx(chance_agreement(LABELS))
-    assert mean_max_correlation(dead, codes(0)) == 0
+    assert mean_max_correlation(dead, feature_acts(0)) == 0
     assert mean_max_cosine(torch.zeros(0, 4), torch.randn(3, 4)) == 0
 
 
@@ -96,13 +98,15 @@ def test_the_majority_is_that_of_training() -> None:
 binary = arrays.arrays(np.float32, (14, 5), elements=st.sampled_from([0.0, 0.5, 2.0]))
 
 
-@given(codes=binary, n=st.integers(1, 13), seed=st.integers(0, 99))
+@given(feature_acts=binary, n=st.integers(1, 13), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_neighbours_are_those_of_the_jaccard_index(codes: np.ndarray, n: int, seed: int) -> None:
+def test_neighbours_are_those_of_the_jaccard_index(
+    feature_acts: np.ndarray, n: int, seed: int
+) -> None:
     """Against scikit-learn's distances, averaged over all ways of breaking ties."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(["x", "y", "z"], 14)
-    active = codes != 0
+    active = feature_acts != 0
     distances = pairwise_distances(active, metric="jaccard")
     empty = ~active.any(1)
     distances[np.ix_(empty, empty)] = 1  # Nothing in common: scikit-learn says 0.
@@ -115,9 +119,9 @@ def test_neighbours_are_those_of_the_jaccard_index(codes: np.ndarray, n: int, se
         expected = (same & nearer).sum() + (same & tied).sum() / tied.sum() * (n - nearer.sum())
         shares.append(expected / n)
     # In double precision: tests of differences take it for granted.
-    assert label_agreement(codes, labels, n) == pytest.approx(np.mean(shares), abs=1e-13)
+    assert label_agreement(feature_acts, labels, n) == pytest.approx(np.mean(shares), abs=1e-13)
     order = rng.permutation(14)
-    shuffled = label_agreement(codes[order], labels[order], n)
+    shuffled = label_agreement(feature_acts[order], labels[order], n)
     assert shuffled == pytest.approx(np.mean(shares), abs=1e-13)
 
 
@@ -154,7 +158,7 @@ def test_both_directions_count() -> None:
 
 
 def test_correlations_are_numpys() -> None:
-    a, b = codes(0), codes(1, d_sae=9)
+    a, b = feature_acts(0), feature_acts(1, d_sae=9)
     b[:, 3] = 0.7  # Does not vary.
     varying = np.delete(b, 3, axis=1)
     found = np.corrcoef(a.T, varying.T)[: a.shape[1], a.shape[1] :]
@@ -165,7 +169,7 @@ def test_correlations_are_numpys() -> None:
 
 def test_features_that_differ_by_rounding_are_like_no_other() -> None:
     """Of a constant feature the means over items of different lengths vary by their rounding."""
-    a, b = codes(0), codes(1, d_sae=9)
+    a, b = feature_acts(0), feature_acts(1, d_sae=9)
     tenth = np.float32(0.1)
     constant = np.where(np.arange(len(a)) % 2, tenth, np.nextafter(tenth, np.float32(1)))
     with_constant = np.column_stack([a, constant])

@@ -31,9 +31,9 @@ from lch_plugin.adapters.structure import Structure
 from lch_plugin.adapters.turns import Turn
 from lch_plugin.cotangents import Cotangent, Ones, Vector, evaluate, is_fixed
 from lch_plugin.errors import SiteError
-from lch_plugin.memo import Memo
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, PadToken, blank, spread
+from lch_plugin.weak_cache import WeakCache as Memo
 
 
 @dataclass(eq=False)

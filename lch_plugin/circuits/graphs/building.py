@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
-from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
-from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
+from lch_plugin.circuits.graphs.frozen_components import FrozenModel, freeze_components
 from lch_plugin.circuits.graphs.patterns import pattern_worth
+from lch_plugin.circuits.graphs.top_nodes import slices_of, top_nodes
 from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.prompt_batches import Prompts
@@ -107,7 +107,7 @@ def attribution_graph(
         )
     scored = contributions(model, prompts, points, linearization=linearization)
     cut_off = partial(
-        freeze,
+        freeze_components,
         model,
         prompts,
         points,
@@ -115,10 +115,10 @@ def attribution_graph(
         linearization=linearization,
     )
     frozen = cut_off()
-    kept = largest(scored, points, features, circuit, max_nodes)
+    kept = top_nodes(scored, points, features, circuit, max_nodes)
     found = flow(
         frozen,
-        [parts_of(expert, points, features, kept) for expert in frozen.experts],
+        [slices_of(expert, points, features, kept) for expert in frozen.experts],
         cut_off(through_patterns=True) if patterns else None,
     )
     _check_gradients(found, scored, points, frozen)

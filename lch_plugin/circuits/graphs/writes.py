@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
-from lch_plugin.circuits.graphs.experts import freeze
-from lch_plugin.circuits.graphs.parts import sliced
+from lch_plugin.circuits.graphs.frozen_components import freeze_components
+from lch_plugin.circuits.graphs.node_slices import sliced
 from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.prompt_batches import Prompts
 
@@ -41,7 +41,7 @@ def node_writes(model: LensModel, prompts: Prompts, graph: nx.DiGraph) -> Writes
         InputError, SiteError: as `attribution_graph`.
     """
     points = node_points(model, graph.graph["kinds"])
-    frozen = freeze(model, Prompts(prompts.clean, prompts.metric), points)
+    frozen = freeze_components(model, Prompts(prompts.clean, prompts.metric), points)
     writes: dict[str, Float[Tensor, " d_model"]] = {}
     owned: dict[tuple[str, int], list[str]] = defaultdict(list)
     for key, data in graph.nodes(data=True):

@@ -1,4 +1,4 @@
-"""An SAE's codes along a text, on rows of tokens put together as they were for its training."""
+"""Feature activations of an SAE along a text, in rows put together as for its training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lch_plugin.files import check_contents
 from lch_plugin.records import check_record
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.sae_inputs import check_dictionary, check_width, heads_joined
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import d_vocab, n_ctx, provenance, real_tokens, width
+from lch_plugin.saes.sources.hook_points import d_vocab, n_ctx, provenance, real_tokens, width
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 
 _COLUMNS = ("tokens", "input_ids", "text", "problem")
@@ -39,11 +39,11 @@ _OPTIONS = (
 )
 
 
-class Codes:
-    """An SAE's codes along a text: iterate as often as you like, each time from the beginning.
+class FeatureActs:
+    """An SAE's feature activations along a text: iterate as often as you like, from the beginning.
 
-    Yields for each batch tokens, codes, and how many of the tokens count. The codes of the others
-    are zero: of special tokens and positions that the SAE was trained without.
+    Yields for each batch tokens, activations, and how many of the tokens count. Those of the
+    others are zero: of special tokens and positions that the SAE was trained without.
 
     Attributes:
         model: with the hook point attached while it is iterated.
@@ -161,9 +161,9 @@ class Codes:
         self,
     ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos d_sae"], int]]:
         for tokens, values in self.batches():
-            counts, codes = self.counts(tokens), self.encode(values)
-            codes[~counts.to(codes.device)] = 0
-            yield tokens, codes, int(counts.sum())
+            counts, feature_acts = self.counts(tokens), self.encode(values)
+            feature_acts[~counts.to(feature_acts.device)] = 0
+            yield tokens, feature_acts, int(counts.sum())
 
     def batches(
         self,
@@ -192,10 +192,12 @@ class Codes:
         return found
 
     def encode(self, values: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos d_sae"]:
-        """The SAE's codes, not sparse, of values of the hook point, with heads joined."""
+        """Feature activations, not sparse, of values of the hook point, with heads joined."""
         with heads_joined(self.sae):
-            codes: Tensor = self.sae.encode(values.flatten(2).to(self.sae.device, self.sae.dtype))
-        return codes.to_dense()  # SAELens' TopK can give them sparse in training.
+            feature_acts: Tensor = self.sae.encode(
+                values.flatten(2).to(self.sae.device, self.sae.dtype)
+            )
+        return feature_acts.to_dense()  # SAELens' TopK can give them sparse in training.
 
     def _rows(self) -> Iterator[Int[Tensor, " pos"]]:
         if isinstance(self.text, Tensor):

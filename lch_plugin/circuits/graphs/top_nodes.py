@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import NodePoint
-from lch_plugin.circuits.graphs.experts import Expert
-from lch_plugin.circuits.graphs.parts import Parts, sliced
+from lch_plugin.circuits.graphs.frozen_components import FrozenComponent
+from lch_plugin.circuits.graphs.node_slices import NodeSlices, sliced
 from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.scores.attribution import Contributions
@@ -20,7 +20,7 @@ from lch_plugin.circuits.scores.features import ActiveFeatures
 Kept: TypeAlias = dict[tuple[str, int], list[tuple[int, int]]]
 
 
-def largest(
+def top_nodes(
     scored: Contributions,
     points: Sequence[NodePoint],
     features: ActiveFeatures | None,
@@ -60,13 +60,16 @@ def largest(
     return kept
 
 
-def parts_of(
-    expert: Expert, points: Sequence[NodePoint], features: ActiveFeatures | None, kept: Kept
-) -> Parts | None:
+def slices_of(
+    expert: FrozenComponent,
+    points: Sequence[NodePoint],
+    features: ActiveFeatures | None,
+    kept: Kept,
+) -> NodeSlices | None:
     """The nodes to tell apart in an expert; None if there are none."""
     if expert.kind == "mlp" and features is not None and expert.layer == features.layer:
         nodes = kept.get(("feature", expert.layer))
-        return None if nodes is None else _feature_parts(features, nodes)
+        return None if nodes is None else _feature_slices(features, nodes)
     for point in points:
         nodes = kept.get((point.kind, point.layer))
         if nodes and (KINDS[point.kind].component, point.layer) == (expert.kind, expert.layer):
@@ -74,12 +77,12 @@ def parts_of(
     return None
 
 
-def _feature_parts(features: ActiveFeatures, nodes: Sequence[tuple[int, int]]) -> Parts:
-    positions, indices = torch.tensor(nodes, device=features.codes.device).unbind(-1)
-    return Parts(
+def _feature_slices(features: ActiveFeatures, nodes: Sequence[tuple[int, int]]) -> NodeSlices:
+    positions, indices = torch.tensor(nodes, device=features.feature_acts.device).unbind(-1)
+    return NodeSlices(
         "feature",
         positions,
         indices,
         directions=features.directions[indices],
-        activations=features.codes[0, positions, indices].tolist(),
+        activations=features.feature_acts[0, positions, indices].tolist(),
     )

@@ -23,12 +23,12 @@ class Survey:
         self.squares = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self.maximum = torch.zeros(d_sae, device=device)
 
-    def add(self, codes: Float[Tensor, "row pos d_sae"], n_tokens: int) -> None:
-        """See a batch of which ``n_tokens`` count; the codes of all others are zero."""
+    def add(self, feature_acts: Float[Tensor, "row pos d_sae"], n_tokens: int) -> None:
+        """See a batch of which ``n_tokens`` count; the others are zero."""
         self.n_tokens += n_tokens
-        self.n_fired += (codes != 0).sum((0, 1))
-        self.squares += codes.square().sum((0, 1), dtype=torch.float64)
-        highest = torch.maximum(codes.amax((0, 1)), -codes.amin((0, 1)))
+        self.n_fired += (feature_acts != 0).sum((0, 1))
+        self.squares += feature_acts.square().sum((0, 1), dtype=torch.float64)
+        highest = torch.maximum(feature_acts.amax((0, 1)), -feature_acts.amin((0, 1)))
         self.maximum = torch.maximum(self.maximum, highest.float())
 
     @property
@@ -53,10 +53,12 @@ class Histogram:
         self._maximum = maximum.clamp_min(torch.finfo(maximum.dtype).tiny)
         self.counts = torch.zeros(len(maximum), n_bins, dtype=torch.long, device=maximum.device)
 
-    def bins(self, codes: Float[Tensor, "row pos feature"]) -> Int[Tensor, "row pos feature"]:
+    def bins(
+        self, feature_acts: Float[Tensor, "row pos feature"]
+    ) -> Int[Tensor, "row pos feature"]:
         """The bin of each activation; -1 of those that are zero."""
         n_bins = self.counts.shape[1]
-        return (codes.abs() / self._maximum * n_bins).ceil().long().clamp(0, n_bins) - 1
+        return (feature_acts.abs() / self._maximum * n_bins).ceil().long().clamp(0, n_bins) - 1
 
     def add(self, bins: Int[Tensor, "row pos feature"]) -> None:
         """Count a batch."""
@@ -65,7 +67,7 @@ class Histogram:
         self.counts += with_zero.scatter_add_(1, flat, torch.ones_like(flat))[:, 1:]
 
 
-class Excerpts:
+class MaxActivatingExamples:
     """Of each feature the tokens of highest score, at most one a row, with their rows.
 
     Attributes:

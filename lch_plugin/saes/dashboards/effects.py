@@ -32,8 +32,8 @@ from lch_plugin.cotangents import AnyCotangent, Cotangent, Ones, evaluate, is_fi
 from lch_plugin.errors import NotDifferentiableError
 from lch_plugin.mlp import MLP, at_least_float32, read_direction
 from lch_plugin.saes.evaluation.steering import edited_input
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import readers
+from lch_plugin.saes.sources.hook_points import readers
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 
 def push(

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PartKind = Literal["head", "neuron", "mlp", "feature"]
+SliceKind = Literal["head", "neuron", "mlp", "feature"]
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class NodeSlices:
     """The nodes of one component.
 
     Attributes:
@@ -30,7 +30,7 @@ class Parts:
         activations: one number for each node, where it is one.
     """
 
-    kind: PartKind
+    kind: SliceKind
     positions: Int[Tensor, " node"]
     indices: Int[Tensor, " node"]
     slices: Bool[Tensor, "node width"] | None = None
@@ -52,11 +52,11 @@ class Parts:
 
 
 def sliced(
-    kind: PartKind,
+    kind: SliceKind,
     width: int,
     nodes: Sequence[tuple[int, int]],
     held: Float[Tensor, "pos d_held"],
-) -> Parts:
+) -> NodeSlices:
     """Nodes that are stretches of ``width`` coordinates.
 
     Args:
@@ -68,6 +68,6 @@ def sliced(
     positions, indices = torch.tensor(nodes, device=held.device).reshape(-1, 2).unbind(-1)
     owners = torch.arange(held.shape[-1], device=held.device) // width
     activations = held[positions, indices].tolist() if width == 1 else None
-    return Parts(
+    return NodeSlices(
         kind, positions, indices, slices=owners == indices[:, None], activations=activations
     )

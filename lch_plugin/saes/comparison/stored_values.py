@@ -18,7 +18,7 @@ from lch_plugin.saes.sources.rows import Rows
 _BLOCK = 1024
 
 
-class Values:
+class StoredValues:
     """Rows of float32 in a ``.npy`` file, mapped into memory.
 
     Iterating gives them in blocks: in the order of the file, or in another order each time around,
@@ -40,7 +40,7 @@ class Values:
             yield torch.from_numpy(np.array(self.rows[i * _BLOCK : (i + 1) * _BLOCK]))
 
 
-def write_values(rows: Rows, path: Path, n_rows: int) -> None:
+def store_values(rows: Rows, path: Path, n_rows: int) -> None:
     """Run a model and write the rows of one of its components.
 
     Args:
@@ -77,7 +77,7 @@ def write_values(rows: Rows, path: Path, n_rows: int) -> None:
 
 
 def item_means(
-    values: Values,
+    values: StoredValues,
     items: Items,
     encode: Callable[[Float[Tensor, "_ d_in"]], Float[Tensor, "_ d"]],
 ) -> Float[np.ndarray, "n_items d"]:

@@ -29,7 +29,7 @@ from lch_plugin.saes.comparison.scores import (
     probe_scores,
 )
 from lch_plugin.saes.comparison.settings import SITES, ComparisonSettings
-from lch_plugin.saes.comparison.values import Values, item_means, write_values
+from lch_plugin.saes.comparison.stored_values import StoredValues, item_means, store_values
 from lch_plugin.saes.evaluation.evaluate import evaluate
 from lch_plugin.saes.sources.rows import Of
 from lch_plugin.saes.training.on_rows import train_on
@@ -40,7 +40,7 @@ _TRAIN, _TEST = "train.npy", "test.npy"
 Encoder = Callable[[Float[Tensor, "_ d_in"]], Float[Tensor, "_ d"]]
 
 
-class Work:
+class Job:
     """What is done for one component, in a directory of its own."""
 
     def __init__(self, component: Component, directory: Path, settings: ComparisonSettings) -> None:
@@ -67,9 +67,12 @@ class Work:
                         (_TEST, self.component.test),
                     ):
                         rows = self.component.rows(split, of)
-                        write_values(rows, directory / name, split.n_rows)
+                        store_values(rows, directory / name, split.n_rows)
             if not _is_there(self._baseline(of)):
-                scores = {"of": of, "labels": self._label_scores(of, lambda x: x, of_codes=False)}
+                scores = {
+                    "of": of,
+                    "labels": self._label_scores(of, lambda x: x, of_feature_acts=False),
+                }
                 write_directory(self._baseline(of), partial(_write_scores, scores))
 
     def remove_values(self) -> None:
@@ -112,18 +115,18 @@ class Work:
             for of, k, seed in itertools.product(SITES, self.settings.k, self.settings.seeds)
         }
 
-    def test_codes(self, of: Of, k: int, seed: int) -> Float[np.ndarray, "n_items d_sae"]:
+    def test_feature_acts(self, of: Of, k: int, seed: int) -> Float[np.ndarray, "n_items d_sae"]:
         """Held-out items of the first kind of label, as an SAE encodes them."""
         sae = self._load(of, k, seed)
         items = next(iter(self.component.test.items.values()))
-        return item_means(Values(self._values(of) / _TEST), items, _encoder(sae))
+        return item_means(StoredValues(self._values(of) / _TEST), items, _encoder(sae))
 
     def _train(self, of: Of, k: int, seed: int) -> TrainingSAE[Any]:
         settings, component = self.settings, self.component
         # SAELens' own bar, one an SAE, and ours would overwrite each other.
         with contextlib.redirect_stderr(io.StringIO()):
             sae = train_on(
-                Values(self._values(of) / _TRAIN, seed=seed),
+                StoredValues(self._values(of) / _TRAIN, seed=seed),
                 settings.sae(component.d_in[of], k, component.device),
                 settings.trainer(component.device),
                 buffer_size=max(16 * settings.batch_size, 16_384),
@@ -139,28 +142,30 @@ class Work:
         """An SAE, and the scores of what SAELens reads of it."""
         trained.save_inference_model(str(directory))
         sae = SAE.load_from_disk(str(directory), device=self.component.device)
-        evaluation = evaluate(sae, Values(self._values(of) / _TEST))
+        evaluation = evaluate(sae, StoredValues(self._values(of) / _TEST))
         scores = {
             "of": of,
             "k": k,
             "seed": seed,
             **evaluation.to_dict(),
-            "labels": self._label_scores(of, _encoder(sae), of_codes=True),
+            "labels": self._label_scores(of, _encoder(sae), of_feature_acts=True),
         }
         save_file({"density": evaluation.density}, directory / FIRING)
         _write_scores(scores, directory)
 
-    def _label_scores(self, of: Of, encode: Encoder, *, of_codes: bool) -> dict[str, Any]:
+    def _label_scores(self, of: Of, encode: Encoder, *, of_feature_acts: bool) -> dict[str, Any]:
         found = {}
         for label, test_items in self.component.test.items.items():
             train_items = self.component.train.items[label]
             train, test = (
-                item_means(Values(self._values(of) / name), items, encode)
+                item_means(StoredValues(self._values(of) / name), items, encode)
                 for name, items in ((_TRAIN, train_items), (_TEST, test_items))
             )
             labels = train_items.labels, test_items.labels
-            found[label] = probe_scores(train, labels[0], test, labels[1], of_codes=of_codes)
-            if of_codes:
+            found[label] = probe_scores(
+                train, labels[0], test, labels[1], of_feature_acts=of_feature_acts
+            )
+            if of_feature_acts:
                 found[label]["neighbours"] = label_agreement(
                     test, labels[1], self.settings.n_neighbours
                 )
@@ -171,7 +176,7 @@ class Work:
         seeds = self.settings.seeds
         fired = {seed: load_file(self._sae(of, k, seed) / FIRING)["density"] > 0 for seed in seeds}
         decoders = {s: self._load(of, k, s).W_dec.detach().cpu()[fired[s]] for s in seeds}
-        codes = {seed: self.test_codes(of, k, seed) for seed in seeds}
+        feature_acts = {seed: self.test_feature_acts(of, k, seed) for seed in seeds}
         generator = torch.Generator().manual_seed(self.settings.seed)
         pairs = list(itertools.combinations(seeds, 2))
         random = [torch.randn(decoders[b].shape, generator=generator) for _, b in pairs]
@@ -184,7 +189,9 @@ class Work:
                 mean_max_cosine(decoders[a], other)
                 for (a, _), other in zip(pairs, random, strict=True)
             ],
-            "correlation": [mean_max_correlation(codes[a], codes[b]) for a, b in pairs],
+            "correlation": [
+                mean_max_correlation(feature_acts[a], feature_acts[b]) for a, b in pairs
+            ],
         }
 
     def _load(self, of: Of, k: int, seed: int) -> SAE[Any]:

@@ -51,7 +51,7 @@ class Values:
         return Values(self.read - other.read, self.held - other.held, self.write - other.write)
 
 
-class Expert:
+class FrozenComponent:
     """One component as an affine map, in two steps: what it reads, what it holds, what it writes.
 
     Attributes:
@@ -137,7 +137,7 @@ class FrozenModel:
 
     embeddings: Float[Tensor, "pos d_model"]
     positions: Float[Tensor, "pos d_model"] | None
-    stages: tuple[tuple[Expert, ...], ...]
+    stages: tuple[tuple[FrozenComponent, ...], ...]
     final: Float[Tensor, "pos d_model"]
     cotangent: Float[Tensor, "pos d_model"]
     metric: float
@@ -146,7 +146,7 @@ class FrozenModel:
     tolerance: float
 
     @property
-    def experts(self) -> tuple[Expert, ...]:
+    def experts(self) -> tuple[FrozenComponent, ...]:
         """All of them, in order."""
         return tuple(expert for stage in self.stages for expert in stage)
 
@@ -156,7 +156,7 @@ class FrozenModel:
         return 1 + max(expert.layer for expert in self.experts)
 
 
-def freeze(
+def freeze_components(
     model: LensModel,
     prompt: Prompts,
     points: Sequence[NodePoint],
@@ -193,7 +193,7 @@ def freeze(
     experts = []
     for i, (component, graph) in enumerate(zip(wiring.components, clean.graphs, strict=True)):
         other = None if twin is None else Values(*(_rows(x, n_pos) for x in twin.graphs[i]))
-        experts.append(Expert(component, graph, other))
+        experts.append(FrozenComponent(component, graph, other))
     final = _rows(clean.final, n_pos)
     tolerance = _tolerance(clean.final.dtype)
     stages = _stages(experts, final, tolerance)
@@ -348,15 +348,15 @@ def _entering(
 
 
 def _stages(
-    experts: Sequence[Expert], final: Float[Tensor, "pos d_model"], tolerance: float
-) -> tuple[tuple[Expert, ...], ...]:
+    experts: Sequence[FrozenComponent], final: Float[Tensor, "pos d_model"], tolerance: float
+) -> tuple[tuple[FrozenComponent, ...], ...]:
     """Experts that read the same residual stream, together.
 
     Raises:
         SiteError: one reads something other than the sum of the writes before it.
     """
     total = experts[0].clean.read
-    stages: list[list[Expert]] = []
+    stages: list[list[FrozenComponent]] = []
     pending = torch.zeros_like(total)
     for expert in experts:
         read = expert.clean.read

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Context:
+class ActivatingExample:
     """A stretch of text around one peak.
 
     Attributes:
@@ -24,14 +24,14 @@ class Context:
     peak: int
 
 
-def top_contexts(
+def max_activating_examples(
     values: Float[Tensor, "row pos"],
     tokens: Sequence[Sequence[str]],
     n: int = 5,
     *,
     before: int = 14,
     after: int = 5,
-) -> list[Context]:
+) -> list[ActivatingExample]:
     """The ``n`` highest peaks, at most one a row, each with the text around it.
 
     Rows that never rise above zero have no peak, so fewer may come back.
@@ -44,24 +44,26 @@ def top_contexts(
         after: tokens shown after it.
     """
     peaks, positions = values.max(-1)
-    contexts = []
+    examples = []
     for row in peaks.argsort(descending=True, stable=True)[:n].tolist():
         if peaks[row] <= 0:
             break
-        contexts.append(context(values[row], tokens[row], int(positions[row]), before, after))
-    return contexts
+        examples.append(
+            activating_example(values[row], tokens[row], int(positions[row]), before, after)
+        )
+    return examples
 
 
-def context(
+def activating_example(
     values: Float[Tensor, " pos"],
     tokens: Sequence[str],
     position: int,
     before: int = 14,
     after: int = 5,
-) -> Context:
+) -> ActivatingExample:
     """The text around one token of a row, which counts as the peak."""
     window = slice(max(0, position - before), position + after + 1)
-    return Context(
+    return ActivatingExample(
         tokens=list(tokens[window]),
         values=values[window].tolist(),
         peak=position - window.start,

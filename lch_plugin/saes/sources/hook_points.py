@@ -24,13 +24,13 @@ from lch_plugin.adapters.transformer_lens import (
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.memo import Memo
 from lch_plugin.padding import Finder, PadToken, mark_tokens
-from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.sites import Site
+from lch_plugin.weak_cache import WeakCache
 
 # What finds padding in inputs that are to be counted, by model.
-_finders: Memo[Finder] = Memo()
+_finders: WeakCache[Finder] = WeakCache()
 _CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
 
 

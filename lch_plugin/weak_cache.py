@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 V = TypeVar("V")
 
 
-class Memo(WeakKeyDictionary[Any, V]):
+class WeakCache(WeakKeyDictionary[Any, V]):
     """A dictionary that keeps none of its keys alive. Sent to another process it starts empty."""
 
-    def __reduce__(self) -> tuple[type[Memo[V]], tuple[()]]:
+    def __reduce__(self) -> tuple[type[WeakCache[V]], tuple[()]]:
         # Weak references do not travel, and code that is sent by value takes its globals along.
         return type(self), ()

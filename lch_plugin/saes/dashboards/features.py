@@ -24,17 +24,17 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.contexts import Context, context
 from lch_plugin.errors import InputError
 from lch_plugin.files import write_directory
+from lch_plugin.max_activating_examples import ActivatingExample, activating_example
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
-from lch_plugin.saes.evaluation.codes import Codes, describe_text
+from lch_plugin.saes.dashboards.effects import closed_form, neuron_terms, push
+from lch_plugin.saes.dashboards.firing import Histogram, MaxActivatingExamples, Survey
 from lch_plugin.saes.evaluation.evaluate import DENSE
-from lch_plugin.saes.feature_pages.effects import closed_form, neuron_terms, push
-from lch_plugin.saes.feature_pages.excerpts import Excerpts, Histogram, Survey
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model
+from lch_plugin.saes.evaluation.feature_acts import FeatureActs, describe_text
+from lch_plugin.saes.sources.hook_points import attached, check_model
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 # What a report has of each feature.
 N_BINS, N_BANDS, N_IN_BAND = 40, 4, 3
@@ -55,7 +55,7 @@ class Band:
     low: float
     high: float
     n_tokens: int
-    contexts: list[Context]
+    contexts: list[ActivatingExample]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Feature:
         promoted, suppressed: next tokens whose logits rise and fall most to first order when what
             the component reads (or the value of an ordinary hook point) moves along ``d`` at the
             token that excites the feature: the mean over ``contexts``, less the mean over the
-            vocabulary. See `lch_plugin.saes.feature_pages.effects.push`.
+            vocabulary. See `lch_plugin.saes.dashboards.effects.push`.
         agreement: mean cosine between that of each context and the mean; None if it never fires.
         along: mean of ``mu . d`` over ``contexts``; None unless the SAE is on the centroids of an
             MLP in closed form.
@@ -111,7 +111,7 @@ class Feature:
     energy: float
     maximum: float
     histogram: list[int]
-    contexts: list[Context]
+    contexts: list[ActivatingExample]
     bands: list[Band]
     promoted: list[TokenLogit]
     suppressed: list[TokenLogit]
@@ -216,42 +216,44 @@ def features(
         >>> report.save("features")
     """
     check_model(model)
-    codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
+    feature_acts = FeatureActs(
+        model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size
+    )
     if indices is not None:
         indices = [int(i) for i in indices]
     _check_numbers(sae, indices, n_features, max_density, n_contexts)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(model))
-        stack.enter_context(attached(model, [codes.hook_name]))
-        codes.check()
-        effects = _Effects(codes)
+        stack.enter_context(attached(model, [feature_acts.hook_name]))
+        feature_acts.check()
+        effects = _Effects(feature_acts)
         survey = Survey(sae.cfg.d_sae, sae.device)
-        for tokens, batch, n in track(codes, "how often features fire", transient=True):
+        for tokens, batch, n in track(feature_acts, "how often features fire", transient=True):
             if not survey.n_tokens:  # What cannot be answered is better known now than at the end.
                 effects.push(tokens[:1], tokens.new_zeros(1), 0)
             survey.add(batch, n)
         if not survey.n_tokens:
             raise InputError(
-                f"the text makes no row of {codes.context_size} tokens. Pass more of it."
+                f"the text makes no row of {feature_acts.context_size} tokens. Pass more of it."
             )
         if indices is None:
             indices = _sparse_and_strong(survey, n_features, max_density)
         chosen = torch.tensor(indices, device=sae.device, dtype=torch.long)
         found = _Found(survey.maximum[chosen], n_contexts, seed)
-        for tokens, batch, _ in track(codes, "where they fire", transient=True):
+        for tokens, batch, _ in track(feature_acts, "where they fire", transient=True):
             found.add(batch[..., chosen], tokens.to(sae.device))
         described = [
             _describe(effects, survey, found, i, index)
             for i, index in enumerate(track(indices, "what they do", transient=True))
         ]
         return FeatureReport(
-            hook_name=codes.hook_name,
+            hook_name=feature_acts.hook_name,
             record={
-                **record(model, {codes.hook_name: sae.cfg.d_in}),
+                **record(model, {feature_acts.hook_name: sae.cfg.d_in}),
                 "sae": {"architecture": sae.cfg.architecture(), "d_sae": sae.cfg.d_sae},
                 "text": describe_text(text),
-                "context_size": codes.context_size,
+                "context_size": feature_acts.context_size,
                 "n_contexts": n_contexts,
                 "seed": seed,
                 "versions": {name: version(name) for name in _PACKAGES},
@@ -268,20 +270,22 @@ class _Found:
 
     def __init__(self, maximum: Float[Tensor, " feature"], n_contexts: int, seed: int) -> None:
         self.histogram = Histogram(maximum, N_BINS)
-        self.top = Excerpts(n_contexts)
+        self.top = MaxActivatingExamples(n_contexts)
         # The highest band has the contexts with the highest activations.
-        self.bands = [Excerpts(N_IN_BAND) for _ in range(N_BANDS - 1)]
+        self.bands = [MaxActivatingExamples(N_IN_BAND) for _ in range(N_BANDS - 1)]
         self._generator = torch.Generator().manual_seed(seed)
 
-    def add(self, codes: Float[Tensor, "row pos feature"], tokens: Int[Tensor, "row pos"]) -> None:
-        bins = self.histogram.bins(codes)
+    def add(
+        self, feature_acts: Float[Tensor, "row pos feature"], tokens: Int[Tensor, "row pos"]
+    ) -> None:
+        bins = self.histogram.bins(feature_acts)
         self.histogram.add(bins)
-        self.top.add(codes.abs(), codes, tokens)
+        self.top.add(feature_acts.abs(), feature_acts, tokens)
         # Tokens drawn at random are those of the highest random number.
-        draw = torch.rand(tokens.shape, generator=self._generator).to(codes)[..., None]
+        draw = torch.rand(tokens.shape, generator=self._generator).to(feature_acts)[..., None]
         for i, band in enumerate(self.bands):
             in_band = (bins >= 0) & (bins // (N_BINS // N_BANDS) == i)
-            band.add(draw * in_band, codes, tokens)
+            band.add(draw * in_band, feature_acts, tokens)
 
 
 class _Effects:
@@ -292,17 +296,17 @@ class _Effects:
         directions: decoder rows at unit length, on the model's device.
     """
 
-    def __init__(self, codes: Codes) -> None:
-        self.model, self._hook_name = codes.model, codes.hook_name
-        self._batch_size = codes.batch_size
-        self._device = next(codes.model.parameters()).device
-        self.directions = normalize(codes.sae.W_dec.detach(), dim=-1).to(self._device)
-        self._closed_form = closed_form(codes.model, codes.hook_name)
+    def __init__(self, feature_acts: FeatureActs) -> None:
+        self.model, self._hook_name = feature_acts.model, feature_acts.hook_name
+        self._batch_size = feature_acts.batch_size
+        self._device = next(feature_acts.model.parameters()).device
+        self.directions = normalize(feature_acts.sae.W_dec.detach(), dim=-1).to(self._device)
+        self._closed_form = closed_form(feature_acts.model, feature_acts.hook_name)
 
     def push(
         self, tokens: Int[Tensor, "row pos"], positions: Int[Tensor, " row"], index: int
     ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_vocab"]]:
-        """`lch_plugin.saes.feature_pages.effects.push` along one feature, in batches."""
+        """`lch_plugin.saes.dashboards.effects.push` along one feature, in batches."""
         batches = (t.to(self._device).split(self._batch_size) for t in (tokens, positions))
         pushed = [
             push(self.model, self._hook_name, t, p, self.directions[index].expand(len(t), -1))
@@ -311,14 +315,14 @@ class _Effects:
         points, logits = zip(*pushed, strict=True)
         return torch.cat(points), torch.cat(logits)
 
-    def describe(self, excerpts: Excerpts, i: int, index: int) -> dict[str, Any]:
+    def describe(self, examples: MaxActivatingExamples, i: int, index: int) -> dict[str, Any]:
         """What a feature does where it is most active: some attributes of a `Feature`."""
-        n = excerpts.count(i)
+        n = examples.count(i)
         found: dict[str, Any] = {"promoted": [], "suppressed": [], "agreement": None}
         found |= {"along": None, "neurons": []}
         if not n:
             return found
-        points, logits = self.push(excerpts.tokens[:n, i], excerpts.positions[:n, i], index)
+        points, logits = self.push(examples.tokens[:n, i], examples.positions[:n, i], index)
         logits = logits.float() - logits.float().mean(-1, keepdim=True)
         mean = logits.mean(0)
         found["promoted"] = self._named(mean.topk(min(N_TOKENS, len(mean))))
@@ -350,13 +354,13 @@ def _describe(effects: _Effects, survey: Survey, found: _Found, i: int, index: i
         energy=float(survey.energy[index]),
         maximum=maximum,
         histogram=counts.tolist(),
-        contexts=_contexts(effects.model, found.top, i),
+        contexts=_examples(effects.model, found.top, i),
         bands=[
             Band(
                 low=maximum * b / N_BANDS,
                 high=maximum * (b + 1) / N_BANDS,
                 n_tokens=in_bands[b],
-                contexts=_contexts(effects.model, found.bands[b], i),
+                contexts=_examples(effects.model, found.bands[b], i),
             )
             for b in reversed(range(N_BANDS - 1))
         ],
@@ -368,14 +372,16 @@ def _describe(effects: _Effects, survey: Survey, found: _Found, i: int, index: i
     )
 
 
-def _contexts(model: LensModel | HookedModel, excerpts: Excerpts, i: int) -> list[Context]:
+def _examples(
+    model: LensModel | HookedModel, examples: MaxActivatingExamples, i: int
+) -> list[ActivatingExample]:
     return [
-        context(
-            excerpts.values[row, i].cpu(),
-            _texts(model, excerpts.tokens[row, i].tolist()),
-            int(excerpts.positions[row, i]),
+        activating_example(
+            examples.values[row, i].cpu(),
+            _texts(model, examples.tokens[row, i].tolist()),
+            int(examples.positions[row, i]),
         )
-        for row in range(excerpts.count(i))
+        for row in range(examples.count(i))
     ]
 
 
