@@ -28,7 +28,7 @@ from lch_plugin.padding import (
     tokens_in_ids,
     tokens_in_mask,
 )
-from lch_plugin.saes.sources import hooks
+from lch_plugin.saes.sources import hook_points
 from tests import models
 
 F64 = torch.float64
@@ -352,7 +352,7 @@ def test_the_models_own_trials_know_no_padding(pad: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", lch.PaddingWarning)
         with lch.attach(model, site=sites) as handle, lch.attach(model, 1, "block"):
-            found = hooks.width(model, handle.centroid_names[-1], 4)
+            found = hook_points.width(model, handle.centroid_names[-1], 4)
     assert found == models.D_MODEL
 
 

@@ -19,8 +19,8 @@ from sae_lens import (
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_readers
 from tests import models
-from tests.saes.test_resuming import following, watch_text
-from tests.saes.test_train import DATA
+from tests.saes.training.test_resuming import following, watch_text
+from tests.saes.training.test_train import DATA
 
 HOOKS = {
     "first": "blocks.0.mlp.hook_centroid",

@@ -20,7 +20,7 @@ from lch_plugin.circuits.reports.graph_page import page_data
 from lch_plugin.circuits.scores.attribution import activations, embedding_name
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
-from tests.circuits.test_graphs import (
+from tests.circuits.graphs.test_building import (
     BACKENDS,
     CLEAN,
     CORRUPT,

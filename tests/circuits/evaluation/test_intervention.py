@@ -41,14 +41,11 @@ ALONE = replace(PAIR, corrupt=None)
 
 
 @cache
-def model_of(backend: str):
-    return models.hooked(F64) if backend == "hooked" else models.bridge(backend, F64)
-
-
-@cache
 def graph_of(backend: str, linearization: str, twins: bool = True) -> nx.DiGraph:
     prompt = PAIR if twins else ALONE
-    return attribution_graph(model_of(backend), prompt, max_nodes=60, linearization=linearization)
+    return attribution_graph(
+        models.float64(backend), prompt, max_nodes=60, linearization=linearization
+    )
 
 
 def some(graph: nx.DiGraph) -> list[str]:
@@ -66,7 +63,7 @@ def some(graph: nx.DiGraph) -> list[str]:
 def test_the_metric_of_the_frozen_model_changes_by_the_contribution(
     backend: str, twins: bool
 ) -> None:
-    model, graph = model_of(backend), graph_of(backend, "detached", twins)
+    model, graph = models.float64(backend), graph_of(backend, "detached", twins)
     for node in some(graph):
         worth = graph.nodes[node]["contribution"]
         off, twice = (intervene(model, graph, node, scale) for scale in (0.0, 2.0))
@@ -81,7 +78,7 @@ def test_the_metric_of_the_frozen_model_changes_by_the_contribution(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_changes_are_as_the_jacobian_predicts(backend: str) -> None:
     """For the metric and for every node, by finite differences of what is measured."""
-    model, graph = model_of(backend), graph_of(backend, "jacobian")
+    model, graph = models.float64(backend), graph_of(backend, "jacobian")
     step = 1e-3
     for node in some(graph)[:5]:
         up, down = (intervene(model, graph, node, 1 + sign * step) for sign in (1, -1))
@@ -94,7 +91,7 @@ def test_small_changes_are_as_the_jacobian_predicts(backend: str) -> None:
 
 def test_what_is_measured_is_what_the_model_does() -> None:
     """Held to a pass in which the nodes are put by hand; two of them, one after the other."""
-    model, graph = model_of("gpt2"), graph_of("gpt2", "detached")
+    model, graph = models.float64("gpt2"), graph_of("gpt2", "detached")
     head, neuron = some(graph)[1], some(graph)[-2]
     found = intervene(model, graph, [head, neuron], -0.5)
     points = {(p.kind, p.layer): p for p in node_points(model)}
@@ -132,7 +129,7 @@ def test_what_is_measured_is_what_the_model_does() -> None:
 
 
 def test_a_supernode_is_its_members(tmp_path: Path) -> None:
-    model, graph = model_of("gpt2"), graph_of("gpt2", "detached")
+    model, graph = models.float64("gpt2"), graph_of("gpt2", "detached")
     members = some(graph)[1:3]
     save_graph(grouped(graph, {"both": members}), tmp_path / "graph.json")
     expected = intervene(model, graph, members, 0.0)
@@ -148,7 +145,7 @@ def test_a_supernode_is_its_members(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_went_through_a_file_and_was_pruned_is_as_good(tmp_path: Path) -> None:
-    model, graph = model_of("llama"), graph_of("llama", "detached")
+    model, graph = models.float64("llama"), graph_of("llama", "detached")
     small = prune(graph)
     node = next(name for name in some(graph)[1:] if name in small)
     expected = intervene(model, small, node, 0.0)
@@ -175,7 +172,7 @@ def test_a_real_graph_predicts_small_changes_and_doubts_large_ones() -> None:
 
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
-    model, graph = model_of("gpt2"), graph_of("gpt2", "detached")
+    model, graph = models.float64("gpt2"), graph_of("gpt2", "detached")
     node = some(graph)[1]
     for named, match in [
         ("a9.h9@0", r"no node 'a9.h9@0'; its nodes are called"),
@@ -187,7 +184,7 @@ def test_bad_input_is_refused() -> None:
         with pytest.raises(lch.InputError, match=match):
             intervene(model, graph, named, 0.0)
     with pytest.raises(lch.InputError, match=r"the metric is .* here and .* in the graph"):
-        intervene(model_of("gpt_neox"), graph, node, 0.0)
+        intervene(models.float64("gpt_neox"), graph, node, 0.0)
     for scale in (float("nan"), float("inf")):
         with pytest.raises(lch.InputError, match="must be finite"):
             intervene(model, graph, node, scale)

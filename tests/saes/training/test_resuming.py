@@ -18,7 +18,7 @@ import lch_plugin as lch
 from lch_plugin.cli import app
 from lch_plugin.saes.caching.cache import Cache
 from tests import models
-from tests.saes.test_train import ARCHITECTURES, DATA, HOOK, config
+from tests.saes.training.test_train import ARCHITECTURES, DATA, HOOK, config
 
 INPUT = "blocks.1.mlp.hook_in"
 

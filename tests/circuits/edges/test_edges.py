@@ -41,13 +41,8 @@ PAIR = Prompts(CLEAN, logit_difference([[1, 5], [2], [7]], [[3], [4, 6], [8]]), 
 
 
 @cache
-def model_of(backend: str):
-    return models.hooked(F64) if backend == "hooked" else models.bridge(backend, F64)
-
-
-@cache
 def ablation_of(backend: str) -> EdgeAblation:
-    return EdgeAblation(model_of(backend), PAIR)
+    return EdgeAblation(models.float64(backend), PAIR)
 
 
 def metric_on(model, tokens: Tensor) -> Tensor:
@@ -57,7 +52,7 @@ def metric_on(model, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_edges_are_the_model_and_none_the_corrupt_prompt(backend: str) -> None:
-    model, ablation = model_of(backend), ablation_of(backend)
+    model, ablation = models.float64(backend), ablation_of(backend)
     everything = ablation.everything()
     clean, corrupt = metric_on(model, CLEAN), metric_on(model, CORRUPT)
     torch.testing.assert_close(ablation.metric(everything), clean, rtol=0, atol=1e-6)
@@ -67,7 +62,7 @@ def test_all_edges_are_the_model_and_none_the_corrupt_prompt(backend: str) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_the_edges_out_of_nodes_it_is_the_model_without_the_nodes(backend: str) -> None:
-    model, ablation = model_of(backend), ablation_of(backend)
+    model, ablation = models.float64(backend), ablation_of(backend)
     points = node_points(model, ("head", "mlp"))
     nodes = node_attribution(model, PAIR, ("head", "mlp"), method="detached").circuit(7)
     assert nodes.points == points
@@ -81,7 +76,7 @@ def test_without_the_edges_out_of_nodes_it_is_the_model_without_the_nodes(backen
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_at_the_clean_prompt_scores_are_derivatives_in_what_is_kept(backend: str) -> None:
     """Of edges into readers of every kind, held to finite differences of the ablation."""
-    model, ablation = model_of(backend), ablation_of(backend)
+    model, ablation = models.float64(backend), ablation_of(backend)
     scores = edge_attribution(model, PAIR, places=(1.0,))
     step = 1e-3
     names = [
@@ -107,7 +102,7 @@ def test_at_the_clean_prompt_scores_are_derivatives_in_what_is_kept(backend: str
 
 
 def test_places_on_the_way_are_averaged() -> None:
-    model = model_of("llama")
+    model = models.float64("llama")
     apart = [edge_attribution(model, PAIR, places=(place,)).values for place in (0.4, 0.9)]
     together = edge_attribution(model, PAIR, places=(0.4, 0.9)).values
     torch.testing.assert_close(together, (apart[0] + apart[1]) / 2, rtol=1e-4, atol=1e-6)
@@ -116,7 +111,7 @@ def test_places_on_the_way_are_averaged() -> None:
 
 def test_a_writer_scores_what_its_node_does() -> None:
     """With the Jacobian at one place, edges out of a node add up to the node's score."""
-    model = model_of("gpt2")
+    model = models.float64("gpt2")
     scores = edge_attribution(model, PAIR, places=(1.0,))
     nodes = node_attribution(model, PAIR, ("head", "mlp"), method="jacobian")
     by_writer: dict[str, float] = {}
@@ -169,7 +164,7 @@ def test_faithfulness_of_circuits_of_edges() -> None:
 
 
 def test_scores_of_edges_are_written_for_mib(tmp_path: Path) -> None:
-    model = model_of("gpt2")
+    model = models.float64("gpt2")
     scores = edge_attribution(model, PAIR, places=(1.0,))
     save_mib(model, scores, tmp_path / "edges.json")
     saved = json.loads((tmp_path / "edges.json").read_text())
@@ -189,7 +184,7 @@ def test_scores_of_edges_are_written_for_mib(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
-    model, ablation = model_of("gpt2"), ablation_of("gpt2")
+    model, ablation = models.float64("gpt2"), ablation_of("gpt2")
     wiring = ablation.wiring
     for names, match in [
         (["a9.h9->logits"], r"no edges \['a9.h9->logits'\]"),

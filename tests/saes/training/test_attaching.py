@@ -12,7 +12,7 @@ from torch import Tensor
 import lch_plugin as lch
 from tests import models
 from tests.adapters.test_transformer_lens import BACKENDS
-from tests.saes.test_train import DATA, config
+from tests.saes.training.test_train import DATA, config
 
 LAYERS = (0, 1)
 NAMES = [f"blocks.{layer}.mlp.hook_centroid" for layer in LAYERS]

@@ -6,7 +6,7 @@ Exactness is asked for in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -58,11 +58,6 @@ WITHOUT_BIASES = ("llama", "gemma2")
 BACKENDS = (*FAMILIES, "hooked")
 
 
-@cache
-def model_of(backend: str):
-    return models.hooked(F64) if backend == "hooked" else models.bridge(backend, F64)
-
-
 def frozen(
     model,
     batch: Prompts,
@@ -109,7 +104,7 @@ def replaced(point: NodePoint, index: int, target: Tensor | float) -> Edit:
 def test_removing_a_node_from_the_frozen_model_is_worth_its_score(
     backend: str, reference: str
 ) -> None:
-    model = model_of(backend)
+    model = models.float64(backend)
     batch = ALONE if reference == "zero" else PAIR
     points = node_points(model)
     found = contributions(model, batch, points)
@@ -152,7 +147,7 @@ def test_with_several_answers_or_foils_scores_are_exact_for_the_logit_difference
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("make", [log_odds, lambda answers, _: log_probability(answers)])
 def test_of_a_metric_that_is_not_linear_a_score_is_the_change_to_first_order(make) -> None:
-    model, step = model_of("llama"), 1e-5
+    model, step = models.float64("llama"), 1e-5
     batch = Prompts(CLEAN, make(*SEVERAL), CORRUPT)
     points = node_points(model)
     found = contributions(model, batch, points)
@@ -174,7 +169,7 @@ def test_of_a_metric_that_is_not_linear_a_score_is_the_change_to_first_order(mak
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_whole_mlps_are_the_sum_of_their_neurons(backend: str, method: str) -> None:
-    model = model_of(backend)
+    model = models.float64(backend)
     neurons = node_attribution(model, PAIR, ("neuron",), method=method)
     mlps = node_attribution(model, PAIR, ("mlp",), method=method)
     for layer in range(models.N_LAYERS):
@@ -186,7 +181,7 @@ def test_whole_mlps_are_the_sum_of_their_neurons(backend: str, method: str) -> N
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("family", WITHOUT_BIASES)
 def test_without_biases_the_embeddings_account_for_the_metric(family: str) -> None:
-    model = model_of(family)
+    model = models.float64(family)
     found = contributions(model, ALONE, ())
     torch.testing.assert_close(found.embeddings.sum(-1), found.metric, rtol=1e-9, atol=1e-9)
 
@@ -208,7 +203,7 @@ def test_embeddings_positions_and_biases_add_up_to_the_metric() -> None:
 @pytest.mark.usefixtures("in_float64")
 def test_the_last_layer_and_the_direct_paths_account_for_the_metric() -> None:
     """What all nodes write reaches the logits of the last layer's own, by no path but the norm."""
-    model = model_of("llama")
+    model = models.float64("llama")
     last = f"blocks.{models.N_LAYERS - 1}"
     names = [f"{last}.hook_resid_pre", f"{last}.hook_attn_out", f"{last}.hook_mlp_out"]
     names = [model.hook_dict[name].name for name in names]
@@ -222,7 +217,7 @@ def test_the_last_layer_and_the_direct_paths_account_for_the_metric() -> None:
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_jacobian_is_what_a_small_step_towards_the_reference_costs(backend: str) -> None:
-    model, step = model_of(backend), 1e-5
+    model, step = models.float64(backend), 1e-5
     points = node_points(model)
     found = contributions(model, PAIR, points, linearization="jacobian")
     twin = activations(model, CORRUPT, [p.name for p in points])
@@ -274,7 +269,7 @@ def test_on_the_corrupt_side_the_jacobian_is_attribution_patching(family: str) -
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_through_patterns_is_the_slope_of_a_model_with_live_patterns(backend: str) -> None:
     """Gates and norm scales frozen, patterns computed: its finite differences are the scores."""
-    model, step = model_of(backend), 1e-4
+    model, step = models.float64(backend), 1e-4
     (point, *_) = points = node_points(model)
     through, beside = (
         contributions(model, PAIR, points, through_patterns=t).nodes[point.name]
@@ -295,7 +290,7 @@ def test_through_patterns_is_the_slope_of_a_model_with_live_patterns(backend: st
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_pattern_is_worth_what_replacing_it_in_the_frozen_model_costs(backend: str) -> None:
-    model, head = model_of(backend), 2
+    model, head = models.float64(backend), 2
     names = pattern_names(model)
     patterns = activations(model, CLEAN, names)
     twin = activations(model, CORRUPT, names)[names[1]]
@@ -314,7 +309,7 @@ def test_a_pattern_is_worth_what_replacing_it_in_the_frozen_model_costs(backend:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_twin_a_pattern_scores_as_its_head(backend: str, linearization: str) -> None:
     """Attention is linear in the pattern as it is in the values: both are all of it."""
-    model = model_of(backend)
+    model = models.float64(backend)
     patterns = pattern_attribution(model, ALONE, linearization=linearization)
     heads = node_attribution(model, ALONE, ("head",), method=linearization)
     assert patterns.points == heads.points
@@ -325,7 +320,7 @@ def test_without_a_twin_a_pattern_scores_as_its_head(backend: str, linearization
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_the_way_of_the_nodes_scores_are_derivatives_in_what_a_node_keeps(backend: str) -> None:
     """Held to finite differences in the blended model, node by node."""
-    model, share, step = model_of(backend), 0.6, 1e-4
+    model, share, step = models.float64(backend), 0.6, 1e-4
     points = node_points(model, ("head", "mlp"))
     twin = activations(model, CORRUPT, [p.name for p in points])
 
@@ -350,7 +345,7 @@ def test_on_the_way_of_the_nodes_scores_are_derivatives_in_what_a_node_keeps(bac
 
 @pytest.mark.parametrize("backend", ["gpt2", "llama", "hooked"])
 def test_along_the_way_of_the_nodes_scores_add_up_to_what_all_of_them_recover(backend: str) -> None:
-    model, n = model_of(backend), 64
+    model, n = models.float64(backend), 64
     middles = tuple((i + 0.5) / n for i in range(n))
     found = node_attribution(model, PAIR, method=Method(nodes=middles))
     everything = found.circuit(len(found.values))
@@ -361,7 +356,7 @@ def test_along_the_way_of_the_nodes_scores_add_up_to_what_all_of_them_recover(ba
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_the_way_of_the_prompt_embeddings_are_between_the_two(backend: str) -> None:
     """Held to gradients at the hook points of a model whose embeddings are put there by hand."""
-    model, shares = model_of(backend), (0.25, 1.0)
+    model, shares = models.float64(backend), (0.25, 1.0)
     points, embed = node_points(model, ("head", "mlp")), embedding_name(model)
     names = [p.name for p in points]
     clean, corrupt = (activations(model, ids, [embed, *names]) for ids in (CLEAN, CORRUPT))
@@ -412,11 +407,12 @@ def test_softmaxes_that_are_no_patterns_stay_fixed(options: dict[str, object]) -
 def test_a_bridge_and_a_hooked_transformer_agree() -> None:
     for method in METHODS:
         scores = [
-            node_attribution(model_of(b), PAIR, method=method).values for b in ("gpt2", "hooked")
+            node_attribution(models.float64(b), PAIR, method=method).values
+            for b in ("gpt2", "hooked")
         ]
         torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
-        *(pattern_attribution(model_of(b), PAIR).values for b in ("gpt2", "hooked")),
+        *(pattern_attribution(models.float64(b), PAIR).values for b in ("gpt2", "hooked")),
         rtol=1e-5,
         atol=1e-7,
     )
@@ -425,13 +421,13 @@ def test_a_bridge_and_a_hooked_transformer_agree() -> None:
 def test_bfloat16_scores_are_those_of_float64_but_for_rounding() -> None:
     model = models.bridge("gpt2", torch.bfloat16)
     found = node_attribution(model, PAIR, ("head", "mlp"))
-    truth = node_attribution(model_of("gpt2"), PAIR, ("head", "mlp"))
+    truth = node_attribution(models.float64("gpt2"), PAIR, ("head", "mlp"))
     assert found.values.dtype == torch.float32
     assert models.relative_error(found.values, truth.values) < 0.1
 
 
 def test_batches_are_weighed_by_their_prompts() -> None:
-    model = model_of("gpt2")
+    model = models.float64("gpt2")
     three = Prompts(models.tokens(3, seed=3), logit_difference([[1]] * 3, [[3]] * 3))
     score = partial(node_attribution, model, method="detached")
     separate = [score(batch).values for batch in (ALONE, three)]
@@ -441,7 +437,7 @@ def test_batches_are_weighed_by_their_prompts() -> None:
 
 def test_a_metric_is_differentiated_as_it_is() -> None:
     """The detached linearisation is of the model, not of the softmax that a metric may take."""
-    model = model_of("gpt2")
+    model = models.float64("gpt2")
 
     def scores(fn: Callable[[Tensor], Tensor]) -> Tensor:
         pair = Prompts(CLEAN, Metric(fn), CORRUPT)
@@ -497,7 +493,7 @@ def test_hooks_of_the_users_take_part() -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradient_modes_make_no_difference(mode: Callable) -> None:
-    model = model_of("gpt2")
+    model = models.float64("gpt2")
     logits = model(CORRUPT).detach()
     makers = {
         "logit difference": lambda: Prompts(CLEAN.clone(), METRIC, CORRUPT.clone()),
@@ -517,7 +513,7 @@ def test_gradient_modes_make_no_difference(mode: Callable) -> None:
 
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
-    model = model_of("gpt2")
+    model = models.float64("gpt2")
     flat = Metric(lambda logits: logits[:, -1, 0] * 0)
     unlinked = Metric(lambda logits: logits[:, -1, 0].detach())
     scalar = Metric(lambda logits: logits[:, -1].sum())
