@@ -1,9 +1,11 @@
 # Every target sets up what it needs, once, in .venv.
 #
 #   make demo    the demonstration, into demo-report/ (anew each time)
-#   make test    lint, types and tests: what CI runs
+#   make test    lint, types, documentation and tests: what CI runs
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
-#   make faults  kills, flipped bits, full disks: the table of docs/files.md
+#   make faults  kills, flipped bits, full disks: the table of docs/results/faults.md
+#   make docs    the documentation, into site/
+#   make docs-tables   the tables of the documentation that tests write, written anew
 #   make bench   what centroids, SAEs on them and circuits cost, and circuits beside other methods
 #
 # PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
@@ -16,14 +18,14 @@ BIN := $(VENV)/bin
 LOWEST := $(VENV)/lowest
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-lowest faults check format bench clean
+.PHONY: demo test test-lowest faults docs docs-tables check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	rm -rf demo-report
 	$(BIN)/lch demo --out demo-report
 
-test: $(VENV)/ready check
+test: $(VENV)/ready check docs
 	$(BIN)/pytest -n auto --dist loadgroup
 
 test-lowest: $(LOWEST)/ready
@@ -31,6 +33,13 @@ test-lowest: $(LOWEST)/ready
 
 faults: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.harness
+
+# Warnings are errors: a link that leads nowhere, a page that is not in the navigation.
+docs: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+
+docs-tables: $(VENV)/ready
+	$(BIN)/python -W ignore -m tests.docs
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -64,4 +73,4 @@ $(LOWEST)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-report site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,6 +94,14 @@ def centroid(
         InputError: ``x`` is not floating point, or the cotangent does not fit, is zero or is not
             finite.
         NotDifferentiableError: ``fn(x)`` does not depend differentiably on ``x``.
+
+    Example:
+        The centroid of a linear map is the sum of the rows of its matrix, at every input.
+
+        >>> linear = torch.nn.Linear(3, 5)
+        >>> mu = lch.centroid(linear, torch.randn(2, 3))
+        >>> torch.allclose(mu, linear.weight.sum(0).expand(2, 3))
+        True
     """
     return _vjp(fn, x, cotangent)[1]
 
@@ -116,6 +124,14 @@ def affine_expert(
     Raises:
         InputError: as `centroid`, or ``fn`` does not keep the leading dimensions of ``x``.
         NotDifferentiableError: as `centroid`.
+
+    Example:
+        Without biases a ReLU network has no offset.
+
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 8, bias=False), torch.nn.ReLU())
+        >>> expert = lch.affine_expert(mlp, torch.randn(2, 3))
+        >>> bool(expert.offset.abs().max() < 1e-5)
+        True
     """
     y, mu, v = _vjp(fn, x, cotangent)
     if y.shape[:-1] != x.shape[:-1]:
@@ -123,13 +139,31 @@ def affine_expert(
             f"affine_expert needs one output row an input row, but x has shape {tuple(x.shape)} "
             f"and fn(x) {tuple(y.shape)}. Flatten what fn reads into the last dimension of x."
         )
-    offset = (v * y).sum(-1) - (mu * x).sum(-1)
+    offset, radius = offset_and_radius(mu, x, y, v)
     return AffineExpert(
         centroid=mu,
         offset=offset,
-        radius=mu.square().sum(-1) + 2 * offset,
+        radius=radius,
         alignment=torch.nn.functional.cosine_similarity(mu, x, dim=-1),
     )
+
+
+def offset_and_radius(
+    mu: Float[Tensor, "*batch d_in"],
+    x: Float[Tensor, "*batch d_in"],
+    y: Float[Tensor, "*batch d_out"],
+    v: Float[Tensor, "*#batch d_out"],
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """``v . y - mu . x`` and ``|mu|^2`` plus twice that: the rest of an expert beside its centroid.
+
+    Args:
+        mu: centroid.
+        x: input.
+        y: output.
+        v: cotangent.
+    """
+    offset = (v * y).sum(-1) - (mu * x).sum(-1)
+    return offset, mu.square().sum(-1) + 2 * offset
 
 
 @overload
@@ -214,6 +248,13 @@ def local_centroid(
         InputError: as `centroid` and `sample_neighbourhood`, or ``statistics`` with fewer than 2
             samples.
         NotDifferentiableError: as `centroid`.
+
+    Example:
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU())
+        >>> x = torch.randn(2, 3)
+        >>> local = lch.local_centroid(mlp, x, radius=0.25, n_samples=64, statistics=True)
+        >>> local.mean.shape, local.variance.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
     """
     if statistics and n_samples < 2:
         raise InputError(
@@ -293,7 +334,8 @@ def sample_neighbourhood(
 
     ``"ball"`` is uniform in the ball of a radius. ``"gaussian"`` adds noise of standard deviation
     ``sigma`` in each coordinate. With a radius that is ``radius / sqrt(d_in)``, so that both put
-    points at comparable distances. `docs/conventions.md` says which of these the paper's code uses.
+    points at comparable distances. `docs/explanation/conventions.md` says which of these the
+    paper's code uses.
 
     Args:
         x: input, floating point.
@@ -309,6 +351,12 @@ def sample_neighbourhood(
         InputError: radius and sigma both given or neither, a sigma of a ball or one that does not
             broadcast to ``x``, either of them negative or not finite, ``n_samples`` below 1, or a
             neighbourhood that is not one of the two.
+
+    Example:
+        >>> x = torch.zeros(2, 3)
+        >>> points = lch.sample_neighbourhood(x, radius=0.25, n_samples=64)
+        >>> points.shape, bool(points.norm(dim=-1).max() <= 0.25)
+        (torch.Size([64, 2, 3]), True)
     """
     _check_sampling(x, radius, sigma, n_samples, neighbourhood)
     shape = (n_samples - centre, *x.shape)

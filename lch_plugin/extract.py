@@ -65,7 +65,7 @@ def extract(
             loaded.model(**inputs)
         tensors = {
             name if handle.cache.calls(name) == 1 else f"{name}[{i}]": handle.cache[name, i]
-            for name in handle.names
+            for name in handle.centroid_names
             for i in range(max(1, handle.cache.calls(name)))  # None is an error that says so.
         }
         tensors = {name: mu.contiguous().cpu() for name, mu in tensors.items()}

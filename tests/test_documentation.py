@@ -1,9 +1,14 @@
-"""What the README and the examples show runs, as it stands."""
+"""What the pages and the examples show runs, as it stands."""
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
 import re
 import runpy
+import shlex
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,33 +16,136 @@ import pytest
 import torch
 from PIL import Image
 from transformers import ViTImageProcessor
+from typer.main import get_command
 
+import lch_plugin as lch
+from lch_plugin import cli, demo
 from tests import families
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
-
-
-@pytest.mark.parametrize(
-    ("page", "n_blocks"),
-    [
-        ("README.md", 6),
-        ("docs/adapters.md", 5),
-        ("docs/saes.md", 5),
-        ("docs/circuits.md", 5),
-        ("docs/conventions.md", 2),
-    ],
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/**/*.md", "lch_plugin/**/*.md")
+    for path in ROOT.glob(pattern)
 )
-def test_the_pages_python_runs(
-    page: str, n_blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert len(blocks) >= n_blocks
+#: Before a block that cannot run here, with the reason.
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
+#: So few blocks may have that mark.
+MAX_NOT_RUN = 3
+
+
+def blocks(page: str, language: str) -> Iterator[tuple[str, bool]]:
+    """The fenced blocks of a page, and whether each is to be run."""
+    text = (ROOT / page).read_text()
+    for found in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield found[1], NOT_RUN.search(text[: found.start()]) is None
+
+
+PAGES_WITH_PYTHON = [page for page in PAGES if any(run for _, run in blocks(page, "python"))]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
+def test_the_pages_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page are one script."""
+    code = "\n".join(code for code, run in blocks(page, "python") if run)
+    if "sae" in code and int(version("transformer-lens").split(".")[0]) >= 4:
+        pytest.importorskip("sae_lens", exc_type=ImportError)
     # From a file: nnsight reads the source of what it traces.
     script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks))
+    script.write_text(code)
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
+
+
+def test_what_does_not_run_is_rare() -> None:
+    left_out = [page for page in PAGES for _, run in blocks(page, "python") if not run]
+    assert len(left_out) <= MAX_NOT_RUN, left_out
+    for page in PAGES:
+        for code, _ in blocks(page, "python"):
+            compile(code, page, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_commands_exist(page: str) -> None:
+    for line in shell_lines(page):
+        check_shell(line, whole=True)
+    for code in inline_codes(page):
+        check_shell(code, whole=False)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_names_exist(page: str) -> None:
+    """Files of the repository, and names of the package, that stand between backticks."""
+    for code in inline_codes(page):
+        if found := re.match(r"(?:docs|examples|benchmarks|tests|lch_plugin)/[\w/.-]+", code):
+            assert (ROOT / found[0]).exists(), code
+        if found := re.match(r"(?:lch|lch_plugin)(?:\.[A-Za-z_]\w*)+", code):
+            thing = lch
+            for name in found[0].split(".")[1:]:
+                thing = getattr(thing, name, None) or submodule(thing, name)
+
+
+TOP_LEVEL = [
+    name
+    for name in lch.__all__
+    if callable(fn := getattr(lch, name)) and ">>>" in (fn.__doc__ or "")
+]
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_the_examples_of_the_functions_at_the_top_run(name: str) -> None:
+    found = doctest.DocTestFinder(recurse=False).find(
+        getattr(lch, name), name, globs={"torch": torch, "lch": lch, **vars(demo)}
+    )
+    for example in found:
+        assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def submodule(package: object, name: str) -> object:
+    return importlib.import_module(f"{package.__name__}.{name}")  # type: ignore[attr-defined]
+
+
+def shell_lines(page: str) -> Iterator[str]:
+    """Commands of shell blocks, continued lines put together."""
+    text = "\n".join(code for code, _ in blocks(page, "bash"))
+    yield from (line.strip() for line in text.replace("\\\n", " ").splitlines())
+
+
+def inline_codes(page: str) -> list[str]:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+
+
+def check_shell(line: str, *, whole: bool) -> None:
+    """That what a line calls exists: a command with these options, a target, a script, a module.
+
+    Args:
+        line: of a shell.
+        whole: what the command cannot do without has to be there.
+    """
+    match line.split():
+        case ["lch", *_]:
+            check_command(line, whole=whole)
+        case ["make", target, *_]:
+            assert re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.M), line
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module), line
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file(), line
+
+
+def check_command(line: str, *, whole: bool) -> None:
+    command, words = get_command(cli.app), shlex.split(line)[1:]
+    while words and hasattr(command, "commands"):
+        assert words[0] in command.commands, line
+        command = command.commands[words.pop(0)]
+    assert words or not whole or not hasattr(command, "commands"), line
+    words = [word for word in words if word != "..."]
+    for parameter in command.params:  # Whether there is such a file or device here is no matter.
+        parameter.callback = None
+    # Raises of an option that there is not.
+    command.make_context(line, words, resilient_parsing=not whole)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

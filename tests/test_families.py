@@ -3,7 +3,8 @@
 The truth is torch's own: a plain forward pass with gradients on, tensors kept at TransformerLens'
 hook points, and `torch.autograd.grad` between them. None of this package's code computes it.
 
-`docs/families.md` is what `python -m tests.test_families > docs/families.md` prints.
+`docs/reference/families.md` is what
+`python -m tests.test_families > docs/reference/families.md` prints.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import lch_plugin as lch
 from tests import families
 
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "families.md"
 HELD = "detached head"
 KINDS = ("mlp", "neuron", "attn", "head", HELD, "block", "span", "model")
 COLUMNS = (*KINDS, "detached block")
@@ -385,7 +386,7 @@ INTRODUCTION = """\
 
 What `lch.attach` computes on every family of models that TransformerBridge boots. Each was built
 with small random weights and compared with torch's own gradients, in float64 where the family can.
-The table is generated: `python -m tests.test_families > docs/families.md`, and
+The table is generated: `python -m tests.test_families > docs/reference/families.md`, and
 `tests/test_families.py` fails where it no longer holds.
 
 Columns are the kinds of `lch_plugin.Site`, with the Jacobian but for two: `detached head` holds the
@@ -423,7 +424,7 @@ Architectures TransformerLens knows that cannot be built, booted and run offline
 
 
 def page(rows: dict[str, dict[str, str]], versions: str) -> str:
-    """`docs/families.md`."""
+    """`docs/reference/families.md`."""
     lines = [INTRODUCTION, versions, ""]
     lines += _table(("family", *COLUMNS), [(name, *r.values()) for name, r in rows.items()])
     lines += [REFUSED_INTRODUCTION]

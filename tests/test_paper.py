@@ -1,6 +1,6 @@
 """The quantities of the paper's own code, computed here in plain PyTorch, against the package.
 
-Which settings make the two agree is what `docs/conventions.md` says. The
+Which settings make the two agree is what `docs/explanation/conventions.md` says. The
 functions of the first part use nothing of the package, and copy nothing of the paper's code: they
 are its formulas.
 """

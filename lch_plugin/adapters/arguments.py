@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformers.models.auto.modeling_auto import (
@@ -14,13 +16,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from lch_plugin.errors import InputError
-from lch_plugin.padding import tokens_in_mask
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.padding import Finder, PadToken, tokens_in_mask
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Of a model's output, what the centroid is of.
 _OUTPUTS = ("logits", "last_hidden_state")
+# A HookedTransformer's attention is given what it reads three times, as three tensors.
+_THRICE = ("query_input", "key_input", "value_input")
 # Of its arguments, what says which of the positions it reads are tokens. T5's attention has "mask".
 _MASKS = ("attention_mask", "mask")
 
@@ -32,6 +36,7 @@ def input_of(call: Call, name: str) -> tuple[Tensor, Callable[[Tensor], Call]]:
 
     Raises:
         InputError: it has none.
+        SiteError: attention reads its queries, keys and values from different tensors.
     """
     args, kwargs = call
     named = (value for key, value in kwargs.items() if not key.endswith("mask"))
@@ -44,11 +49,18 @@ def input_of(call: Call, name: str) -> tuple[Tensor, Callable[[Tensor], Call]]:
             "inputs_embeds."
         )
 
+    thrice = {key: kwargs[key] for key in _THRICE if key in kwargs}
+    if thrice and (x.ndim != 3 or not all(_is_same(x, value) for value in thrice.values())):
+        raise SiteError(
+            f"{name} reads {list(thrice)} apart, or one for each head, so it has no one input to "
+            "take a centroid in. Turn off use_split_qkv_input and use_attn_in."
+        )
+
     # No annotations: nnsight sends this by value, and jaxtyping is not where it arrives.
     def instead(other):  # type: ignore[no-untyped-def]
         return (
             tuple(other if value is x else value for value in args),
-            {key: other if value is x else value for key, value in kwargs.items()},
+            {k: other if value is x or k in thrice else value for k, value in kwargs.items()},
         )
 
     return x, instead
@@ -72,6 +84,19 @@ def output_of(output: Any, name: str) -> Tensor:
         f"{name} returned {type(output).__name__} without a floating-point tensor in it, so there "
         "is nothing to take a centroid of. Name a module within."
     )
+
+
+def with_output(output: Any, y: Tensor, other: Tensor) -> Any:
+    """What a module returned, with another tensor in place of `output_of` it."""
+    if output is y:
+        return other
+    if isinstance(output, dict):  # ModelOutput too, which keeps its values twice.
+        changed = copy.copy(output)
+        for key, value in output.items():
+            changed[key] = other if value is y else value
+        return changed
+    values = [other if value is y else value for value in output]
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
 
 def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:
@@ -124,17 +149,38 @@ def is_causal(config: Any) -> bool:
 
 
 def is_cache(value: Any) -> bool:
-    """Whether it is a key-value cache of transformers."""
-    return hasattr(value, "get_seq_length")
+    """Whether it is a key-value cache: of transformers, or TransformerLens' own of one layer."""
+    return hasattr(value, "get_seq_length") or hasattr(value, "past_keys")
 
 
-def holds_tokens(value: Any) -> bool:
-    """Whether it is a key-value cache, TransformerLens' too, with earlier tokens in it."""
-    if is_cache(value):
-        return int(value.get_seq_length()) > 0
-    entries: Any = getattr(value, "entries", None)
+def holds_tokens(value: Any, layer: int = 0) -> bool:
+    """Whether it is a key-value cache with earlier tokens in it, TransformerLens' too.
+
+    Args:
+        value: anything.
+        layer: whose keys to look at: within a pass earlier layers have added theirs already.
+    """
+    if hasattr(value, "get_seq_length"):
+        return int(value.get_seq_length(layer)) > 0
+    entries: Any = [value] if hasattr(value, "past_keys") else getattr(value, "entries", None)
     return bool(entries) and entries[0].past_keys.shape[1] > 0
+
+
+def padding_finder(config: Any, *sources: Any) -> Finder:
+    """What finds the padding in the inputs of a model of transformers.
+
+    Args:
+        config: of the model.
+        sources: asked before it for the id of the padding token, as a tokenizer.
+    """
+    return Finder(PadToken.of(*sources, config), is_causal=is_causal(config))
 
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_same(x: Tensor, other: Tensor) -> bool:
+    if other is x:
+        return True
+    return x.shape == other.shape and torch.allclose(x, other, rtol=0, atol=0, equal_nan=True)

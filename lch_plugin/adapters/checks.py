@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lch_plugin.cotangents import (
@@ -17,7 +17,8 @@ from lch_plugin.cotangents import (
     evaluate,
 )
 from lch_plugin.errors import InputError, NonFiniteError, SiteError, VanishingCentroidError
-from lch_plugin.mlp import MLP, is_vanishing
+from lch_plugin.linearization import DetachedMode
+from lch_plugin.mlp import MLP, reads_nothing
 
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Largest relative distance of a closed form from autograd, by the model's dtype: far above
@@ -28,6 +29,8 @@ TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
+# The same of the detached linearisation: HuggingFace's norms compute in float32 at best.
+AFFINE_TOLERANCE = {**TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
 # A centroid this much smaller than one through a random cotangent is rounding noise.
 _VANISHING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 _CURE = (
@@ -127,12 +130,78 @@ def check_mlp_cotangent(name: str, mlp: MLP, cotangent: Cotangent) -> None:
         InputError: it is not of the shape of the output.
         VanishingCentroidError: the centroid would be rounding noise.
     """
-    v = evaluate(cotangent, mlp.W_out.new_ones(mlp.W_out.shape[-1]))
-    if is_vanishing(mlp, v):
+    W_out = mlp.W_out
+    check_reads(name, "this MLP", W_out, evaluate(cotangent, W_out.new_ones(W_out.shape[-1])))
+
+
+def check_reads(
+    name: str,
+    writer: str,
+    W_out: Float[Tensor, "n d_out"],
+    v: Float[Tensor, " d_out"],
+    *,
+    cure: str = _CURE,
+) -> None:
+    """Refuse a cotangent that is orthogonal to everything a component writes.
+
+    Args:
+        name: of the centroid.
+        writer: the component, in the message.
+        W_out: its writing weights.
+        v: cotangent.
+        cure: ends the message.
+
+    Raises:
+        VanishingCentroidError: the centroid would be rounding noise.
+    """
+    if reads_nothing(W_out.detach(), v):
         raise VanishingCentroidError(
-            f"{name}: the cotangent is orthogonal to everything this MLP writes, so its centroid "
-            f"would be rounding noise. {_CURE}"
+            f"{name}: the cotangent is orthogonal to everything {writer} writes, so its centroid "
+            f"would be rounding noise. {cure}"
         )
+
+
+def distance_from_affine(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> float:
+    """How far a component is from affine with the factors held fixed that it has at an input.
+
+    Zero where it is affine: then its change at another input, read through a cotangent, is what the
+    centroid says. Relative to the change itself.
+
+    Args:
+        fn: the component, as a function of what it reads.
+        x: input.
+        v: cotangent, in the shape of ``fn(x)``.
+
+    Raises:
+        SiteError: it does other things at another input, so that no factors can be held.
+    """
+    shift = noise(x) * x.std()
+    with torch.enable_grad(), DetachedMode() as mode:
+        y = fn(mode.follow(x.detach().requires_grad_()).clone())
+    with torch.enable_grad(), DetachedMode(mode.recorded) as replay:
+        variable = replay.follow((x.detach() + shift).requires_grad_())
+        try:
+            shifted = fn(variable.clone())
+        except (StopIteration, RuntimeError) as error:
+            raise SiteError(f"no detached linearisation of this component: {error}") from None
+    (mu,) = torch.autograd.grad(shifted, variable, v.to(shifted))
+    return off_by(v, (shifted - y).detach(), mu, shift)
+
+
+def off_by(v: Tensor, change: Tensor, mu: Tensor, shift: Tensor) -> float:
+    """How far the change of an output is from what a centroid says, relative to that change."""
+    v, change, mu, shift = (t.double() for t in (v, change, mu, shift))
+    off = float((v * change).sum() - (mu * shift).sum())
+    return abs(off) / max(float(v.norm() * change.norm()), torch.finfo(torch.float64).tiny)
+
+
+def not_affine(name: str, kind: str, off: float) -> SiteError:
+    """The error that says so."""
+    return SiteError(
+        f"{name}: with its factors fixed the {kind} is not affine (off by {off:.1e} of its change "
+        "at another input), so it has no exact expert of this kind. Some function in it is not "
+        "among those of lch_plugin.linearization. Use the Jacobian."
+    )
 
 
 def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
@@ -155,34 +224,6 @@ def check_finite(name: str, tensor: Tensor, place: str = "") -> None:
             f"{name} came out with {bad} of {tensor.numel()} values NaN or infinite{place}. Look "
             "at the activations there (half precision overflows at 65504: load the model in "
             "float32), and at masked rows, whose gradients may be NaN where their values are not."
-        )
-
-
-def check_no_padding(
-    metric: Metric,
-    gradient: Float[Tensor, "batch pos d_vocab"] | None,
-    tokens: Bool[Tensor, "batch read"] | None,
-) -> None:
-    """Refuse a metric that reads logits at padding.
-
-    Args:
-        metric: which.
-        gradient: its gradient in the logits, if it depends on them.
-        tokens: which positions are tokens; all if None.
-
-    Raises:
-        InputError: it does.
-    """
-    if tokens is None or gradient is None:
-        return
-    padding = ~tokens.to(gradient.device)[:, -gradient.shape[1] :]
-    read = gradient.ne(0).any(-1) & padding
-    if bool(read.any()):
-        row, position = read.nonzero()[0].tolist()
-        raise InputError(
-            f"metric {metric.name!r} reads logits at padding (row {row}, position {position}), "
-            "which are no prompt's. Give it the position it is about, as in Metric(fn, "
-            "position=-1), and it is given the logits of each prompt's own last token."
         )
 
 

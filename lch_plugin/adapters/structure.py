@@ -229,41 +229,54 @@ def _parameters(modules: list[nn.Module]) -> Iterator[Tensor]:
     return (p for module in modules for p in module.parameters())
 
 
-class _Laboratory:
-    """Evaluation mode in at least float32, no hooks or watchers of anybody's, no gradients kept.
-
-    In half precision activations that differ by some percent could not be told apart. One MLP's
-    weights are converted at a time, and nothing of that is left.
+class Alone:
+    """Modules run without anybody's hooks or watchers, in evaluation mode, without autocast.
 
     A class and not a decorated generator: nnsight sends functions without their decorators.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        every = list(dict.fromkeys(m for module in modules for m in module.modules()))
-        kept = [(vars(m), _SILENCED.keys() & vars(m)) for m in every]
+        self._every = list(dict.fromkeys(m for module in modules for m in module.modules()))
+        kept = [(vars(m), _SILENCED.keys() & vars(m)) for m in self._every]
         self._kept = [(state, {name: state[name] for name in names}) for state, names in kept]
-        self._watching = [f for m in every for f in stand_ins(m) if is_watching(f)]
-        self._weights = {p: p.data for m in every for p in m.parameters(recurse=False)}
+        self._watching = [f for m in self._every for f in stand_ins(m) if is_watching(f)]
         self._modes = ExitStack()
 
     def __enter__(self) -> None:
-        devices = {p.device.type for p in self._weights}
         self._modes.enter_context(torch.inference_mode(False))
         self._modes.enter_context(torch.no_grad())
-        for device in devices:
+        for device in {p.device.type for m in self._every for p in m.parameters(recurse=False)}:
             self._modes.enter_context(torch.autocast(device, enabled=False))
         for state, kept in self._kept:
             state.update({name: _SILENCED[name]() for name in kept})
         for forward in self._watching:
             forward.is_asleep = True  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        for forward in self._watching:
+            forward.is_asleep = False  # type: ignore[attr-defined]
+        for state, kept in self._kept:
+            state.update(kept)
+        self._modes.close()
+
+
+class _Laboratory:
+    """The same in at least float32: in half precision activations cannot be told apart.
+
+    One MLP's weights are converted at a time, and nothing of that is left. Not a subclass: nnsight
+    sends classes by value, in which ``super`` has no meaning.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._alone = Alone(modules)
+        self._weights = {p: p.data for module in modules for p in module.parameters()}
+
+    def __enter__(self) -> None:
+        self._alone.__enter__()
         for p, data in self._weights.items():
             p.data = data.to(at_least_float32(data))
 
     def __exit__(self, *_: object) -> None:
         for p, data in self._weights.items():
             p.data = data
-        for forward in self._watching:
-            forward.is_asleep = False  # type: ignore[attr-defined]
-        for state, kept in self._kept:
-            state.update(kept)
-        self._modes.close()
+        self._alone.__exit__()

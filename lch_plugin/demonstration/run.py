@@ -38,7 +38,7 @@ from lch_plugin.demonstration import plots
 from lch_plugin.devices import check_device
 from lch_plugin.figures import ACTIVATIONS, CENTROIDS
 from lch_plugin.files import claimed, write_directory
-from lch_plugin.max_activating_examples import max_activating_examples
+from lch_plugin.max_activating import max_activating_examples
 from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE

@@ -140,6 +140,12 @@ def load(
     Raises:
         InputError: there is no such model, it cannot be loaded faithfully, it comes with code and
             ``trust_remote_code`` is left out, or dtype or device does not exist.
+
+    Example:
+        >>> loaded = lch.load(DEMO_MODEL_DIR)  # or "gpt2", a directory, "model.gguf"
+        >>> model = loaded.bridge()  # for TransformerLens; .nnsight() for nnsight
+        >>> model.cfg.n_layers
+        4
     """
     dtype, device = _dtype(dtype), check_device(device)
     origin = find_origin(source, revision, trust_remote_code)

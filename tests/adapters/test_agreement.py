@@ -240,7 +240,7 @@ def test_the_page_shows_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     """But for the last bits, which differ between machines."""
     with capsys.disabled():
         print("\n" + matrix())  # noqa: T201
-    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "adapters.md").read_text()
     (shown,) = re.findall(r"```\n( +mlp .*?)\n```", page, re.DOTALL)
     numbers = re.compile(r" *\de[-+]\d\d")
     assert numbers.sub(" x", shown).split() == numbers.sub(" x", matrix()).split()

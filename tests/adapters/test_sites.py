@@ -173,7 +173,7 @@ def test_small_sizes_equal_the_row_sum_of_the_whole_jacobian(gpt2: Any) -> None:
 def test_neurons_equal_autograd_through_huggingface() -> None:
     model, hf = models.bridge("gpt2", F64), models.huggingface("gpt2", F64)
     w = torch.tensor([2.0, -1.0], dtype=F64)
-    mus = read(model, Site("neuron", 1, 3), Site("neuron", 1, (3, 40), w), Site("mlp", 1))
+    mus = read(model, Site("neuron", 1, 3), Site("neuron", 1, (3, 40), cotangent=w), Site("mlp", 1))
     with torch.no_grad():
         x = model.run_with_cache(IDS)[1]["blocks.1.mlp.hook_in"].clone().requires_grad_()
     mlp = hf.transformer.h[1].mlp
@@ -188,7 +188,7 @@ def test_all_neurons_and_all_heads_make_the_whole(family: str) -> None:
     model = models.bridge(family, F64)
     d_mlp, n_heads = models.D_MLP, 4
     s = model.blocks[1].mlp.W_out.sum(-1).detach()
-    group = Site("neuron", 1, range(d_mlp), s, label="all")
+    group = Site("neuron", 1, range(d_mlp), cotangent=s, label="all")
     heads = [Site("head", 1, h) for h in range(n_heads)]
     fixed = [held(1, h, label="held") for h in range(n_heads)]
     together = Site("head", 1, (0, 1, 2, 3)), held(1, (0, 1, 2, 3), label="held")
@@ -1292,7 +1292,7 @@ def test_sites_that_do_not_fit_a_model_are_refused(gpt2: Any) -> None:
         (lch.SiteError, "heads 0 to 3", Site("head", 1, 4)),
         (lch.InputError, r"shape \(32,\)", Site("block", cotangent=torch.ones(50))),
         (lch.InputError, r"shape \(50,\)", Site("model", cotangent=torch.ones(32))),
-        (lch.InputError, r"shape \(1,\)", Site("neuron", 1, 3, torch.ones(32))),
+        (lch.InputError, r"shape \(1,\)", Site("neuron", 1, 3, cotangent=torch.ones(32))),
         (lch.InputError, "residual stream", Site("model", cotangent=Logit(3))),
         (lch.InputError, "outside 0 to 49", Site("mlp", cotangent=Logit(50))),
         (lch.InputError, "differentiable", Site("mlp", cotangent=Metric(lambda x: x.argmax()))),

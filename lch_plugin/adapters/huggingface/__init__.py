@@ -15,7 +15,7 @@ from lch_plugin.adapters.huggingface.attaching import (
     context_length,
     make_readers,
     model_name,
-    resolve_arguments,
+    resolve_modules,
 )
 from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
 from lch_plugin.adapters.huggingface.readers import Reader
@@ -31,5 +31,5 @@ __all__ = [
     "mlp_names",
     "model_name",
     "resolve",
-    "resolve_arguments",
+    "resolve_modules",
 ]

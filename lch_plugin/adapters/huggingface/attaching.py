@@ -10,16 +10,24 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Unpack
 
-from lch_plugin.adapters.arguments import Call
-from lch_plugin.adapters.checks import check_loaded, known_at_once
+from lch_plugin.adapters.arguments import Call, caches
+from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
-from lch_plugin.adapters.huggingface.readers import ClosedFormReader, Graph, Reader, VJPReader
+from lch_plugin.adapters.huggingface.readers import (
+    ClosedFormReader,
+    Graph,
+    LocalReader,
+    Reader,
+    VJPReader,
+)
 from lch_plugin.adapters.structure import recognise
-from lch_plugin.cotangents import Cotangent
+from lch_plugin.cotangents import Cotangent, Logit, Metric
 from lch_plugin.errors import AttachError, InputError, SiteError
 from lch_plugin.files import portable
+from lch_plugin.sites import Options, Settings
 from lch_plugin.weak_cache import WeakCache as Memo
 
 # By module: components of one model share graphs, whoever attached to them.
@@ -56,10 +64,18 @@ class CentroidCache(Mapping[str, Tensor]):
         self._own.values = self._last = {name: [] for name in self._names}
         return self._last
 
-    def keep(self, name: str, mu: Float[Tensor, ...], *, alone: bool) -> None:
-        """Add a centroid; of a component that was called on its own, in place of its earlier."""
+    def keep(self, name: str, found: Mapping[str, Tensor], *, alone: bool) -> None:
+        """Add the values of a call; of a component that was called on its own, in place of others.
+
+        Args:
+            name: of the component.
+            found: by ending.
+            alone: whether the whole model is not running.
+        """
         values = getattr(self._own, "values", None) or self.begin()
-        values[name] = [mu] if alone else [*values[name], mu]
+        for ending, value in found.items():
+            key = f"{name}{ending}"
+            values[key] = [value] if alone else [*values[key], value]
 
     def __getitem__(self, key: str | tuple[str, int]) -> Float[Tensor, ...]:
         """The centroid of a component.
@@ -127,20 +143,25 @@ class Handle:
 
     Attributes:
         model: as it was passed to `attach`.
-        cache: centroids of the last forward pass, also after detaching.
+        cache: values of the last forward pass, also after detaching.
+        hook_names: names of all values in `cache`: the centroids', and those beside them (offsets,
+            variances, ...).
+        centroid_names: names of the centroids alone, those of the components.
     """
 
-    def __init__(self, model: nn.Module, targets: list[Target], cotangent: Cotangent) -> None:
+    def __init__(self, model: nn.Module, targets: list[Target], settings: Settings) -> None:
         self.model = model
-        self.cache = CentroidCache(target.name for target in targets)
+        self.centroid_names = [target.name for target in targets]
+        self.hook_names = [f"{n}{e}" for n in self.centroid_names for e in settings.endings]
+        self.cache = CentroidCache(self.hook_names)
         self._graph = _graph_of(model)
         self._depth = 0
         self._is_attached = True
         self._readers = make_readers(
             model,
             targets,
-            cotangent,
-            lambda target: (lambda mu: self._keep(target.name, mu), lambda: True),
+            settings,
+            lambda target: (lambda found: self._keep(target.name, found), lambda: True),
         )
         watch(self, model, model, model, self._graph.turn)
         for reader in self._readers:
@@ -151,13 +172,8 @@ class Handle:
         """How each centroid is computed, ``"closed form"`` or ``"VJP"``, by name."""
         return {reader.name: reader.method for reader in self._readers}
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the components, as in `cache`."""
-        return list(self.methods)
-
     def records(self) -> list[dict[str, Any]]:
-        """What each centroid is of, in terms of JSON, in the order of `names`."""
+        """What each centroid is of, in terms of JSON, in the order of `centroid_names`."""
         return [reader.record() for reader in self._readers]
 
     def detach(self) -> None:
@@ -181,10 +197,10 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "attached to" if self._is_attached else "detached from"
-        return f"Handle({state} {type(self.model).__name__}: {self.names})"
+        return f"Handle({state} {type(self.model).__name__}: {self.centroid_names})"
 
-    def _keep(self, name: str, mu: Tensor) -> None:
-        self.cache.keep(name, mu, alone=not self._depth)
+    def _keep(self, name: str, found: dict[str, Tensor]) -> None:
+        self.cache.keep(name, found, alone=not self._depth)
 
     # The model's own calls, as `calls.Watcher`.
 
@@ -199,19 +215,27 @@ class Handle:
     def pass_on(self, output: Any) -> None:
         """Nothing of ours."""
 
-    def end(self, _call: Call, output: Any) -> Any:
+    def end(self, call: Call, output: Any) -> Any:
+        if self._depth == 1 and self._graph.deferred:
+            self._graph.finish(output)
+            self._graph.give_up()
         # Attention patterns and hidden states from within come out here too.
-        return self._graph.drop(output, []) if "VJP" in self.methods.values() else output
+        if not self._graph.was_open:
+            return output
+        return self._graph.drop(output, list(caches((*call[0], *call[1].values()))))
 
     def close(self) -> None:
         self._depth = max(0, self._depth - 1)
+        if not self._depth:
+            self._graph.give_up()
 
 
 def attach(
     model: nn.Module,
     modules: str | Iterable[str] | None = None,
     *,
-    cotangent: Float[Tensor, " d_out"] | Cotangent | None = None,
+    cotangent: Float[Tensor, " d_out"] | Cotangent | Metric | None = None,
+    **settings: Unpack[Options],
 ) -> Handle:
     """Compute centroids of a model's modules whenever it runs.
 
@@ -234,10 +258,17 @@ def attach(
             first module (a residual stream) is no part of it. The empty name is the model itself.
             If None, every MLP that has a closed form.
         cotangent: ``v`` of the centroids ``J^T v``: shape ``(d_out,)``, or from
-            `lch_plugin.cotangents` but for `Logit` and `Metric`; all ones if None.
+            `lch_plugin.cotangents` but for `Logit`; all ones if None. A `Metric` is of what the
+            model as a whole returns, and its centroids are there once it has.
+        **settings: how centroids are taken, by the names of `lch_plugin.sites.Settings`:
+            ``linearization``, ``expert``, ``output_positions``, and ``radius`` or ``sigma`` with
+            ``n_samples``, ``neighbourhood``, ``centre`` and ``generator``. What they give beside a
+            centroid is in the cache under its name with an ending: ``"h.5.mlp_offset"``. The
+            detached linearisation and the local centroid of anything but an MLP with a closed form
+            run a module again, which has to be one: the first to prove itself at its first pass.
 
     Raises:
-        InputError: the model is no module, or the cotangent none that works here.
+        InputError: the model is no module, or the cotangent or settings none that work here.
         AttachError: the model is one of TransformerLens.
         SiteError: no such module, or one whose weights are not loaded or quantised.
         VanishingCentroidError: the cotangent reads nothing of what an MLP writes; of what another
@@ -248,19 +279,20 @@ def attach(
         ...     model(**inputs)
         >>> handle.cache["h.5.mlp"]  # (batch, pos, d_model)
     """
-    targets, v = resolve_arguments(model, modules, cotangent)
-    return Handle(model, targets, v)
+    if isinstance(cotangent, Logit):
+        raise InputError(
+            f"cotangent {cotangent.name!r} lies in the residual stream, and which modules are the "
+            "final norm and the unembedding is known of TransformerLens' models: use lch.attach, "
+            "or lch.cotangents.logit_difference."
+        )
+    targets = resolve_modules(model, modules)
+    return Handle(model, targets, Settings(cotangent=cotangent, **settings))
 
 
-def resolve_arguments(
-    model: nn.Module,
-    modules: str | Iterable[str] | None,
-    cotangent: Float[Tensor, " d_out"] | Cotangent | None,
-) -> tuple[list[Target], Cotangent]:
-    """Components and cotangent that the arguments of `attach` stand for; raises as it does."""
+def resolve_modules(model: nn.Module, modules: str | Iterable[str] | None) -> list[Target]:
+    """Components that the argument of `attach` stands for; raises as it does."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; a torch.nn.Module is needed.")
-    v = known_at_once(cotangent)
     if modules is None:
         check_loaded(model, "the model")
         modules = mlp_names(model)
@@ -272,22 +304,22 @@ def resolve_arguments(
     patterns = [modules] if isinstance(modules, str) else list(modules)
     if not patterns:
         raise InputError("modules is empty: name at least one.")
-    return resolve(model, patterns), v
+    return resolve(model, patterns)
 
 
-Sink = tuple[Callable[[Tensor], None], Callable[[], bool]]
+Sink = tuple[Callable[[dict[str, Tensor]], None], Callable[[], bool]]
 
 
 def make_readers(
-    model: nn.Module, targets: list[Target], cotangent: Cotangent, sink: Callable[[Target], Sink]
+    model: nn.Module, targets: list[Target], settings: Settings, sink: Callable[[Target], Sink]
 ) -> list[Reader]:
     """Readers of components, not yet installed.
 
     Args:
         model: their model.
         targets: the components.
-        cotangent: ``v``.
-        sink: where each one's centroids go, and whether anybody wants them.
+        settings: how centroids are taken.
+        sink: where the values of each one's calls go, by ending, and whether anybody wants them.
     """
     if hasattr(model, "hook_dict"):
         raise AttachError(
@@ -308,18 +340,30 @@ def make_readers(
         publish, is_wanted = sink(target)
         modules = (first, last, _around(model, target))
         is_within = first is not last and (first in {*last.modules()} or last in {*first.modules()})
-        with graph.turn:  # Its weights are converted for as long as it is tried out.
-            structure = None if is_within else recognise(first, None if last is first else last)
         options: dict[str, Any] = {
             "models": _models_around(model, target),
             "publish": publish,
             "is_wanted": is_wanted,
         }
-        if structure is None:
-            readers.append(VJPReader(target, modules, cotangent, graph, **options))
-        else:
+        structure = None
+        if not is_within:
+            with graph.turn:  # Its weights are converted for as long as it is tried out.
+                structure = recognise(first, None if last is first else last)
+        if structure is not None and settings.linearization == "jacobian":
             readers.append(
-                ClosedFormReader(target, modules, cotangent, graph, structure=structure, **options)
+                ClosedFormReader(target, modules, settings, graph, structure=structure, **options)
+            )
+        elif first is not last and (settings.is_local or settings.linearization == "detached"):
+            raise SiteError(
+                f"{target.name} is no one module that can be run again, which its local centroid "
+                "and its detached linearisation take. Name a module that holds all of it."
+            )
+        elif settings.is_local:
+            readers.append(LocalReader(target, modules, settings, graph, **options))
+        else:
+            mixes = structure is None
+            readers.append(
+                VJPReader(target, modules, settings, graph, mixes_positions=mixes, **options)
             )
     return readers
 

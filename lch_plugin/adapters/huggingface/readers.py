@@ -18,21 +18,35 @@ from lch_plugin.adapters.arguments import (
     caches,
     holds_tokens,
     input_of,
-    is_causal,
+    is_cache,
     output_of,
+    padding_finder,
     token_mask,
+    with_output,
 )
-from lch_plugin.adapters.checks import check_cotangent, check_finite, check_mlp_cotangent
+from lch_plugin.adapters.checks import (
+    AFFINE_TOLERANCE,
+    check_cotangent,
+    check_finite,
+    check_mlp_cotangent,
+    distance_from_affine,
+    not_affine,
+)
+from lch_plugin.adapters.deferred import Deferred, of_metric
+from lch_plugin.adapters.grad_scope import GradScope, gradients
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
-from lch_plugin.adapters.passes import Pass, gradients
 from lch_plugin.adapters.states import detach_cache, without_graph
-from lch_plugin.adapters.structure import Structure
+from lch_plugin.adapters.structure import Alone, Structure
 from lch_plugin.adapters.turns import Turn
-from lch_plugin.cotangents import Cotangent, Ones, Vector, evaluate, is_fixed
+from lch_plugin.adapters.values import Values, expert_values, local_values
+from lch_plugin.centroids import centroid
+from lch_plugin.cotangents import Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import SiteError
+from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
-from lch_plugin.padding import Finder, PadToken, blank, spread
+from lch_plugin.padding import Finder, blank, spread
+from lch_plugin.sites import Settings
 from lch_plugin.weak_cache import WeakCache as Memo
 
 
@@ -42,41 +56,71 @@ class Running:
 
     Attributes:
         name: of the component, for messages.
-        x: what it reads, with a graph behind or before it.
+        call: what its first module was called with.
+        x: what it reads; by a vector-Jacobian product with a graph behind it.
         tokens: which of the positions it reads are tokens, if its own arguments say.
-        caches: key-value caches it was called with.
         outputs: what its input projections gave.
         between: what its first module returned.
         hooks: registered for this call alone.
+        again: the component as a function of what it reads, where it has to run again.
     """
 
     name: str
+    call: Call
     x: Float[Tensor, ...] | None = None
     tokens: Bool[Tensor, "batch pos"] | None = None
-    caches: list[Any] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     between: Any = None
     hooks: list[RemovableHandle] = field(default_factory=list)
+    again: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def caches(self) -> list[Any]:
+        """Key-value caches it was called with."""
+        return list(caches((*self.call[0], *self.call[1].values())))
 
     def __str__(self) -> str:
         return self.name
 
 
-class Graph(Pass):
+class Graph(GradScope):
     """That of one model.
 
     Attributes:
         turn: passes take turns, whichever threads they are of.
+        deferred: centroids that wait for the logits, and their readers, by the call they are of.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.turn = Turn()
+        self.deferred: dict[Running, tuple[Reader, Deferred]] = {}
         self._models: Memo[ModelCall] = Memo()
 
     def model_call(self, model: PreTrainedModel) -> ModelCall:
         """What watches the calls of a model, or of one within: the same for all its readers."""
         return self._models.setdefault(model, ModelCall(model))
+
+    def finish(self, output: Any) -> None:
+        """Centroids whose metric is known now that the model has returned this."""
+        by_metric: dict[int, list[Running]] = {}
+        for running, (reader, _) in self.deferred.items():
+            by_metric.setdefault(id(reader.settings.v), []).append(running)
+        for waiting in by_metric.values():
+            readers = [self.deferred[running][0] for running in waiting]
+            ys = [self.deferred[running][1].y for running in waiting]
+            metric: Any = readers[0].settings.v
+            logits = output_of(output, "the model")
+            labels = [reader.label for reader in readers]
+            vs = of_metric(metric, logits, ys, labels, readers[0].said)
+            for running, v in zip(waiting, vs, strict=True):
+                self.deferred[running][1].finish(v)
+
+    def give_up(self) -> None:
+        """Nobody waits any longer."""
+        for running, (reader, _) in list(self.deferred.items()):
+            del self.deferred[running]
+            reader.stop(running)
 
     def drop(self, output: Any, caches_called_with: list[Any]) -> Any:
         """What a module has returned, without a graph that nobody but centroids wants."""
@@ -101,7 +145,7 @@ class ModelCall:
     def __init__(self, model: PreTrainedModel) -> None:
         self._forward = type(model).forward
         self._is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-        self.finder = Finder(PadToken.of(model.config), is_causal=is_causal(model.config))
+        self.finder = padding_finder(model.config)
         self._users = 0
         # One for each call under way: a model may call itself. Empty if it says nothing, as an
         # inner model that reads embeddings does.
@@ -158,8 +202,8 @@ class Reader:
 
     Attributes:
         target: its name.
-        cotangent: ``v``.
-        publish: is handed each centroid.
+        settings: how its centroid is to be taken.
+        publish: is handed the values of each call, by ending.
         is_wanted: whether to compute any.
     """
 
@@ -169,15 +213,15 @@ class Reader:
         self,
         target: Target,
         modules: tuple[nn.Module, nn.Module, nn.Module],
-        cotangent: Cotangent,
+        settings: Settings,
         graph: Graph,
         *,
         models: Sequence[PreTrainedModel],
-        publish: Callable[[Tensor], None],
+        publish: Callable[[dict[str, Tensor]], None],
         is_wanted: Callable[[], bool],
     ) -> None:
         self.target = target
-        self.cotangent = cotangent
+        self.settings = settings
         self.publish, self.is_wanted = publish, is_wanted
         self._modules = modules
         self._graph = graph
@@ -191,6 +235,11 @@ class Reader:
         return self.target.name
 
     @property
+    def input_name(self) -> str:
+        """Name of the module whose input is what the component reads."""
+        return self.target.first
+
+    @property
     def padding(self) -> Finder | None:
         """What finds the padding of the inputs of the innermost model around it."""
         return next((call.finder for call in self._model_calls.values()), None)
@@ -200,14 +249,14 @@ class Reader:
         """Of the component, in messages."""
         return self.name or "the model"
 
+    @property
+    def said(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions are tokens, as the innermost model around it says that says anything."""
+        return next(filter(None, (call.said for call in self._model_calls.values())), [None])[0]
+
     def record(self) -> dict[str, Any]:
         """What the centroid is of, in terms of JSON."""
-        v = self.cotangent
-        return {
-            "site": self.name,
-            "cotangent": v.v.tolist() if isinstance(v, Vector) else v.name,
-            "linearization": "jacobian",
-        }
+        return {"site": self.name, **self.settings.record()}
 
     def install(self) -> None:
         """Start watching the model."""
@@ -223,17 +272,19 @@ class Reader:
         while self._calls:
             self.close()
 
+    # The calls of its modules, as `calls.Watcher`.
+
     def open(self) -> None:
         self._calls.append(None)
 
     def begin(self, call: Call) -> Call:
         if not self._calls or not self.is_wanted():
             return call
-        before, running = self._calls[-1], Running(self.label)
+        before, running = self._calls[-1], Running(self.label, call)
         self._calls[-1] = running
         if before is not None:  # The first module runs again before the last has.
-            self._stop(before)
-        return self._start(running, call)
+            self.stop(before)
+        return self._start(running)
 
     def pass_on(self, output: Any) -> None:
         if self._calls and self._calls[-1] is not None:
@@ -246,40 +297,108 @@ class Reader:
         self._calls[-1] = None
         try:
             y = output_of(output, self.label)
-            mu = self._finish(running, call, y).detach()
-            with self._graph.outside():
-                check_finite(self.label, mu)
-                self.publish(mu.to(at_least_float32(mu)))
+            self._look(running, call)
+            tokens = self._tokens(running, call, y)
+            if self.settings.is_late:
+                output = self._defer(running, y, tokens, output)
+            else:
+                self._show(self._values(running, y, tokens, None), tokens)
         finally:
-            self._stop(running)
-        return self._returned(running, output)
+            if running not in self._graph.deferred:
+                self.stop(running)
+        return self._graph.drop(output, running.caches) if self._graph.was_open else output
 
     def close(self) -> None:
         running = self._calls.pop() if self._calls else None
         if running is not None:
-            self._stop(running)
+            self.stop(running)
 
-    def _tokens(self, call: Call, running: Running, y: Tensor) -> Bool[Tensor, "batch pos"] | None:
+    def stop(self, running: Running) -> None:
+        """A call is over, or of no interest any longer."""
+        for hook in running.hooks:
+            hook.remove()
+        self._graph.release(running)
+
+    def _start(self, running: Running) -> Call:
+        """Get ready; with what the first module is to be called."""
+        raise NotImplementedError
+
+    def _look(self, running: Running, call: Call) -> None:
+        """Look at the call of the last module before anything is computed."""
+
+    def _values(
+        self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
+    ) -> Values:
+        """What is to be shown; ``v`` is given if it was not known before the logits."""
+        raise NotImplementedError
+
+    def _defer(self, running: Running, y: Tensor, tokens: Tensor | None, output: Any) -> Any:
+        """Wait for the logits; returns what the model is to go on with."""
+        graph = self._graph
+        graph.hold(running)
+        if not y.requires_grad:
+            leaf, passed_on = graph.variable(y)
+            output, y = with_output(output, y, passed_on), leaf
+
+        def finish(v: Tensor) -> None:
+            v = spread(v, y, tokens, self.settings.positions)
+            with torch.enable_grad():
+                values = self._values(running, y, tokens, v)
+            self._show(values, tokens)
+
+        graph.deferred[running] = self, Deferred(y, finish)
+        return output
+
+    def _show(self, values: Values, tokens: Tensor | None) -> None:
+        with self._graph.outside():
+            found = {}
+            for ending, value in values.items():
+                shown = blank(value().detach(), tokens)
+                check_finite(f"{self.label}{ending}", shown)
+                found[ending] = shown.to(at_least_float32(shown))
+            self.publish(found)
+
+    def _tokens(self, running: Running, call: Call, y: Tensor) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of an output are tokens, as the model says, or the component's call."""
-        # The innermost model around it that says.
-        said = next(filter(None, (call.said for call in self._model_calls.values())), [None])
-        tokens = said[0]
+        tokens = self.said
         if tokens is None and y.ndim == 3:
             tokens = token_mask(call, y.shape[1])
         # A last module without a mask, as a norm, has that of the first.
         return running.tokens if tokens is None else tokens
 
-    def _start(self, running: Running, call: Call) -> Call:
-        raise NotImplementedError
+    def _by_itself(self, running: Running) -> Callable[[Tensor], Tensor]:
+        """The component as a function of what it reads, that runs it again with no one watching.
 
-    def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        Raises:
+            SiteError: it is no single module, or was called with a cache of earlier tokens.
+        """
+        first, last, _ = self._modules
+        if first is not last:
+            raise SiteError(
+                f"{self.label} is no one module that can be run again, which this takes. Name a "
+                "module that holds all of it."
+            )
+        args, kwargs = running.call
+        own = {
+            vars(module)["layer_idx"] for module in first.modules() if "layer_idx" in vars(module)
+        }
+        if any(holds_tokens(cache, layer) for cache in running.caches for layer in own or {0}):
+            raise SiteError(
+                f"{self.label} has to be run again for this, which a key-value cache that holds "
+                "earlier tokens does not allow. Run the whole sequence at once, without a cache."
+            )
+        # An empty cache is filled by the model's own call, and none of our calls' affair.
+        call = (
+            tuple(None if is_cache(a) else a for a in args),
+            {name: None if is_cache(a) else a for name, a in kwargs.items()},
+        )
+        _, instead = input_of(call, self.label)
 
-    def _stop(self, running: Running) -> None:
-        raise NotImplementedError
+        def run(x: Tensor) -> Tensor:
+            args, kwargs = instead(x)
+            return output_of(first(*args, **kwargs), self.label)
 
-    def _returned(self, _running: Running, output: Any) -> Any:
-        return output
+        return run
 
 
 class ClosedFormReader(Reader):
@@ -292,10 +411,11 @@ class ClosedFormReader(Reader):
         self._structure = structure
         self._is_connected = self._modules[0] is self._modules[1]
         self._parts = self._list_parts()
-        if is_fixed(self.cotangent):
-            check_mlp_cotangent(self.label, structure.weights, self.cotangent)
+        v = self.settings.v
+        if isinstance(v, Cotangent) and is_fixed(v):
+            check_mlp_cotangent(self.label, structure.weights, v)
 
-    def _start(self, running: Running, call: Call) -> Call:
+    def _start(self, running: Running) -> Call:
         # Registered now, they come after every hook of the user's.
         running.hooks += [
             projection.register_forward_hook(
@@ -303,9 +423,11 @@ class ClosedFormReader(Reader):
             )
             for projection in self._structure.inputs
         ]
-        return call
+        if self.settings.expert or self.settings.is_local:
+            running.x = input_of(running.call, self.label)[0].detach()
+        return running.call
 
-    def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
+    def _look(self, running: Running, call: Call) -> None:
         structure = self._structure
         if self._list_parts() != self._parts:
             raise SiteError(
@@ -319,11 +441,30 @@ class ClosedFormReader(Reader):
                 "up. Name the module around it, whose centroid is a vector-Jacobian product."
             )
         self._check_connected(running, call)
-        with torch.no_grad():
-            mlp, pre = structure.weights, structure.pre_activations(running.outputs)
-            v = None if isinstance(self.cotangent, Ones) else evaluate(self.cotangent, y)
-            mu = centroid_of_neurons(mlp, pre, read_direction(mlp, v))
-        return blank(mu, self._tokens(call, running, mu))
+
+    @torch.no_grad()
+    def _values(
+        self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
+    ) -> Values:
+        mlp, pre = self._structure.weights, self._structure.pre_activations(running.outputs)
+        own = self.settings.v
+        if v is None and not isinstance(own, Ones):
+            assert isinstance(own, Cotangent)
+            v = evaluate(own, y)
+        s = read_direction(mlp, v)
+        if self.settings.is_local:
+            assert running.x is not None
+
+            def mu_at(samples: Tensor) -> Tensor:
+                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s)
+
+            return local_values(self.settings, running.x.to(at_least_float32(y)), mu_at)
+        mu = centroid_of_neurons(mlp, pre, s)
+        if not self.settings.expert:
+            return {"": lambda: mu}
+        assert running.x is not None
+        v = torch.ones_like(y) if v is None else v
+        return expert_values(mu, running.x, y.detach(), v, mixes_positions=False)
 
     def _list_parts(self) -> list[nn.Module]:
         first, last, _ = self._modules
@@ -342,45 +483,91 @@ class ClosedFormReader(Reader):
             )
         self._is_connected = True
 
-    def _stop(self, running: Running) -> None:
-        for hook in running.hooks:
-            hook.remove()
-
 
 class VJPReader(Reader):
     """Any component: one vector-Jacobian product on the graph of the model's own call."""
 
     method = "VJP"
-    _is_checked = False
 
-    def _start(self, running: Running, call: Call) -> Call:
-        x, instead = input_of(call, self.label)
-        self._graph.hold(running)
+    def __init__(self, *args: Any, mixes_positions: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._mixes_positions = mixes_positions
+        self._is_checked = False
+
+    def _start(self, running: Running) -> Call:
+        x, instead = input_of(running.call, self.label)
+        self._graph.hold(running, DetachedMode if self._is_detached else None)
         # A tensor of the component's own: paths from x that lead around the component do not count.
         own = x.clone() if x.requires_grad or x.is_inference() else x.detach()
-        running.x = own.requires_grad_()
-        running.tokens = token_mask(call, x.shape[1]) if x.ndim == 3 else None
-        running.caches = list(caches((*call[0], *call[1].values())))
-        # A copy, so that the module, or a hook of the user's, may write to it in place.
-        return instead(running.x.clone())
+        running.x, passed_on = self._graph.variable(own.requires_grad_())
+        if self._is_detached and not self._is_checked:
+            running.again = self._by_itself(running)
+        running.tokens = token_mask(running.call, x.shape[1]) if x.ndim == 3 else None
+        return instead(passed_on)
 
-    def _finish(self, running: Running, call: Call, y: Tensor) -> Tensor:
+    @property
+    def _is_detached(self) -> bool:
+        return self.settings.linearization == "detached"
+
+    def _values(
+        self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
+    ) -> Values:
         assert running.x is not None
         x = running.x
 
         def gradient(v: Tensor) -> Tensor:
             return gradients(self.label, y, [x], v, keep=True)[0]
 
-        tokens = self._tokens(call, running, y)
-        v = spread(evaluate(self.cotangent, y), y, tokens)
+        if v is None:
+            own = self.settings.v
+            assert isinstance(own, Cotangent)
+            v = spread(evaluate(own, y), y, tokens, self.settings.positions)
         mu = gradient(v)
         if not self._is_checked:
-            check_cotangent(self.label, v, mu, gradient, y.dtype)
+            if not self.settings.is_late:
+                check_cotangent(self.label, v, mu, gradient, y.dtype)
+            if self._is_detached:
+                self._check_affine(running, x.detach(), v)
             self._is_checked = True
-        return blank(mu, tokens)
+        if not self.settings.expert:
+            return {"": lambda: mu}
+        known = (t.detach() for t in (mu, x, y, v))
+        return expert_values(*known, mixes_positions=self._mixes_positions)
 
-    def _stop(self, running: Running) -> None:
-        self._graph.release(running)
+    def _check_affine(self, running: Running, x: Tensor, v: Tensor) -> None:
+        """Once, that with its factors held fixed the component is affine."""
+        assert running.again is not None
+        with self._graph.outside(), Alone([self._modules[0]]):
+            off = distance_from_affine(running.again, x, v)
+        if not off <= AFFINE_TOLERANCE[x.dtype]:
+            raise not_affine(self.label, "component", off)
 
-    def _returned(self, running: Running, output: Any) -> Any:
-        return self._graph.drop(output, running.caches)
+
+class LocalReader(Reader):
+    """Mean centroid over a neighbourhood of a module with no closed form.
+
+    The module runs again, once a sample and one at a time, without anybody's hooks within and in
+    evaluation mode: memory is that of one graph, and nobody's hooks see the samples.
+    """
+
+    method = "VJP"
+
+    def _start(self, running: Running) -> Call:
+        running.x = input_of(running.call, self.label)[0].detach()
+        running.again = self._by_itself(running)
+        return running.call
+
+    def _values(
+        self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
+    ) -> Values:
+        x, run, own = running.x, running.again, self.settings.v
+        assert x is not None
+        assert run is not None
+        assert isinstance(own, Cotangent)
+        spread_v = spread(evaluate(own, y), y, tokens, self.settings.positions).detach()
+
+        def mu_at(samples: Tensor) -> Tensor:
+            return torch.stack([centroid(run, sample, spread_v) for sample in samples])
+
+        with self._graph.outside(), Alone([self._modules[0]]):
+            return local_values(self.settings, x, mu_at)

@@ -6,12 +6,15 @@ that nothing downstream consumes: ``run_with_cache``, ``run_with_hooks`` and SAE
 under a hook name like any other, editing it never changes the logits, and it is computed only when
 something listens.
 
-Modules, each knowing those before it: `gates`, where a tensor goes by; `anatomy`, where a model
-keeps its parts; `points`, hook points of ours; `readers`, how the centroid of one component comes
-about, in `closed_forms` or by `vjps`; `states` and `trial`; `stand_ins`, for methods of the model;
-`tracker`, the readers of one model together; `self_check`, the proof on three tokens; `attaching`;
-`inputs`, token ids and what the MLPs read on them; and `nodes`, the heads, neurons and MLPs that
-make up circuits.
+Three ideas. A *gate* is where a tensor passes (`gates`). A *reader* is what is computed from that
+(`readers`: `closed_forms`, `vjps`). A *run* is one forward pass (`runs`).
+
+Modules, each knowing those before it: `toolkit`, the classes of TransformerLens; `gates`;
+`architecture` and `mlps`, where a model keeps its parts; `hook_points` of ours; `stand_ins`, for
+methods of the model; `runs`; `readers`; `model_end`, cotangents known only from the logits;
+`closed_forms` and `vjps`; `tracker`, who meets where; `self_check`, the proof on three tokens;
+`attaching`. For circuits: `inputs`, token ids and what MLPs read on them; `nodes`, the heads,
+neurons and MLPs that make them up; and `residual`, where these read and write the residual stream.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
@@ -21,17 +24,17 @@ Private attributes used, for want of a public way:
     of any kind, and silencing them. ``Module._modules``: what stands at a hook point now.
 """
 
-from lch_plugin.adapters.transformer_lens.anatomy import (
-    MLPParts,
-    locate_mlps,
-    weight_processing,
-)
 from lch_plugin.adapters.transformer_lens.attaching import Handle, attach
 from lch_plugin.adapters.transformer_lens.inputs import (
     as_tokens,
     check_token_ids,
     mlp_inputs,
     recorded_mlp_inputs,
+)
+from lch_plugin.adapters.transformer_lens.mlps import (
+    MLPParts,
+    locate_mlps,
+    weight_processing,
 )
 from lch_plugin.adapters.transformer_lens.nodes import (
     NodeKind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,13 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.adapters.checks import check_loaded
-from lch_plugin.adapters.transformer_lens import anatomy
+from lch_plugin.adapters.transformer_lens import architecture, mlps
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader, NeuronReader
-from lch_plugin.adapters.transformer_lens.points import CentroidPoint
+from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.hook_points import CentroidPoint
 from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.transformer_lens.runs import Runs
 from lch_plugin.adapters.transformer_lens.self_check import check_readers, disagreements
 from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer, LensModel
-from lch_plugin.adapters.transformer_lens.tracker import tracker_of
+from lch_plugin.adapters.transformer_lens.tracker import Tracker, tracker_of
 from lch_plugin.adapters.transformer_lens.vjps import HeadVJPReader, LocalReader, VJPReader
 from lch_plugin.cotangents import AnyCotangent, Logit
 from lch_plugin.errors import InputError, SiteError
@@ -62,7 +64,7 @@ def attach(
             ones does after TransformerLens has centered the writing weights.
         NotDifferentiableError: no gradient path leads through the component.
     """
-    anatomy.check_model(model)
+    architecture.check_model(model)
     listed = [site] if isinstance(site, str | Site) else list(site)
     if not listed:
         raise InputError("site=[] names no component.")
@@ -72,21 +74,21 @@ def attach(
             "Site(kind, layers=..., cotangent=...)."
         )
     sites = [s if isinstance(s, Site) else Site(s, layers, cotangent=cotangent) for s in listed]
-    readers = [reader for s in sites for reader in _readers(model, s)]
+    tracker = tracker_of(model)
+    readers = [reader for s in sites for reader in _readers(tracker.runs, s)]
     for reader in readers:
         reader.check()
-    readers = _verified(model, readers)
-    handle = Handle(model, readers)
+    readers = _verified(tracker.runs, readers)
+    handle = Handle(tracker, readers)
     try:
         for reader in readers:
             for point in reader.points.values():
                 point.publish(model)
                 handle.published.append(point)
         _refresh(model)
-        tracker = tracker_of(model)
         for reader in readers:
             tracker.add(reader)
-        check_readers(model, readers)
+        check_readers(model, tracker, readers)
     except BaseException:
         handle.detach()
         raise
@@ -103,29 +105,35 @@ class Handle:
         methods: by centroid's name, how each is computed: ``"closed form"`` or ``"VJP"``.
     """
 
-    def __init__(self, model: LensModel, readers: Sequence[Reader]) -> None:
+    def __init__(self, tracker: Tracker, readers: Sequence[Reader]) -> None:
         self.hook_names = [p.name for reader in readers for p in reader.points.values()]
         self.centroid_names = [reader.name for reader in readers]
         self.methods = {reader.name: reader.method for reader in readers}
         self.published: list[CentroidPoint] = []
-        self._model = model
+        self._tracker = tracker
         self._readers = list(readers)
+        self._records = [reader.record() for reader in readers]
+
+    def records(self) -> list[dict[str, Any]]:
+        """What each centroid is of, in terms of JSON, in the order of `centroid_names`."""
+        return [dict(record) for record in self._records]
 
     def detach(self) -> None:
         """Restore the model exactly; a second call does nothing.
 
         SAEs attached to these hook points are reset first: their place is about to go.
         """
+        model = self._tracker.runs.model
         points, self.published = self.published, []
         readers, self._readers = self._readers, []
         for point in points:
-            point.reset_sae(self._model)
+            point.reset_sae(model)
         for reader in readers:
-            reader.remove()
+            self._tracker.forget(reader)
         for point in points:
-            point.withdraw(self._model)
+            point.withdraw(model)
         if points:
-            _refresh(self._model)
+            _refresh(model)
 
     def __enter__(self) -> Handle:
         return self
@@ -148,13 +156,13 @@ def _refresh(model: LensModel) -> None:
         model.setup()
 
 
-def _verified(model: LensModel, readers: list[Reader]) -> list[Reader]:
+def _verified(runs: Runs, readers: list[Reader]) -> list[Reader]:
     """The same readers, but with an MLP differentiated where its closed form does not hold.
 
     Raises:
         SiteError: of a neuron, which has nothing but its closed form.
     """
-    problems = disagreements(model, [r.parts for r in readers if isinstance(r, MLPReader)])
+    problems = disagreements(runs.model, [r.parts for r in readers if isinstance(r, MLPReader)])
     verified: list[Reader] = []
     for reader in readers:
         problem = problems.get(reader.path) if isinstance(reader, MLPReader) else None
@@ -162,44 +170,36 @@ def _verified(model: LensModel, readers: list[Reader]) -> list[Reader]:
             verified.append(reader)
         elif isinstance(reader, MLPReader) and reader.can_be_differentiated:
             assert reader.layer is not None
-            verified.append(_differentiated_mlp(model, reader.site, reader.stack, reader.layer))
+            verified.append(_differentiated_mlp(runs, reader.site, reader.stack, reader.layer))
         else:
             raise problem
     return verified
 
 
-def _readers(model: LensModel, site: Site) -> list[Reader]:
+def _readers(runs: Runs, site: Site) -> list[Reader]:
     """A site at every layer it is about."""
-    if site.kind == "model":
-        return [_model_reader(model, site)]
+    if site.of_kind.layers == "none":
+        return [_model_reader(runs, site)]
     readers: list[Reader] = []
-    for stack, blocks in anatomy.stacks(model, site.stack).items():
+    for stack, blocks in architecture.stacks(runs.model, site.stack).items():
         if site.is_late and stack != "blocks":
             raise SiteError(f"{site.v.name}: cotangents from the logits need a decoder-only model.")
-        if site.kind == "span":
-            first, last = anatomy.layer_indices(blocks, site.layers, keep_order=True)
+        if site.of_kind.layers == "ends":
+            first, last = architecture.layer_indices(blocks, site.layers, keep_order=True)
             if last < first:
                 raise SiteError(
                     f"layers={site.layers!r}: the span ends with block {last}, before block "
                     f"{first} where it starts."
                 )
-            readers.append(_span_reader(model, site, stack, first, last))
+            readers.append(_span_reader(runs, site, stack, first, last))
         else:
-            builders: dict[str, Callable[[LensModel, Site, str, int], Reader]] = {
-                "mlp": _mlp_reader,
-                "neuron": _mlp_reader,
-                "attn": _attention_reader,
-                "head": _head_reader,
-                "block": _block_reader,
-            }
-            build = builders[site.kind]
-            for layer in anatomy.layer_indices(blocks, site.layers):
-                readers.append(build(model, site, stack, layer))
+            for layer in architecture.layer_indices(blocks, site.layers):
+                readers.append(BUILDERS[site.kind](runs, site, stack, layer))
     return readers
 
 
 def _points(
-    model: LensModel,
+    runs: Runs,
     site: Site,
     layer: int | None,
     owner: Any,
@@ -213,103 +213,134 @@ def _points(
     SAELens takes a layer in a hook's name for the one to stop after.
     """
     if site.is_late:
-        owner, path = model, ""
+        owner, path = runs.model, ""
         tail = f"_{site.kind}_{layer}{tail.removeprefix(f'_{site.kind}')}"
-    endings = [e for e in site.outputs if e != "_region" or region]
+    endings = [e for e in site.endings if e != "_region" or region]
     return {e: CentroidPoint(owner, path, f"hook_centroid{tail}{e}") for e in endings}
 
 
-def _mlp_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
+def _mlp_reader(runs: Runs, site: Site, stack: str, layer: int) -> Reader:
     """In closed form if the MLP looks as if it had one; `_verified` has the last word."""
     path = f"{stack}.{layer}.mlp"
-    component: Any = getattr(getattr(model, stack)[layer], "mlp", None)
+    component: Any = getattr(getattr(runs.model, stack)[layer], "mlp", None)
     if component is None:
         raise SiteError(f"{path} does not exist. Pass layers=[...] without it.")
     check_loaded(component, path)
     try:
-        if site.linearization == "detached":
-            return _differentiated_mlp(model, site, stack, layer)
-        parts = anatomy.locate_mlp(model, stack, layer)
+        if site.linearization not in site.of_kind.closed_forms:
+            return _differentiated_mlp(runs, site, stack, layer)
+        parts = mlps.locate_mlp(runs.model, stack, layer)
         mlp = parts.weights
     except SiteError:
-        if site.kind == "neuron":
+        if site.of_kind.is_indexed:
             raise
-        return _differentiated_mlp(model, site, stack, layer)
+        return _differentiated_mlp(runs, site, stack, layer)
     parts.check_readable()
     region = site.expert and isinstance(mlp, PlainMLP) and is_piecewise_linear(mlp.act)
-    points = _points(model, site, layer, component, path, site.suffix, region=region)
-    cls = NeuronReader if site.kind == "neuron" else MLPReader
-    gate = anatomy.mlp_gates(component)[1]
-    return cls(site, layer, path, points, parts=parts, exit_gate=gate)
+    points = _points(runs, site, layer, component, path, site.suffix, region=region)
+    cls = NeuronReader if site.of_kind.is_indexed else MLPReader
+    return cls(
+        *(site, layer, path, points, runs), input_name=_mlp_input(component, path), parts=parts
+    )
 
 
-def _differentiated_mlp(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
-    path = f"{stack}.{layer}.mlp"
+def _differentiated_mlp(runs: Runs, site: Site, stack: str, layer: int) -> Reader:
+    block, path = getattr(runs.model, stack)[layer], f"{stack}.{layer}.mlp"
     if site.compute_dtype is not None:
         raise InputError(
             f"compute_dtype={site.compute_dtype}: {path} has no closed form here and is "
             "differentiated in the model's dtype. Load the model in the dtype you want."
         )
-    component = getattr(model, stack)[layer].mlp
-    points = _points(model, site, layer, component, path, site.suffix)
-    start, end = anatomy.mlp_gates(component)
-    if site.is_local:
-        return LocalReader(site, layer, path, points, component=component, start=start, end=end)
-    scope = component if anatomy.is_module(component) else getattr(model, stack)[layer]
-    return VJPReader(site, layer, path, points, start=start, end=end, scope=scope)
-
-
-def _attention_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
-    path = f"{stack}.{layer}"
-    attn, name = anatomy.attention(getattr(model, stack)[layer], path)
-    points = _points(model, site, layer, attn, f"{path}.{name}", site.suffix)
-    start, end = anatomy.attention_input(attn), anatomy.attention_output(attn)
-    if site.is_local:
-        return LocalReader(site, layer, path, points, component=attn, start=start, end=end)
-    return VJPReader(site, layer, path, points, start=start, end=end, scope=attn)
-
-
-def _head_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
-    path = f"{stack}.{layer}"
-    attn, name = anatomy.attention(getattr(model, stack)[layer], path)
-    anatomy.check_heads(attn, path)
-    points = _points(model, site, layer, attn, f"{path}.{name}", site.suffix)
-    if site.linearization == "detached":
-        return HeadReader(site, layer, path, points, attn=attn)
-    start, end = anatomy.attention_input(attn), anatomy.heads_output(attn)
-    return HeadVJPReader(site, layer, path, points, attn=attn, start=start, end=end)
-
-
-def _block_reader(model: LensModel, site: Site, stack: str, layer: int) -> Reader:
-    if not site.is_local:
-        return _span_reader(model, site, stack, layer, layer)
-    block, path = getattr(model, stack)[layer], f"{stack}.{layer}"
-    points = _points(model, site, layer, block, path, site.suffix)
-    start, end = anatomy.block_input(block), anatomy.block_output(block)
-    return LocalReader(site, layer, path, points, component=block, start=start, end=end)
-
-
-def _span_reader(model: LensModel, site: Site, stack: str, first: int, last: int) -> Reader:
-    blocks, path = getattr(model, stack), f"{stack}.{last}"
-    tail = (f"_from_{first}" if site.kind == "span" else "") + site.suffix
-    points = _points(model, site, last, blocks[last], path, tail)
-    return VJPReader(
-        *(site, last, path, points),
-        start=anatomy.block_input(blocks[first]),
-        end=anatomy.block_output(blocks[last]),
-        scope=blocks[first] if first == last else None,
-        first=first,
+    points = _points(runs, site, layer, block.mlp, path, site.suffix)
+    scope = block.mlp if mlps.is_module(block.mlp) else block
+    return _by_vjp(
+        *(site, layer, path, points, runs, scope, mlps.mlp_gates(block.mlp)),
+        input_name=_mlp_input(block.mlp, path),
     )
 
 
-def _model_reader(model: LensModel, site: Site) -> Reader:
+def _mlp_input(component: Any, path: str) -> str:
+    return path if mlps.is_module(component) else f"{path}.in"
+
+
+def _attention_reader(runs: Runs, site: Site, stack: str, layer: int) -> Reader:
+    path = f"{stack}.{layer}"
+    attn, name = architecture.attention(getattr(runs.model, stack)[layer], path)
+    points = _points(runs, site, layer, attn, f"{path}.{name}", site.suffix)
+    gates = architecture.attention_input(attn), architecture.attention_output(attn)
+    input_name = f"{path}.{name}"
+    return _by_vjp(site, layer, path, points, runs, attn, gates, input_name=input_name)
+
+
+def _head_reader(runs: Runs, site: Site, stack: str, layer: int) -> Reader:
+    path = f"{stack}.{layer}"
+    attn, name = architecture.attention(getattr(runs.model, stack)[layer], path)
+    architecture.check_heads(attn, path)
+    points = _points(runs, site, layer, attn, f"{path}.{name}", site.suffix)
+    cls = HeadReader if site.linearization in site.of_kind.closed_forms else HeadVJPReader
+    return cls(*(site, layer, path, points, runs), input_name=f"{path}.{name}", attn=attn)
+
+
+def _block_reader(runs: Runs, site: Site, stack: str, layer: int) -> Reader:
+    block, path = getattr(runs.model, stack)[layer], f"{stack}.{layer}"
+    points = _points(runs, site, layer, block, path, site.suffix)
+    gates = architecture.block_input(block), architecture.block_output(block)
+    return _by_vjp(site, layer, path, points, runs, block, gates, input_name=path)
+
+
+def _span_reader(runs: Runs, site: Site, stack: str, first: int, last: int) -> Reader:
+    blocks, path = getattr(runs.model, stack), f"{stack}.{last}"
+    tail = f"_from_{first}{site.suffix}"
+    return VJPReader(
+        *(site, last, path, _points(runs, site, last, blocks[last], path, tail), runs),
+        input_name=f"{stack}.{first}",
+        start=first,
+        start_gate=architecture.block_input(blocks[first]),
+        end_gate=architecture.block_output(blocks[last]),
+        scope=blocks[first] if first == last else None,
+    )
+
+
+def _model_reader(runs: Runs, site: Site) -> Reader:
     if isinstance(site.v, Logit):
         raise InputError(
             "a Logit cotangent lies in the residual stream, and the model's output is the logits: "
             "use lch.cotangents.logit_difference, or a one-hot vector."
         )
-    if hasattr(model, "encoder_blocks"):
+    if hasattr(runs.model, "encoder_blocks"):
         raise SiteError("an encoder-decoder has two inputs: use spans of its stacks.")
-    points = _points(model, site, None, model, "", site.suffix)
-    start, end = anatomy.embedding_output(model), anatomy.logits(model)
-    return VJPReader(site, None, "", points, start=start, end=end, scope=None)
+    return VJPReader(
+        *(site, None, "", _points(runs, site, None, runs.model, "", site.suffix), runs),
+        input_name=architecture.embedding_name(runs.model),
+        start_gate=architecture.embedding_output(runs.model),
+        end_gate=architecture.logits(runs.model),
+        scope=None,
+    )
+
+
+def _by_vjp(
+    site: Site,
+    layer: int,
+    path: str,
+    points: dict[str, CentroidPoint],
+    runs: Runs,
+    component: Any,
+    gates: tuple[Gate, Gate],
+    *,
+    input_name: str,
+) -> Reader:
+    """A reader of a component that is called as a module, by vector-Jacobian products."""
+    shared: Any = {"input_name": input_name, "start_gate": gates[0], "end_gate": gates[1]}
+    if site.is_local:
+        return LocalReader(site, layer, path, points, runs, component=component, **shared)
+    return VJPReader(site, layer, path, points, runs, scope=component, **shared)
+
+
+#: How the reader of each kind of site that is in one block is built.
+BUILDERS: Mapping[Kind, Callable[[Runs, Site, str, int], Reader]] = {
+    "mlp": _mlp_reader,
+    "neuron": _mlp_reader,
+    "attn": _attention_reader,
+    "head": _head_reader,
+    "block": _block_reader,
+}

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.anatomy import (
-    MLPParts,
+from lch_plugin.adapters.checks import check_reads
+from lch_plugin.adapters.transformer_lens.architecture import (
     attention_input,
     check_members,
     head_outputs,
     head_weights,
     heads_output,
-    values_point,
+    heads_values,
 )
-from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.readers import Capture, Reader
+from lch_plugin.adapters.transformer_lens.gates import Gate, PointGate
+from lch_plugin.adapters.transformer_lens.mlps import UNPROCESSED, MLPParts, mlp_gates
+from lch_plugin.adapters.transformer_lens.model_end import postpone
+from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.values import expert_values, local_values
 from lch_plugin.cotangents import Ones, Vector, is_fixed
-from lch_plugin.errors import SiteError, VanishingCentroidError
-from lch_plugin.mlp import (
-    MLP,
-    at_least_float32,
-    centroid_of_neurons,
-    read_direction,
-    reads_nothing,
-)
-
-if TYPE_CHECKING:
-    from lch_plugin.adapters.transformer_lens.tracker import Tracker
+from lch_plugin.errors import SiteError
+from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 
 
 class MLPReader(Reader):
@@ -38,10 +33,11 @@ class MLPReader(Reader):
 
     method = "closed form"
 
-    def __init__(self, *args: Any, parts: MLPParts, exit_gate: Gate, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, parts: MLPParts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parts = parts
-        self._exit = exit_gate
+        self._input_gate, self._pre_gates = parts.input_gate, parts.pre_activation_gates
+        self._exit = mlp_gates(parts.component)[1]
         self._checked: tuple[int, int] | None = None
 
     @property
@@ -54,16 +50,10 @@ class MLPReader(Reader):
         """Whether the model's own module says the same, should the closed form be wrong."""
         return True
 
-    def install(self, tracker: Tracker) -> None:
-        super().install(tracker)
-        capture = Capture(
-            self.parts.entry, self._pre_activation_points, self.is_wanted, self._on_pre
-        )
-        self._captures.append(capture)
-        self._hooks += capture.register()
-        if self.site.expert or self.site.is_local:
-            tracker.watch(self.parts.input_gate, self)
-        tracker.watch(self._exit, self)
+    @property
+    def gates(self) -> Sequence[Gate]:
+        reads_x = self.site.expert or self.site.is_local
+        return [*([self._input_gate] if reads_x else []), *self._pre_gates, self._exit]
 
     def check(self) -> None:
         """Raise for a fixed cotangent that does not fit, or reads nothing of what is written."""
@@ -72,30 +62,25 @@ class MLPReader(Reader):
             self.parts.check_cotangent(None if isinstance(self.site.v, Ones) else v)
 
     def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
-        captured = self._pass.captured
-        if gate.key != self._exit.key:
-            captured[self, "x"] = tensor.detach()
+        if gate.key == self._input_gate.key:
+            self._run.see(self).x = tensor.detach()
             return None
-        pre, x = captured.pop((self, "pre"), None), captured.pop((self, "x"), None)
-        if pre is None:
+        if gate.key != self._exit.key:
+            self._run.see(self).values[gate.key] = tensor.detach()
+            return None
+        seen = self._run.take(self)
+        if len(seen.values) < len(self._pre_gates):
             raise SiteError(
                 f"{self.name}: the MLP ran without passing the hook points of its pre-activations, "
                 "so its centroid is unknown."
             )
+        pre = tuple(seen.values[gate.key] for gate in self._pre_gates)
         if self.site.is_late:
-            assert self.tracker is not None
-            return self.tracker.postpone(
-                self, tensor, partial(self._finish, pre, x, tensor.detach())
-            )
-        with self._pass.outside():
-            self._finish(pre, x, tensor.detach(), None)
+            finish = partial(self._finish, pre, seen.x, tensor.detach())
+            return postpone(self, tensor, finish)
+        with self._run.scope.outside():
+            self._finish(pre, seen.x, tensor.detach(), None)
         return None
-
-    def _pre_activation_points(self) -> tuple[nn.Module, ...]:
-        return self.parts.pre_activation_points
-
-    def _on_pre(self, pre: tuple[Tensor, ...]) -> None:
-        self._pass.captured[self, "pre"] = pre
 
     def _finish(
         self, pre: tuple[Tensor, ...], x: Tensor | None, y: Tensor, v: Tensor | None
@@ -109,14 +94,15 @@ class MLPReader(Reader):
             def mu_at(samples: Tensor) -> Tensor:
                 return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, dtype=dtype)
 
-            self._show(self._local(x.to(dtype), mu_at))
+            self._show(local_values(self.site, x.to(dtype), mu_at))
         elif not self.site.expert:
             self._show({"": lambda: centroid_of_neurons(mlp, pre, s, dtype=dtype)})
         else:
             assert x is not None
             mu = centroid_of_neurons(mlp, pre, s, dtype=dtype)
-            values = self._expert(mu, x, y, self._at(y) if v is None else v)
-            self._show(values | {"_region": lambda: pre[0] > 0})
+            v = self._at(y) if v is None else v
+            values = expert_values(mu, x, y, v, mixes_positions=False)
+            self._show({**values, "_region": lambda: pre[0] > 0})
 
     def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Weight of each neuron in ``v . f(x)``."""
@@ -158,12 +144,10 @@ class NeuronReader(MLPReader):
         if isinstance(self.site.v, Vector):
             self._at(self.site.v.v.new_empty(1, len(self.site.members)))
 
-    def _on_pre(self, pre: tuple[Tensor, ...]) -> None:
-        super()._on_pre(tuple(z[..., list(self.site.members)] for z in pre))
-
     def _finish(
         self, pre: tuple[Tensor, ...], x: Tensor | None, y: Tensor, v: Tensor | None
     ) -> None:
+        pre = tuple(z[..., list(self.site.members)] for z in pre)
         if v is None:
             y = self.mlp.activations(tuple(z.to(at_least_float32(z)) for z in pre))
         super()._finish(pre, x, y, v)
@@ -184,48 +168,41 @@ class HeadReader(Reader):
     def __init__(self, *args: Any, attn: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.attn = attn
-        self._exit = heads_output(attn)
+        self._input_gate, self._exit = attention_input(attn), heads_output(attn)
+        self._pattern_gate = PointGate(attn, "hook_pattern", last=True)
+        self._z_gate = heads_values(attn, last=True)
 
-    def install(self, tracker: Tracker) -> None:
-        super().install(tracker)
-        capture = Capture(self.attn, self.value_points, self.is_wanted, self._on_values)
-        self._captures.append(capture)
-        self._hooks += capture.register()
-        if self.site.expert:
-            start = attention_input(self.attn)
-            tracker.watch(start, self)
-        tracker.watch(self._exit, self)
+    @property
+    def gates(self) -> Sequence[Gate]:
+        entry = [self._input_gate] if self.site.expert else []
+        return [*entry, self._pattern_gate, self._z_gate, self._exit]
 
     def check(self) -> None:
         """Raise for heads that do not exist, and for a cotangent that reads nothing of theirs."""
         check_members(self.attn, self.path, self.site.members)
         if is_fixed(self.site.v):
             W_O = head_weights(self.attn, self.site.members)[1].flatten(0, 1)
-            if reads_nothing(W_O, self._at(W_O.to(at_least_float32(W_O)))):
-                raise VanishingCentroidError(
-                    f"{self.name}: the cotangent is orthogonal to everything these heads write, so "
-                    "the centroid would be rounding noise. TransformerLens' center_writing_weights "
-                    "does this to all ones. Load the model without weight processing, or pass "
-                    "another cotangent."
-                )
+            v = self._at(W_O.to(at_least_float32(W_O)))
+            check_reads(self.name, "these heads", W_O, v, cure=UNPROCESSED)
 
     def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
-        captured = self._pass.captured
-        if gate.key != self._exit.key:
-            captured[self, "x"] = tensor.detach()
+        if gate.key == self._input_gate.key:
+            self._run.see(self).x = tensor.detach()
             return None
-        values = captured.pop((self, "values"), None)
-        if values is None:
+        if gate.key != self._exit.key:
+            self._run.see(self).values[gate.key] = tensor.detach()
+            return None
+        seen = self._run.take(self)
+        if len(seen.values) < 2:
             raise SiteError(
                 f"{self.name}: attention ran without passing its pattern through a hook point. "
                 'Load the model with attn_implementation="eager".'
             )
-        x = captured.pop((self, "x"), None)
+        pattern, z = seen.values[self._pattern_gate.key], seen.values[self._z_gate.key]
         if self.site.is_late:
-            assert self.tracker is not None
-            return self.tracker.postpone(self, tensor, partial(self._finish, values, x))
-        with self._pass.outside():
-            self._finish(values, x, None)
+            return postpone(self, tensor, partial(self._finish, pattern, z, seen.x))
+        with self._run.scope.outside():
+            self._finish(pattern, z, seen.x, None)
         return None
 
     def centroid(self, pattern: Tensor, v: Tensor) -> Tensor:
@@ -235,15 +212,7 @@ class HeadReader(Reader):
         u = torch.einsum("btd,hed->bhte", v, W_O)
         return torch.einsum("bhts,bhte,hde->bsd", A, u, W_V)
 
-    def value_points(self) -> tuple[nn.Module, ...]:
-        """Hook points of the attention pattern and of the heads' values."""
-        return self.attn.hook_pattern, values_point(self.attn)[1]
-
-    def _on_values(self, values: tuple[Tensor, ...]) -> None:
-        self._pass.captured[self, "values"] = values
-
-    def _finish(self, values: tuple[Tensor, ...], x: Tensor | None, v: Tensor | None) -> None:
-        pattern, z = values
+    def _finish(self, pattern: Tensor, z: Tensor, x: Tensor | None, v: Tensor | None) -> None:
         dtype = self.site.compute_dtype or at_least_float32(z)
         y = head_outputs(self.attn, self.site.members, z.to(dtype))
         if v is None:
@@ -257,4 +226,4 @@ class HeadReader(Reader):
                 f"{self.name}: with a key-value cache the head reads earlier tokens as well, which "
                 "are not at hand for its offset. Run the whole sequence at once."
             )
-        self._show(self._expert(mu, x, y, v.to(dtype)))
+        self._show(expert_values(mu, x, y, v.to(dtype), mixes_positions=True))

@@ -11,17 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lch_plugin.errors import SiteError
+from lch_plugin.adapters.arguments import input_of
 
 Wanted = Callable[[], bool]
 # Sees the tensor; returns another to go on with, or None.
 Act = Callable[[Tensor], Tensor | None]
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Who meets tensors at a gate."""
+
+    def is_wanted(self) -> bool:
+        """Whether it wants to."""
+
+    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        """See what passes; may return another tensor to go on with."""
 
 
 def _never() -> bool:
@@ -33,14 +43,9 @@ def _ignore(_tensor: Tensor) -> None:
 
 
 class Gate:
-    """Where a tensor goes by. Installed on the model, it calls ``act`` whenever it is ``wanted``.
-
-    Attributes:
-        readers: those who meet here.
-    """
+    """Where a tensor passes. Installed on a model, it calls ``act`` whenever it is ``wanted``."""
 
     def __init__(self) -> None:
-        self.readers: list[Any] = []
         self._hooks: list[RemovableHandle] = []
         self._wanted: Wanted = _never
         self._act: Act = _ignore
@@ -66,6 +71,22 @@ class Gate:
 
     def _register(self) -> list[RemovableHandle]:
         raise NotImplementedError
+
+
+class RootGate(Gate):
+    """One of the model itself, which is entered and left by who calls its ``forward``."""
+
+    def enter(self) -> None:
+        """The model is entered."""
+
+    def see(self, output: Any) -> None:
+        """It has computed this, and is not left yet."""
+
+    def leave(self) -> None:
+        """The model is left."""
+
+    def _register(self) -> list[RemovableHandle]:
+        return []
 
 
 class PointGate(Gate):
@@ -115,30 +136,22 @@ class PointGate(Gate):
         return self._act(output)
 
 
-class RootPointGate(PointGate):
-    """At a hook point of the model itself, which is entered and left by who calls its forward."""
-
-    def _register(self) -> list[RemovableHandle]:
-        return []
+class RootPointGate(RootGate, PointGate):
+    """At a hook point of the model itself."""
 
     def enter(self) -> None:
-        """The model is entered."""
         self._enter(None, None)
 
     def leave(self) -> None:
-        """The model is left."""
         self._leave(None, None, None)
 
 
 class ModuleGate(Gate):
-    """At the input or the output of a module that has no hook point there.
+    """At the input or the output of a module that has no hook point there."""
 
-    ``names`` are keyword arguments that all hold the input; the first argument if none is given.
-    """
-
-    def __init__(self, module: nn.Module, side: str, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, module: nn.Module, side: Literal["input", "output"]) -> None:
         super().__init__()
-        self._module, self._side, self._names = module, side, names
+        self._module, self._side = module, side
 
     @property
     def key(self) -> Hashable:
@@ -160,19 +173,9 @@ class ModuleGate(Gate):
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self._wanted():
             return None
-        names = [name for name in self._names if name in kwargs]
-        x = kwargs[names[0]] if names else args[0]
-        if names and (x.ndim != 3 or any(not torch.equal(kwargs[n], x) for n in names[1:])):
-            raise SiteError(
-                f"{type(module).__name__} reads {names} apart, or one for each head, so it has no "
-                "one input to take a centroid in. Turn off use_split_qkv_input and use_attn_in."
-            )
+        x, instead = input_of((args, kwargs), type(module).__name__)
         replaced = self._act(x)
-        if replaced is None:
-            return None
-        if names:
-            return args, {**kwargs, **dict.fromkeys(names, replaced)}
-        return (replaced, *args[1:]), kwargs
+        return None if replaced is None else instead(replaced)
 
 
 class OutputGate(Gate):
@@ -196,12 +199,8 @@ class OutputGate(Gate):
             self._act(found)
 
 
-class RootOutputGate(OutputGate):
-    """At the output of the model itself, shown by who calls its forward: the pass is not over."""
-
-    def _register(self) -> list[RemovableHandle]:
-        return []
+class RootOutputGate(RootGate, OutputGate):
+    """At the output of the model itself."""
 
     def see(self, output: Any) -> None:
-        """The model has computed this."""
         self._on_output(None, None, output)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.anatomy import MLPParts
+from lch_plugin.adapters.transformer_lens.mlps import MLPParts
 from lch_plugin.adapters.transformer_lens.toolkit import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.mlp import at_least_float32

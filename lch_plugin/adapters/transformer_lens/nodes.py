@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.anatomy import (
+from lch_plugin.adapters.transformer_lens.architecture import (
     attention,
     check_heads,
     check_model,
-    locate_mlp,
     stacks,
-    values_point,
+    values_name,
 )
 from lch_plugin.adapters.transformer_lens.inputs import as_tokens
+from lch_plugin.adapters.transformer_lens.mlps import locate_mlp
 from lch_plugin.adapters.transformer_lens.toolkit import HookPoint, LensModel
 from lch_plugin.errors import InputError, SiteError
 
@@ -77,7 +77,7 @@ def node_points(
     for layer, block in enumerate(stacks(model, stack)[stack]):
         if "head" in kinds:
             path, attn = _attention(block, f"{stack}.{layer}")
-            point, _ = values_point(attn)
+            point = values_name(attn)
             n_heads, d_head = attn.W_O.shape[:2]
             found.append(NodePoint("head", layer, f"{path}.{point}", n_heads, d_head))
         if "neuron" in kinds or "mlp" in kinds:

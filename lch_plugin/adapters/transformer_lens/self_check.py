@@ -12,41 +12,44 @@ own forward passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lch_plugin.adapters.checks import TOLERANCE, check_more_than_noise, noise
-from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens.anatomy import (
-    MLPParts,
-    attention_input,
-    head_outputs,
-    heads_output,
+from lch_plugin.adapters.checks import (
+    AFFINE_TOLERANCE,
+    TOLERANCE,
+    check_more_than_noise,
+    noise,
+    not_affine,
+    off_by,
 )
+from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens.closed_forms import HeadReader, MLPReader
 from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.hook_points import CentroidPoint, silenced
+from lch_plugin.adapters.transformer_lens.mlps import UNPROCESSED, MLPParts
 from lch_plugin.adapters.transformer_lens.readers import Reader
-from lch_plugin.adapters.transformer_lens.states import silenced
 from lch_plugin.adapters.transformer_lens.toolkit import LensModel
-from lch_plugin.adapters.transformer_lens.tracker import tracker_of, without_padding
-from lch_plugin.adapters.transformer_lens.trial import Trial
-from lch_plugin.adapters.transformer_lens.vjps import VJPReader
-from lch_plugin.cotangents import Cotangent, evaluate, is_fixed
-from lch_plugin.errors import SiteError
+from lch_plugin.adapters.transformer_lens.tracker import Tracker, without_padding
+from lch_plugin.adapters.transformer_lens.vjps import HeadVJPReader, LocalReader, VJPReader
+from lch_plugin.cotangents import (
+    AnyCotangent,
+    Cotangent,
+    Logit,
+    Metric,
+    evaluate,
+    is_fixed,
+)
+from lch_plugin.errors import InputError, SiteError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import mlp_centroid
-
-_CURE = (
-    "TransformerLens' center_writing_weights and center_unembed do this to all ones. Load the "
-    "model without weight processing, or pass another cotangent."
-)
-# TOLERANCE for the detached linearisation: HuggingFace's norms compute in float32 at best.
-_AFFINE_TOLERANCE = {**TOLERANCE, torch.float64: 1e-5, torch.float32: 1e-3}
+from lch_plugin.sites import Site
 
 
 def disagreements(model: LensModel, parts: Sequence[MLPParts]) -> dict[str, SiteError | None]:
@@ -129,66 +132,208 @@ def _distance_error(
     )
 
 
-def check_readers(model: LensModel, readers: Sequence[Reader]) -> None:
-    """Let readers that have been attached fire once, and look at what comes.
+def check_readers(model: LensModel, tracker: Tracker, readers: Sequence[Reader]) -> None:
+    """Let readers that have been attached fire, and look at what comes.
 
     Raises:
         SiteError: a hook point does not fire, a head is not what its closed form says, or a
             detached linearisation is not affine.
         VanishingCentroidError: a centroid is rounding noise.
     """
-    with trial_pass(model):
-        _check_heads(model, [r for r in readers if isinstance(r, HeadReader)])
-        plain = [r for r in readers if not (isinstance(r, VJPReader) and r.is_detached)]
-        _check_firing(model, plain)
-        for reader in readers:
-            if isinstance(reader, VJPReader) and reader.is_detached:
-                _check_affine(model, reader)
+    sites = {reader: reader.site for reader in readers}
+    detached = [r for r in readers if isinstance(r, VJPReader) and r.detach is not None]
+    plain = [r for r in readers if r not in detached]
+    try:
+        for reader, site in _fitting(sites).items():
+            reader.site = site
+        with trial_pass(model):
+            _check_heads(tracker, [r for r in plain if isinstance(r, HeadReader)])
+            _check_plain(tracker, plain)
+            for reader in detached:
+                _check_detached(tracker, reader)
+    finally:
+        for reader, site in sites.items():
+            reader.site = site
+        for reader in detached:
+            reader.detach = DetachedMode
 
 
-def _check_firing(model: LensModel, readers: Sequence[Reader]) -> Trial:
-    fired: dict[str, Tensor] = {}
+@dataclass(frozen=True, eq=False)
+class _Noise:
+    """A random direction at each position."""
+
+    name: str = "noise"
+
+    def at(self, y: Tensor) -> Tensor:
+        return noise(y)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lenient:
+    """A cotangent of the user's, or all ones where it does not fit three tokens."""
+
+    v: Cotangent
+
+    @property
+    def name(self) -> str:
+        return self.v.name
+
+    def at(self, y: Tensor) -> Tensor:
+        try:
+            return evaluate(self.v, y)
+        except InputError:
+            return torch.ones_like(y)
+
+
+def _fitting(sites: Mapping[Reader, Site]) -> dict[Reader, Site]:
+    """The same sites, but such as three tokens have, and without the user's random numbers."""
+    # Readers that share a cotangent go on sharing their backward pass.
+    cotangents = {id(site.v): _fitting_cotangent(site.v) for site in sites.values()}
+    return {
+        reader: replace(
+            site,
+            cotangent=cotangents[id(site.v)],
+            output_positions=None if site.positions is None else -1,
+            generator=None,
+            n_samples=2 if site.is_local else site.n_samples,
+        )
+        for reader, site in sites.items()
+    }
+
+
+def _fitting_cotangent(v: AnyCotangent) -> AnyCotangent:
+    if isinstance(v, Logit):
+        return replace(v, position=None)
+    if isinstance(v, Metric):
+
+        def fn(logits: Tensor) -> Tensor:
+            try:
+                return v.fn(logits)
+            except IndexError:
+                return logits.sum()
+
+        return Metric(fn, v.name, None if v.position is None else -1)
+    return v if is_fixed(v) else _Lenient(v)
+
+
+class _Spy:
+    """Remembers the first tensor that passes a gate, and may shift it."""
+
+    def __init__(self, tracker: Tracker, gate: Gate, shift: Tensor | None = None) -> None:
+        self.value: Tensor | None = None
+        self._tracker, self._shift = tracker, shift
+        tracker.watch(gate, self)
+
+    def is_wanted(self) -> bool:
+        return not self._tracker.runs.paused and self.value is None
+
+    def at(self, _gate: Gate, tensor: Tensor) -> Tensor | None:
+        self.value = tensor.detach()
+        if self._shift is None:
+            return None
+        self.value = self.value + self._shift
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Firing:
+    """What a pass of three tokens gave.
+
+    Attributes:
+        values: by the name of a hook point.
+        read, written: by reader, what its component reads and writes; not of every reader.
+    """
+
+    values: dict[str, Tensor]
+    read: dict[Reader, Tensor]
+    written: dict[Reader, Tensor]
+
+    def mu(self, reader: Reader) -> Tensor:
+        return self.values[reader.name]
+
+
+def _fire(tracker: Tracker, readers: Sequence[Reader], shift: Tensor | None = None) -> _Firing:
+    """Run the model with somebody listening to these readers.
+
+    Raises:
+        SiteError: a hook point does not fire.
+    """
+    values: dict[str, Tensor] = {}
 
     def listen(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        fired[name] = output
+        values[name] = output
 
-    trial, inputs = Trial(), dict[Any, Tensor]()
-    mlps = [r for r in readers if type(r) is MLPReader]
-    hooks = [
-        point.module.register_forward_hook(partial(listen, point.name))
-        for reader in readers
-        for point in reader.points.values()
-    ]
-    gates: list[Gate] = [reader.parts.input_gate for reader in mlps]
-    tracker = tracker_of(model)
-    tracker.trial = trial
+    spied = [r for r in readers if isinstance(r, VJPReader | LocalReader) or type(r) is MLPReader]
+    before = {r: _Spy(tracker, _entry(r), shift) for r in spied}
+    after = {r: _Spy(tracker, r.gates[-1]) for r in spied}
+    points = [point for reader in readers for point in reader.points.values()]
+    hooks = [p.module.register_forward_hook(partial(listen, p.name)) for p in points]
     try:
-        for mlp, gate in zip(mlps, gates, strict=True):
-            gate.install(lambda: True, partial(_keep, inputs, mlp))
-        if readers:
-            run(model)
+        run(tracker.runs.model)
     finally:
-        tracker.trial = None
         for hook in hooks:
             hook.remove()
-        for gate in gates:
-            gate.remove()
+        for spy in (*before.values(), *after.values()):
+            tracker.unwatch(spy)
     for reader in readers:
-        silent = [p.name for p in reader.points.values() if p.name not in fired]
+        silent = [p.name for p in reader.points.values() if p.name not in values]
         if silent:
             raise SiteError(
                 f"self-check: a forward pass of three tokens ran to its end and {silent} did not "
                 f"fire, so the model does not run this {reader.site.kind} as its hook points say. "
                 "Pass layers=[...] without it."
             )
-        _check_noise(reader, trial)
-    for mlp in mlps:
-        _check_hooked(mlp, inputs[mlp], fired[mlp.name])
-    return trial
+    return _Firing(
+        values,
+        {r: spy.value for r, spy in before.items() if spy.value is not None},
+        {r: spy.value for r, spy in after.items() if spy.value is not None},
+    )
 
 
-def _keep(inputs: dict[Any, Tensor], reader: MLPReader, x: Tensor) -> None:
-    inputs.setdefault(reader, x.detach())  # A local centroid may run the MLP again afterwards.
+def _entry(reader: Reader) -> Gate:
+    return reader.parts.input_gate if isinstance(reader, MLPReader) else reader.gates[0]
+
+
+def _check_plain(tracker: Tracker, readers: Sequence[Reader]) -> None:
+    if not readers:
+        return
+    firing = _fire(tracker, readers)
+    for reader in readers:
+        if type(reader) is MLPReader:
+            _check_hooked(reader, firing.read[reader], firing.mu(reader))
+    measured = [r for r in readers if isinstance(r, VJPReader | LocalReader) and not r.site.is_late]
+    if measured:
+        vs = {reader: reader.weighed(firing.written[reader]) for reader in measured}
+        with _through_noise(measured):
+            typical = _fire(tracker, measured)
+        for reader, v in vs.items():
+            _check_noise(reader, v, firing.mu(reader), typical.mu(reader))
+
+
+@contextmanager
+def _through_noise(readers: Iterable[Reader]) -> Iterator[None]:
+    """Readers with a random cotangent for their own."""
+    sites, random = {reader: reader.site for reader in readers}, _Noise()
+    for reader, site in sites.items():
+        reader.site = replace(site, cotangent=random)
+    try:
+        yield
+    finally:
+        for reader, site in sites.items():
+            reader.site = site
+
+
+def _check_noise(reader: Reader, v: Tensor, mu: Tensor, typical: Tensor) -> None:
+    """Hold a centroid to that of a random cotangent of the same norm."""
+    r = reader.weigh(noise(v), v)
+    scale = float(v.norm() / r.norm())
+    pairs = [(mu, typical)]
+    if reader.site.of_kind.part is None and v.shape == mu.shape:
+        # The residual stream itself passes a cotangent on as it is.
+        pairs.append((mu - v, typical - r))
+    for a, b in pairs:
+        norms = float(a.norm()), scale * float(b.norm())
+        check_more_than_noise(reader.name, *norms, v.dtype, cure=UNPROCESSED)
 
 
 def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
@@ -205,124 +350,72 @@ def _check_hooked(reader: MLPReader, x: Tensor, hooked: Tensor) -> None:
         raise error
 
 
-def _check_noise(reader: Reader, trial: Trial) -> None:
-    for mu, typical, dtype in trial.norms.get(reader, ()):
-        check_more_than_noise(reader.name, mu, typical, dtype, cure=_CURE)
-
-
-def _check_affine(model: LensModel, reader: VJPReader) -> None:
-    trial = _check_firing(model, [reader])
-    if reader not in trial.experts:
+def _check_detached(tracker: Tracker, reader: VJPReader) -> None:
+    """With its factors held fixed a component has to be affine: the same map at another input."""
+    mode = DetachedMode()
+    reader.detach = lambda: mode
+    firing = _fire(tracker, [reader])
+    if reader.site.is_late:
         return
-    x, y, mu, v = trial.experts[reader]
-    shift = noise(x) * x.std()
-    tracker = tracker_of(model)
-    replay = tracker.trial = Trial(shift=shift, replay=trial.recorded)
-    hook = reader.points[""].module.register_forward_hook(lambda *_: None)
+    x, y, mu = firing.read[reader], firing.written[reader], firing.mu(reader)
+    v, shift = reader.weighed(y), noise(x) * x.std()
+    reader.detach = lambda: DetachedMode(mode.recorded)
     try:
-        run(model)
-        _, shifted, _, _ = replay.experts[reader]
+        with _through_noise([reader]):
+            shifted = _fire(tracker, [reader], shift)
     except (StopIteration, RuntimeError) as error:
         raise SiteError(
             f"{reader.name}: no detached linearisation of this model: {error}"
         ) from None
-    finally:
-        hook.remove()
-        tracker.trial = None
-    change = (shifted - y).double()
-    off = float((v.double() * change).sum() - (mu.double() * shift.double()).sum())
-    if not abs(off) <= _AFFINE_TOLERANCE[x.dtype] * float(v.norm()) * float(change.norm()):
-        raise SiteError(
-            f"{reader.name}: with its factors fixed the {reader.site.kind} is not affine (off by "
-            f"{abs(off):.1e} on another input), so it has no exact expert of this kind. Some "
-            "function in it is not among those of lch_plugin.linearization. Use the Jacobian."
-        )
+    _check_noise(reader, v, mu, shifted.mu(reader))
+    off = off_by(v, shifted.written[reader] - y, mu, shift)
+    if not off <= AFFINE_TOLERANCE[x.dtype]:
+        raise not_affine(reader.name, reader.site.kind, off)
 
 
-def _check_heads(model: LensModel, readers: Sequence[HeadReader]) -> None:
+class _Kept(CentroidPoint):
+    """In place of a hook point: keeps what it is shown."""
+
+    has_listener = True
+    value: Tensor | None = None
+
+    def __init__(self, point: CentroidPoint) -> None:
+        super().__init__(point.owner, point.name, "by_autograd")
+
+    def fire(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _check_heads(tracker: Tracker, readers: Sequence[HeadReader]) -> None:
     """Hold heads to autograd from what attention reads to their values, the pattern fixed."""
-    trials = [_HeadTrial(attn, readers) for attn in {r.attn: None for r in readers}]
+    kept = {reader: _Kept(reader.points[""]) for reader in readers}
+    twins = [_by_autograd(reader, point) for reader, point in kept.items()]
     try:
-        for trial in trials:
-            trial.start()
-        if trials:
-            run(model)
+        with _through_noise([*readers, *twins]):
+            for twin in twins:
+                tracker.add(twin)
+            firing = _fire(tracker, readers) if readers else None
     finally:
-        for trial in trials:
-            trial.stop()
-    for reader in readers:
-        (problem,) = (t.problems.get(reader, _unseen(reader)) for t in trials if t.has(reader))
+        for twin in twins:
+            tracker.forget(twin)
+    for reader, point in kept.items():
+        assert firing is not None
+        assert point.value is not None
+        mu, kind = firing.mu(reader), type(reader.attn).__name__
+        dtype = reader.attn.W_O.dtype
+        problem = _distance_error(reader.name, kind, mu, point.value.to(mu), dtype)
         if problem is not None:
             raise problem
 
 
-def _unseen(reader: HeadReader) -> SiteError:
-    return SiteError(
-        f"self-check of {reader.name}: attention ran without passing its pattern and its values "
-        'through hook points. Load the model with attn_implementation="eager".'
+def _by_autograd(reader: HeadReader, point: CentroidPoint) -> HeadVJPReader:
+    """A reader of the same heads by a vector-Jacobian product, the pattern fixed."""
+    return HeadVJPReader(
+        replace(reader.site, expert=False, compute_dtype=None),
+        *(reader.layer, reader.path, {"": point}, reader.runs),
+        input_name=reader.input_name,
+        attn=reader.attn,
     )
-
-
-class _HeadTrial:
-    """One attention during the pass that checks its heads."""
-
-    def __init__(self, attn: Any, readers: Sequence[HeadReader]) -> None:
-        self.problems: dict[HeadReader, SiteError | None] = {}
-        self._attn = attn
-        self._readers = [r for r in readers if r.attn is attn]
-        self._gates = attention_input(attn), heads_output(attn)
-        self._values: dict[int, Tensor] = {}
-        self._hooks: list[Any] = []
-        self._mode: DetachedMode | None = None
-
-    def has(self, reader: HeadReader) -> bool:
-        return reader in self._readers
-
-    def start(self) -> None:
-        before, after = self._gates
-        before.install(lambda: True, self._enter)
-        after.install(lambda: True, self._leave)
-        for i, point in enumerate(self._readers[0].value_points()):
-            self._hooks.append(point.register_forward_hook(partial(self._keep, i)))
-
-    def stop(self) -> None:
-        self._close()
-        for hook in self._hooks:
-            hook.remove()
-        for gate in self._gates:
-            gate.remove()
-
-    def _enter(self, x: Tensor) -> Tensor:
-        torch.set_grad_enabled(True)
-        self._mode = DetachedMode()
-        self._mode.__enter__()
-        self._x = self._mode.follow(x.detach().requires_grad_())
-        return self._x.clone()
-
-    def _keep(self, i: int, _module: nn.Module, _args: Any, value: Tensor) -> None:
-        self._values[i] = value
-
-    def _leave(self, y: Tensor) -> Tensor:
-        self._close()
-        if len(self._values) == 2:
-            with torch.enable_grad():
-                for reader in self._readers:
-                    self.problems[reader] = self._compare(reader)
-        return y.detach()
-
-    def _close(self) -> None:
-        if self._mode is not None:
-            self._mode.__exit__(None, None, None)
-            self._mode = None
-            torch.set_grad_enabled(False)
-
-    def _compare(self, reader: HeadReader) -> SiteError | None:
-        pattern, z = self._values[0].detach(), self._values[1]
-        y = head_outputs(reader.attn, reader.site.members, z)
-        v = noise(y)
-        (truth,) = torch.autograd.grad(y, self._x, v, retain_graph=True)
-        kind, mu = type(reader.attn).__name__, reader.centroid(pattern, v)
-        return _distance_error(reader.name, kind, mu, truth, truth.dtype)
 
 
 @contextmanager

@@ -1,93 +1,91 @@
-"""Readers by vector-Jacobian products, on the graph that the model itself builds (`passes`)."""
+"""Readers by vector-Jacobian products, on the graph that the model itself builds (`GradScope`).
+
+Readers that end at the same place with the same cotangent share one backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lch_plugin.adapters.checks import check_no_padding
-from lch_plugin.adapters.passes import gradients
-from lch_plugin.adapters.transformer_lens.anatomy import (
+from lch_plugin.adapters.arguments import holds_tokens, input_of, is_cache
+from lch_plugin.adapters.deferred import of_metric
+from lch_plugin.adapters.grad_scope import gradients
+from lch_plugin.adapters.transformer_lens.architecture import (
+    attention_input,
     check_members,
     head_outputs,
+    heads_output,
     heads_values,
 )
 from lch_plugin.adapters.transformer_lens.gates import Gate
+from lch_plugin.adapters.transformer_lens.model_end import postpone
 from lch_plugin.adapters.transformer_lens.readers import Reader
+from lch_plugin.adapters.transformer_lens.runs import Run
+from lch_plugin.adapters.values import expert_values, local_values
 from lch_plugin.centroids import centroid
 from lch_plugin.cotangents import Metric, Ones, Random
 from lch_plugin.errors import SiteError
-
-if TYPE_CHECKING:
-    from lch_plugin.adapters.transformer_lens.tracker import Tracker
+from lch_plugin.linearization import DetachedMode
 
 
 class VJPReader(Reader):
-    """Any component, by one vector-Jacobian product on the model's own graph."""
+    """Any component, by one vector-Jacobian product on the model's own graph.
+
+    Attributes:
+        start_gate, end_gate: what it reads, and what it writes.
+        detach: makes the mode of the detached linearisation; None of the Jacobian.
+    """
 
     method = "VJP"
 
     def __init__(
-        self,
-        *args: Any,
-        start: Gate,
-        end: Gate,
-        scope: nn.Module | None,
-        first: int | None = None,
+        self, *args: Any, start_gate: Gate, end_gate: Gate, scope: nn.Module | None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, start=first)
-        self.start_gate, self.end_gate = start, end
+        super().__init__(*args, **kwargs)
+        self.start_gate, self.end_gate = start_gate, end_gate
+        is_detached = self.site.linearization == "detached"
+        self.detach: Callable[[], DetachedMode] | None = DetachedMode if is_detached else None
         # The module around both gates; None if only the whole model is.
         self._scope = scope
 
     @property
-    def is_detached(self) -> bool:
-        """Whether this is the detached linearisation."""
-        return self.site.linearization == "detached"
+    def gates(self) -> Sequence[Gate]:
+        return [self.start_gate, self.end_gate]
 
-    def install(self, tracker: Tracker) -> None:
-        super().install(tracker)
-        tracker.watch(self.start_gate, self)
-        tracker.watch(self.end_gate, self)
-        if self._scope is not None:
-            self._hooks.append(
-                self._scope.register_forward_hook(self._on_leaving, always_call=True)
-            )
-
-    def has_end(self, gate: Gate) -> bool:
-        """Whether it starts or ends at a gate."""
-        return gate.key in (self.start_gate.key, self.end_gate.key)
+    def hooks(self) -> list[RemovableHandle]:
+        if self._scope is None:
+            return []
+        return [self._scope.register_forward_hook(self._on_leaving, always_call=True)]
 
     def can_start(self) -> bool:
         """Whether the other end will be passed: a lone block is no span."""
-        assert self.tracker is not None
-        return self._scope is not None or self.tracker.in_model
+        return self._scope is not None or self.runs.in_model
 
     def _on_leaving(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         # After an exception the output was never passed.
-        if self.tracker is None or self.tracker.paused:
-            return
-        if self._pass.inputs.pop(self, None) is not None:
-            self._pass.release(self)
+        if not self.runs.paused and self._run.seen.pop(self, None) is not None:
+            self._run.scope.release(self)
 
-    def output(self, y: Tensor) -> Tensor:
-        """What it writes, given what passed the gate at its end."""
+    def output(self, y: Tensor, _values: dict[Hashable, Tensor]) -> Tensor:
+        """What it writes, given what passed the gate at its end, and those within."""
         return y
 
     def finish(self, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
         """Show a centroid that has been computed."""
-        mu = mu.detach()
-        self._show(self._expert(mu, x.detach(), y.detach(), v.detach()))
+        known = (t.detach() for t in (mu, x, y, v))
+        self._show(expert_values(*known, mixes_positions=self.site.mixes_positions))
 
     def finish_late(self, x: Tensor, y: Tensor, v: Tensor) -> None:
         """Compute and show a centroid whose cotangent has come."""
         v = v.to(y)
         with torch.enable_grad():
-            mu = gradient(self, y, x, v)
+            (mu,) = gradients(self.name, y, [x], v, keep=True)
         self.finish(x, y, mu, v)
 
     @property
@@ -95,18 +93,14 @@ class VJPReader(Reader):
         """Equal for readers whose cotangents at the same output are."""
         v = self.site.v
         same = v if isinstance(v, Ones | Random) else id(v)
-        return same, tuple(self.positions or ()), self.site.mixes_positions
+        return same, tuple(self.site.positions or ()), self.site.mixes_positions
 
-    def weighed(self, y: Tensor) -> Tensor:
-        """The cotangent spread over ``y``."""
-        if isinstance(self.site.v, Metric):  # Of the model itself: its output is the logits.
-            leaf, tokens = y.detach().requires_grad_(), self._pass.masks.get(self.stack)
-            assert self.tracker is not None
-            (v,) = torch.autograd.grad(self.tracker.metric(self.site.v, leaf, tokens), leaf)
-            check_no_padding(self.site.v, v, tokens)
-        else:
-            v = self._at(y)
-        return self.weigh(v, y) if self.site.mixes_positions else v.to(y).expand_as(y)
+    def _at(self, y: Tensor) -> Tensor:
+        if not isinstance(self.site.v, Metric):
+            return super()._at(y)
+        leaf = y.detach().requires_grad_()  # Of the model itself: its output is the logits.
+        (v,) = of_metric(self.site.v, leaf, [leaf], ["the model"], self._tokens)
+        return v
 
 
 class HeadVJPReader(VJPReader):
@@ -117,32 +111,86 @@ class HeadVJPReader(VJPReader):
     """
 
     def __init__(self, *args: Any, attn: Any, **kwargs: Any) -> None:
-        super().__init__(*args, scope=attn, **kwargs)
-        self._attn, self._z_gate = attn, heads_values(attn)
+        super().__init__(
+            *args,
+            scope=attn,
+            start_gate=attention_input(attn),
+            end_gate=heads_output(attn),
+            **kwargs,
+        )
+        self._attn, self._z_gate = attn, heads_values(attn, last=False)
 
-    def install(self, tracker: Tracker) -> None:
-        super().install(tracker)
-        tracker.watch(self._z_gate, self)
+    @property
+    def gates(self) -> Sequence[Gate]:
+        return [self.start_gate, self._z_gate, self.end_gate]
 
     def check(self) -> None:
         check_members(self._attn, self.path, self.site.members)
 
     def at(self, gate: Gate, tensor: Tensor) -> None:
-        if self in self._pass.inputs:
-            self._pass.captured[self, "z"] = tensor
+        if self in self._run.seen:
+            self._run.seen[self].values[gate.key] = tensor
 
     @property
     def cotangent_key(self) -> Hashable:
         return self
 
-    def output(self, _y: Tensor) -> Tensor:
-        z = self._pass.captured.pop((self, "z"), None)
+    def output(self, _y: Tensor, values: dict[Hashable, Tensor]) -> Tensor:
+        z = values.get(self._z_gate.key)
         if z is None:
             raise SiteError(
                 f"{self.name}: attention ran without passing its heads through a hook point, so "
                 "what they write is unknown."
             )
         return head_outputs(self._attn, self.site.members, z)
+
+
+def open_scope(run: Run, readers: Sequence[VJPReader], x: Tensor) -> Tensor:
+    """Components begin here: gradients on, and ``x`` a variable; what the model goes on with."""
+    for reader in readers:
+        run.scope.hold(reader, reader.detach)
+    variable, passed_on = run.scope.variable(x)
+    for reader in readers:
+        run.see(reader).x = variable
+    return passed_on
+
+
+def close_scope(run: Run, readers: Sequence[VJPReader], y: Tensor) -> Tensor | None:
+    """Components end here: their centroids, or (late cotangents) a place among those that wait."""
+    seen = {reader: run.take(reader) for reader in readers}
+    late = [reader for reader in readers if reader.site.is_late]
+    try:
+        xs = {reader: _known(seen[reader].x) for reader in readers}
+        ys = {reader: reader.output(y, seen[reader].values) for reader in readers}
+        _finish_now(run, [r for r in readers if r not in late], xs, ys, keep=bool(late))
+        for reader in late:
+            postpone(reader, y, partial(reader.finish_late, xs[reader], ys[reader]))
+    finally:
+        for reader in readers:
+            if reader not in late or not isinstance(reader.site.v, Metric):
+                run.scope.release(reader)
+    return None if run.scope.is_open or run.scope.caller_grad else y.detach()
+
+
+def _finish_now(run: Run, readers: Sequence[VJPReader], xs: Any, ys: Any, *, keep: bool) -> None:
+    """Centroids whose cotangent is known: one backward pass for each cotangent."""
+    groups: dict[Hashable, list[VJPReader]] = {}
+    for reader in readers:
+        groups.setdefault(reader.cotangent_key, []).append(reader)
+    keep = keep or run.scope.is_held_besides(readers) or run.scope.caller_grad
+    for i, group in enumerate(groups.values(), 1):
+        y = ys[group[0]]
+        v = group[0].weighed(y)
+        names = str([r.name for r in group])
+        inputs = [xs[reader] for reader in group]
+        mus = gradients(names, y, inputs, v, keep=keep or i < len(groups))
+        for reader, mu in zip(group, mus, strict=True):
+            reader.finish(xs[reader], y, mu, v)
+
+
+def _known(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
 
 class LocalReader(Reader):
@@ -156,88 +204,53 @@ class LocalReader(Reader):
     method = "VJP"
 
     def __init__(
-        self, *args: Any, component: nn.Module, start: Gate, end: Gate, **kwargs: Any
+        self, *args: Any, component: nn.Module, start_gate: Gate, end_gate: Gate, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._component, self._start, self._end = component, start, end
+        self._component, self._start, self._end = component, start_gate, end_gate
 
-    def install(self, tracker: Tracker) -> None:
-        super().install(tracker)
-        self._hooks.append(
-            self._component.register_forward_pre_hook(self._on_call, with_kwargs=True)
-        )
-        tracker.watch(self._start, self)
-        tracker.watch(self._end, self)
+    @property
+    def gates(self) -> Sequence[Gate]:
+        return [self._start, self._end]
 
-    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
-        captured = self._pass.captured
+    def hooks(self) -> list[RemovableHandle]:
+        return [self._component.register_forward_pre_hook(self._on_call, with_kwargs=True)]
+
+    def at(self, gate: Gate, tensor: Tensor) -> None:
         if gate.key == self._start.key:
-            captured[self, "x"] = tensor.detach()
-            return None
-        x, call = captured.pop((self, "x"), None), captured.pop((self, "call"), None)
-        if x is None or call is None:
-            return None
+            self._run.see(self).x = tensor.detach()
+            return
+        seen = self._run.take(self)
+        if seen.x is None or seen.call is None:
+            return
         y = tensor.detach()
-        assert self.tracker is not None
-        v = self._at(y)
-        v = self.weigh(v, y) if self.site.mixes_positions else v
-        args, kwargs = call
+        v = self.weighed(y)
+        _, instead = input_of(seen.call, self.name)
 
         def run(sample: Tensor) -> Tensor:
-            output = _call_with(self._component, sample, args, kwargs)
+            args, kwargs = instead(sample)
+            output = self._component(*args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
         def mu_at(samples: Tensor) -> Tensor:
             return torch.stack([centroid(run, sample, v) for sample in samples])
 
-        with self._pass.outside():
-            with self.tracker.silence(self._component):
-                if self.tracker.trial is not None:
-                    spread = v.to(y).expand_as(y)
-                    self.tracker.trial.note(self, x, y, spread, partial(centroid, run, x))
-                values = self._local(x, mu_at)
+        with self._run.scope.outside():
+            with self.runs.silence(self._component):
+                values = local_values(self.site, seen.x, mu_at)
             self._show(values)
-        return None
 
     def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.is_wanted():
             return
-        if any(_cached_length(c, self.layer or 0) for c in (*args, *kwargs.values())):
+        if any(holds_tokens(c, self.layer or 0) for c in (*args, *kwargs.values())):
             raise SiteError(
                 f"{self.name}: a local centroid runs the {self.site.kind} again, which a key-value "
                 "cache that holds earlier tokens does not allow. Run the whole sequence at once, "
                 "without a cache."
             )
         # An empty cache is filled by the model's own call, and none of our calls' affair.
-        self._pass.captured[self, "call"] = (
-            tuple(None if _is_cache(a) else a for a in args),
-            {name: None if _is_cache(a) else a for name, a in kwargs.items()},
+        self._run.see(self).call = (
+            tuple(None if is_cache(a) else a for a in args),
+            {name: None if is_cache(a) else a for name, a in kwargs.items()},
         )
-
-
-_INPUTS = ("query_input", "key_input", "value_input", "hidden_states")
-
-
-def _call_with(module: nn.Module, x: Tensor, args: Any, kwargs: Any) -> Any:
-    named = [name for name in _INPUTS if name in kwargs]
-    if named:
-        return module(*args, **{**kwargs, **dict.fromkeys(named, x)})
-    return module(x, *args[1:], **kwargs)
-
-
-def _is_cache(value: Any) -> bool:
-    """Whether this holds keys and values: HuggingFace's class, or TransformerLens'."""
-    return hasattr(value, "get_seq_length") or hasattr(value, "past_keys")
-
-
-def _cached_length(value: Any, layer: int) -> int:
-    if not _is_cache(value):
-        return 0
-    if hasattr(value, "past_keys"):
-        return int(value.past_keys.shape[1])
-    return int(value.get_seq_length(layer))
-
-
-def gradient(reader: VJPReader, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """Gradient of ``v . y`` in ``x``, which may be asked for again."""
-    return gradients(reader.name, y, [x], v, keep=True)[0]

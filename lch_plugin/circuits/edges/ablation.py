@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.adapters.transformer_lens.reads import Slot
+from lch_plugin.adapters.transformer_lens.residual import Slot
 from lch_plugin.circuits.edges.passes import Reading, Record, SplitModel, Watch, twin
 from lch_plugin.circuits.edges.wiring import EdgeCircuit
 from lch_plugin.circuits.prompt_batches import Prompts, batches_of

@@ -22,7 +22,7 @@ from torch import Tensor
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.gates import Gate
-from lch_plugin.adapters.transformer_lens.reads import (
+from lch_plugin.adapters.transformer_lens.residual import (
     SLOTS,
     HeadReads,
     Slot,

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens.reads import SLOTS
+from lch_plugin.adapters.transformer_lens.residual import SLOTS
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.ranking import highest, ordered, ranked
 from lch_plugin.errors import InputError, SiteError

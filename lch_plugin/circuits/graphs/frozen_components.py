@@ -21,7 +21,7 @@ from torch import Tensor
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, NodePoint, run_edited
 from lch_plugin.adapters.transformer_lens.gates import Act, Gate
-from lch_plugin.adapters.transformer_lens.reads import (
+from lch_plugin.adapters.transformer_lens.residual import (
     Component,
     components,
     final_read,

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import HookedTransformer, LensModel, locate_mlps
-from lch_plugin.adapters.transformer_lens.anatomy import post_norm
-from lch_plugin.adapters.transformer_lens.states import silenced
+from lch_plugin.adapters.transformer_lens.architecture import post_norm
+from lch_plugin.adapters.transformer_lens.hook_points import silenced
 from lch_plugin.linearization import DetachedMode
 
 

@@ -144,7 +144,7 @@ def closed_form(
         structure = recognise(first, None if last is first else last)
         if structure is None:
             return None
-        mlp, cotangent = structure.weights, reader.cotangent
+        mlp, cotangent = structure.weights, reader.settings.v
     else:
         return None
     if not isinstance(cotangent, Cotangent) or not is_fixed(cotangent):

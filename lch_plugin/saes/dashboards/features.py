@@ -26,7 +26,7 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import write_directory
-from lch_plugin.max_activating_examples import ActivatingExample, activating_example
+from lch_plugin.max_activating import ActivatingExample, activating_example
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.dashboards.effects import closed_form, neuron_terms, push

@@ -28,13 +28,12 @@ from sklearn.metrics import r2_score
 from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
-from lch_plugin.adapters.arguments import Call, is_cache, output_of
+from lch_plugin.adapters.arguments import Call, input_of, is_cache, output_of
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.centroids import centroid, fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
 from lch_plugin.saes.evaluation.sae_inputs import check_rows
-from lch_plugin.saes.evaluation.steering import replaced_input
 from lch_plugin.saes.sources.hook_points import real_tokens
 from lch_plugin.saes.sources.rows import Rows
 
@@ -203,7 +202,7 @@ class CapturedComponent:
             for (call, full), part in zip(self._calls, parts, strict=True):
                 whole = full.to(x.dtype, copy=True)
                 whole[:, self._positions] = part
-                args, kwargs = replaced_input(call, self._name, lambda _, new=whole: new)  # type: ignore[misc]
+                args, kwargs = input_of(call, self._name)[1](whole)
                 outputs.append(output_of(self._module(*args, **kwargs), self._name))
         y = torch.cat(outputs)
         return y if self.mixes_positions else y[:, self._positions]

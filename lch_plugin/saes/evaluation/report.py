@@ -248,7 +248,7 @@ def _component(
     if reader is None or module == name:
         return None  # No centroid, or one of heads, neurons, or several modules.
     if isinstance(model, HookedModel):
-        return module, of, reader.cotangent
+        return module, of, reader.settings.v
     site = reader.site
     if site.linearization != "jacobian" or site.is_local or site.output_positions is not None:
         return None  # Another centroid than that of the module as it is.

@@ -25,10 +25,10 @@ from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lch_plugin.adapters.arguments import Call, input_of
+from lch_plugin.adapters.arguments import input_of
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import HookedTransformer, TransformerBridge
-from lch_plugin.adapters.transformer_lens.anatomy import attention, is_module
+from lch_plugin.adapters.transformer_lens.mlps import is_module
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.saes.sources.hook_points import readers, real_tokens
 from lch_plugin.saes.sources.hooked_model import HookedModel
@@ -38,8 +38,6 @@ Batch = Tensor | Mapping[str, Any]
 Positions = slice | Sequence[int]
 _EVERYWHERE = slice(None)
 _HOOKED = (TransformerBridge, HookedTransformer, HookedModel)
-# What a centroid of the whole model is in the space of.
-_EMBEDDINGS = "hook_embed"
 
 
 @contextmanager
@@ -98,7 +96,8 @@ def edited_input(
     entry = _entry(model, component)
 
     def on_call(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return replaced_input((args, kwargs), component, edit)
+        x, instead = input_of((args, kwargs), component)
+        return instead(edit(x))
 
     # First of all, so that whatever else looks at the input sees the edited one.
     handle = entry.register_forward_pre_hook(on_call, prepend=True, with_kwargs=True)
@@ -106,25 +105,6 @@ def edited_input(
         yield
     finally:
         handle.remove()
-
-
-def replaced_input(call: Call, name: str, edit: Callable[[Tensor], Tensor]) -> Call:
-    """A module's call in which it reads ``edit`` of what it would have read.
-
-    Raises:
-        InputError: as `lch_plugin.adapters.arguments.input_of`.
-    """
-    x, _ = input_of(call, name)
-    edited = edit(x)
-
-    def instead(value: Any) -> Any:
-        # HookedTransformer's attention gets the same three times over, as three tensors.
-        # NaN equals nothing, itself neither.
-        same = isinstance(value, Tensor) and (value.shape, value.dtype) == (x.shape, x.dtype)
-        return edited if value is x or (same and torch.equal(value, x)) else value
-
-    args, kwargs = call
-    return tuple(map(instead, args)), {key: instead(value) for key, value in kwargs.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -412,15 +392,13 @@ def _root(model: nn.Module | HookedModel) -> nn.Module:
 
 
 def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
-    """The module whose input a component reads."""
+    """The module whose input a component reads, or the hook point of what it reads."""
     points: Mapping[str, nn.Module] = getattr(model, "hook_dict", {})
-    reader: Any = readers(model).get(component) if isinstance(model, _HOOKED) else None
-    if reader is not None:
-        name = _read_by(model, reader)
-        if name == _EMBEDDINGS:
-            return points[name]
-    elif component in points:  # Under any of its names.
+    reader = readers(model).get(component) if isinstance(model, _HOOKED) else None
+    if component in points and reader is None:  # Under any of its names.
         return points[component]
+    if reader is not None:
+        name = reader.input_name
     else:  # A module, or a centroid's hook point that is not attached.
         name, _, rest = component.partition(".hook_centroid")
         if span := re.match(r"_from_(\d+)", rest):
@@ -438,24 +416,6 @@ def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
         ) from error
     entry: nn.Module = module if is_module(module) else getattr(module, "in")
     return entry
-
-
-def _read_by(model: Any, reader: Any) -> str:
-    """Name of the module, or hook point, whose input is the input space of a centroid.
-
-    The hook point's own name does not always tell: with a cotangent from the logits it is the
-    model's.
-    """
-    if isinstance(model, HookedModel):
-        return str(reader.target.first)
-    if reader.site.kind == "model":
-        return _EMBEDDINGS
-    if reader.site.kind in ("block", "span"):
-        return f"{reader.stack}.{reader.start}"
-    if reader.site.kind in ("attn", "head"):
-        block = getattr(model, reader.stack)[reader.layer]
-        return f"{reader.path}.{attention(block, reader.path)[1]}"
-    return str(reader.path)
 
 
 def _joined(x: Tensor, d_in: int) -> Tensor:

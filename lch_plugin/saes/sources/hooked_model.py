@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
+from lch_plugin.adapters.checks import known_at_once
 from lch_plugin.adapters.huggingface import (
     Reader,
     context_length,
     make_readers,
     resolve,
-    resolve_arguments,
+    resolve_modules,
 )
 from lch_plugin.adapters.transformer_lens import HookPoint
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
+from lch_plugin.sites import Settings
 
 
 class HookedModel(HookedProxyLM):
@@ -70,14 +72,17 @@ class HookedModel(HookedProxyLM):
                 f"tokenizer is a {type(tokenizer).__name__}; SAELens reads text through one of "
                 "transformers. For images and other inputs without text use lch.saes.Rows."
             )
-        targets, v = resolve_arguments(model, modules, cotangent)
+        targets, v = resolve_modules(model, modules), known_at_once(cotangent)
         self._outputs = [target.last for target in resolve(model, activations)]
         self._handles: list[RemovableHandle] = []
         points = {target: HookPoint() for target in targets}
         super().__init__(model, tokenizer, hook_names=self._outputs)
         self.readers: dict[str, Reader] = {}
         readers = make_readers(
-            model, targets, v, lambda t: (points[t], lambda: bool(points[t].fwd_hooks))
+            model,
+            targets,
+            Settings(cotangent=v),
+            lambda t: (lambda found: points[t](found[""]), lambda: bool(points[t].fwd_hooks)),
         )
         for reader, (target, point) in zip(readers, points.items(), strict=True):
             name = f"{target.name}.hook_centroid"

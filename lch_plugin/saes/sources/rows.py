@@ -11,11 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lch_plugin.adapters.arguments import input_of, output_of
-from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_arguments
+from lch_plugin.adapters.checks import known_at_once
+from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_modules
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
 from lch_plugin.saes.sources.hook_points import real_tokens
+from lch_plugin.sites import Settings
 
 Of = Literal["centroid", "input", "output"]
 
@@ -66,7 +68,7 @@ class Rows:
             )
         if not isinstance(positions, slice):
             raise InputError(f"positions={positions!r} must be a slice, such as slice(1, None).")
-        targets, v = resolve_arguments(model, module, cotangent)
+        targets, v = resolve_modules(model, module), known_at_once(cotangent)
         if len(targets) > 1:
             raise InputError(f"module={module!r} fits {[t.name for t in targets]}: choose one.")
         self.model, self.batches, self.module = model, batches, module
@@ -75,11 +77,9 @@ class Rows:
         self._last = model.get_submodule(targets[0].last)
         self._found: list[Tensor] = []
         # An input or output has no cotangent that could be wrong for it.
-        readers = (
-            make_readers(model, targets, v, lambda _: (self._found.append, lambda: True))
-            if of == "centroid"
-            else []
-        )
+        wanted = targets if of == "centroid" else []
+        sink = (self._keep, lambda: True)
+        readers = make_readers(model, wanted, Settings(cotangent=v), lambda _: sink)
         self._reader = readers[0] if readers else None
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
@@ -139,6 +139,9 @@ class Rows:
         if not self._found:
             raise InputError(f"{self.module} was not called: the model's path does not lead there.")
         return self._found[0]
+
+    def _keep(self, found: dict[str, Tensor]) -> None:
+        self._found.append(found[""])
 
     def _on_device(self, value: Any) -> Any:
         device = next((p.device for p in self.model.parameters()), None)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import node_points
-from lch_plugin.adapters.transformer_lens.anatomy import hook_points
-from lch_plugin.adapters.transformer_lens.reads import components
+from lch_plugin.adapters.transformer_lens.hook_points import hook_points
+from lch_plugin.adapters.transformer_lens.residual import components
 from lch_plugin.circuits import Circuit, Node, Prompts, logit_difference
 from lch_plugin.circuits.graphs import attribution_graph, prune
 from lch_plugin.circuits.scores.attribution import activations, contributions, embedding_name

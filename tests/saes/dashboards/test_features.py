@@ -23,7 +23,7 @@ from lch_plugin.cli import app
 from lch_plugin.cotangents import Random
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demonstration.run import pack, to_text
-from lch_plugin.max_activating_examples import ActivatingExample, max_activating_examples
+from lch_plugin.max_activating import ActivatingExample, max_activating_examples
 from lch_plugin.saes import FeatureReport, HookedModel, features
 from lch_plugin.saes.sources.hook_points import provenance
 from tests import models

@@ -1,0 +1,195 @@
+"""What can be asked of a centroid through HuggingFace, held to TransformerLens and to autograd."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lch_plugin as lch
+from lch_plugin.cotangents import Metric, logit_difference
+from tests import models
+from tests.adapters.test_agreement import NAMES, huggingface, in_float64
+
+IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 35, 8, 9, 7, 9]])
+LAYER = 1
+# By kind: name in TransformerLens, and in a GPT-2 and a Llama of HuggingFace.
+KINDS = ("mlp", "attn", "block")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "jacobian": {},
+    "detached": {"linearization": "detached"},
+    "expert": {"expert": True},
+    "detached expert": {"linearization": "detached", "expert": True},
+    "local": {"radius": 0.5, "n_samples": 8},
+    "local with noise": {"sigma": 0.1, "neighbourhood": "gaussian", "n_samples": 4, "centre": True},
+    "metric": {"cotangent": logit_difference(3, 4)},
+    "metric and expert": {"cotangent": logit_difference(3, 4), "expert": True},
+    "metric at a position": {"cotangent": logit_difference(3, 4, position=2)},
+}
+
+
+def module_name(family: str, kind: str) -> str:
+    layers, attention, mlp = NAMES[family]
+    part = {"attn": f".{attention}", "mlp": f".{mlp}", "block": ""}[kind]
+    return f"{layers}.{LAYER}{part}"
+
+
+def through_transformer_lens(family: str, kind: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
+    model = models.boot(copy.deepcopy(huggingface(family)), torch.float64)
+    with lch.attach(model, site=lch.Site(kind, LAYER, **settings)) as handle:
+        name = handle.centroid_names[0]
+        wanted = [n for n in handle.hook_names if not n.endswith("_region")]
+        with in_float64():
+            _, cache = model.run_with_cache(IDS, names_filter=wanted)
+        return {hook.removeprefix(name): cache[hook] for hook in wanted}
+
+
+def through_huggingface(family: str, kind: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+    name = module_name(family, kind)
+    model = huggingface(family)
+    with lch.huggingface.attach(model, name, **settings) as handle, in_float64():
+        model(IDS)
+    return {hook.removeprefix(name): handle.cache[hook] for hook in handle.hook_names}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", SETTINGS)
+def test_both_adapters_give_the_same(family: str, kind: str, asked: str) -> None:
+    settings = SETTINGS[asked]
+    ours, theirs = (
+        through(family, kind, settings)
+        for through in (through_huggingface, through_transformer_lens)
+    )
+    assert ours.keys() == theirs.keys()
+    for ending, value in ours.items():
+        torch.testing.assert_close(value, theirs[ending], rtol=1e-9, atol=1e-11, msg=ending)
+
+
+def test_output_positions_choose_what_counts() -> None:
+    settings = {"output_positions": -1}
+    ours = through_huggingface("gpt2", "block", settings)
+    theirs = through_transformer_lens("gpt2", "block", settings)
+    torch.testing.assert_close(ours[""], theirs[""], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("asked", ["expert", "metric", "metric and expert", "detached"])
+def test_a_prompt_is_the_same_beside_padding(asked: str) -> None:
+    model, name = huggingface("llama"), module_name("llama", "block")
+    padded = torch.cat([IDS[:, :4], torch.zeros(2, 2, dtype=torch.long)], 1)
+    mask = (torch.arange(6) < 4).long().expand(2, -1)
+    with lch.huggingface.attach(model, name, **SETTINGS[asked]) as handle, in_float64():
+        model(IDS[:, :4])
+        alone = dict(handle.cache)
+        model(padded, attention_mask=mask)
+        for hook, value in alone.items():
+            found = handle.cache[hook]
+            if found.ndim == 3:
+                assert not found[:, 4:].any()
+                found = found[:, :4]
+            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
+
+
+def test_several_components_wait_for_one_metric() -> None:
+    model, metric = huggingface("gpt2"), logit_difference(3, 4)
+    names = [module_name("gpt2", kind) for kind in KINDS]
+    together = lch.huggingface.attach(model, names, cotangent=metric)
+    with together, in_float64():
+        model(IDS)
+    for kind, name in zip(KINDS, names, strict=True):
+        alone = through_huggingface("gpt2", kind, {"cotangent": metric})[""]
+        torch.testing.assert_close(together.cache[name], alone, rtol=1e-9, atol=1e-11)
+
+
+def test_waiting_for_the_logits_leaves_nothing_behind() -> None:
+    model = models.huggingface("gpt2", torch.float64)
+    with torch.no_grad():
+        before = model(IDS, use_cache=True)
+        with lch.huggingface.attach(model, cotangent=logit_difference(3, 4)):
+            after = model(IDS, use_cache=True, output_hidden_states=True)
+            assert not torch.is_grad_enabled()
+        assert torch.equal(after.logits, before.logits)
+        assert not after.logits.requires_grad
+        assert not any(h.requires_grad for h in after.hidden_states)
+        assert not any(layer.keys.requires_grad for layer in after.past_key_values.layers)
+
+
+def test_a_metric_that_fails_leaves_the_model_as_it_was() -> None:
+    model = models.huggingface("gpt2", torch.float64)
+    with torch.no_grad():
+        before = model(IDS).logits
+        with lch.huggingface.attach(model, cotangent=Metric(lambda logits: logits / 0)):
+            with pytest.raises(lch.InputError, match="one differentiable number"):
+                model(IDS)
+        assert not torch.is_grad_enabled()
+        assert torch.equal(model(IDS).logits, before)
+
+
+class Sine(nn.Module):
+    """Not affine with any factor held fixed that is known of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).sin()
+
+
+def test_what_is_not_affine_is_refused_at_its_first_pass() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), Sine())
+    x = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    handle = lch.huggingface.attach(model, "1", linearization="detached")
+    with handle, torch.no_grad(), pytest.raises(lch.SiteError, match="is not affine"):
+        model(x)
+    assert torch.is_grad_enabled()
+
+
+def test_samples_are_seen_by_nobody() -> None:
+    model, calls = models.huggingface("gpt2", torch.float64), []
+    name = module_name("gpt2", "attn")
+    hook = model.get_submodule(name).c_proj.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with lch.huggingface.attach(model, name, radius=0.1, n_samples=4), torch.no_grad():
+            model(IDS)
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+
+
+def test_what_cannot_run_again_is_refused() -> None:
+    model = models.huggingface("gpt2", torch.float64)
+    span = f"{module_name('gpt2', 'block')}:transformer.h.2"
+    for settings in ({"linearization": "detached"}, {"radius": 0.1}):
+        with pytest.raises(lch.SiteError, match="no one module"):
+            lch.huggingface.attach(model, span, **settings)
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        with lch.huggingface.attach(model, module_name("gpt2", "attn"), radius=0.1):
+            with pytest.raises(lch.SiteError, match="without a cache"):
+                model(IDS[:, :1], past_key_values=cache)
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_handles_and_records_say_what_was_asked() -> None:
+    model, name = models.huggingface("gpt2", torch.float64), module_name("gpt2", "attn")
+    with lch.huggingface.attach(model, name, expert=True, output_positions=-1) as handle:
+        assert handle.centroid_names == [name]
+        endings = ("", "_offset", "_radius", "_alignment")
+        assert handle.hook_names == [f"{name}{ending}" for ending in endings]
+        assert handle.methods == {name: "VJP"}
+        assert handle.records() == [
+            {
+                "site": name,
+                "cotangent": "ones",
+                "linearization": "jacobian",
+                "output_positions": [-1],
+            }
+        ]
+    with pytest.raises(lch.InputError, match="goes with neither"):
+        lch.huggingface.attach(model, name, radius=0.1, expert=True)
+    with pytest.raises(lch.InputError, match="not known"):
+        lch.huggingface.attach(model, name, linearization="exact")
