@@ -53,6 +53,7 @@ ROOMS = {
         "structure",
         "grad_scope",
         "deferred",
+        "values",
         "huggingface",
         "nnsight",
         "transformer_lens",

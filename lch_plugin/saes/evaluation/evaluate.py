@@ -1,8 +1,8 @@
 """How well an SAE reconstructs rows it may not have seen, how sparsely, and with which features.
 
 Reconstruction and sparsity alone do not say whether a dictionary has found anything: see
-`lch_plugin.saes.functional` for what its reconstructions predict of a component's behaviour, and
-`lch_plugin.saes.steering` for what its features do to the model.
+`lch_plugin.saes.evaluation.functional` for what its reconstructions predict of a component's
+behaviour, and `lch_plugin.saes.steering` for what its features do to the model.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 1. Reconstruction and sparsity over the text (`lch_plugin.saes.evaluate`).
 2. How well reconstructed centroids predict what the component does
-   (`lch_plugin.saes.functional`).
+   (`lch_plugin.saes.evaluation.functional`).
 3. What the strongest features do to the predictions, beside random directions
    (`lch_plugin.saes.steering`).
 """
