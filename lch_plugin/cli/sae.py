@@ -270,7 +270,7 @@ def features(
     seed: Seed = 0,
     out: Out = Path("features"),
 ) -> None:
-    """Features of an SAE as a page: excerpts, logits, neurons, neighbours."""
+    """Features of an SAE as a page: examples, logits, neurons, neighbours."""
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes import features as describe

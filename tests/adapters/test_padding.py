@@ -494,14 +494,14 @@ def test_codes_of_given_tokens_leave_padding_out() -> None:
     from sae_lens import StandardSAE, StandardSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
-    from lch_plugin.saes.evaluation.feature_acts import Codes
+    from lch_plugin.saes.evaluation.feature_acts import FeatureActs
 
     hook = "blocks.1.mlp.hook_centroid"
     config = StandardSAEConfig(
         d_in=models.D_MODEL, d_sae=8, dtype="float64", metadata=SAEMetadata(hook_name=hook)
     )
     ids, mask = batch([[2, 3, 4], [5, 6]], OWN, "right")
-    codes = Codes(lens("bridge", OWN), StandardSAE(config), ids)
+    codes = FeatureActs(lens("bridge", OWN), StandardSAE(config), ids)
     assert torch.equal(codes.counts(ids), mask)
 
 

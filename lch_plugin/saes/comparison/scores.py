@@ -1,7 +1,7 @@
 """What is measured of the features of an SAE, on labelled items that training has not seen.
 
-Codes are matrices ``(n_items, d_sae)``: of each item the mean of its rows' features. Raw values of
-a component, averaged in the same way, take their place in the baselines.
+Feature activations are matrices ``(n_items, d_sae)``: of each item the mean over its rows. Raw
+values of a component, averaged in the same way, take their place in the baselines.
 """
 
 from __future__ import annotations
@@ -205,5 +205,5 @@ def probe_scores(
 
 
 def _scaler(of_feature_acts: bool) -> Any:
-    # Codes are sparse, and a feature that is off stays at zero; raw values are neither.
+    # Features are sparse, and a feature that is off stays at zero; raw values are neither.
     return MaxAbsScaler() if of_feature_acts else StandardScaler()

@@ -1,8 +1,8 @@
 """What the features of an SAE are about: text that excites them, logits, neurons, neighbours.
 
 Two passes over a text, in memory that does not grow with it: how often and how strongly each
-feature fires, and then histograms and excerpts of those that were chosen. On the excerpts alone,
-what each feature's direction does (`effects`).
+feature fires, and then histograms and max-activating examples of those that were chosen. On these
+alone, what each feature's direction does (`effects`).
 """
 
 from __future__ import annotations
@@ -198,10 +198,10 @@ def features(
         indices: features to describe, in this order. By default the ``n_features`` that carry most
             of the code's energy among those that fire on no more than ``max_density`` of tokens.
         n_features, max_density: see ``indices``.
-        n_contexts: excerpts with the highest activations; logits and neurons are means over them.
+        n_contexts: max-activating examples of each; logits and neurons are means over them.
         n_tokens: how much of the text to read at most; all of it if None.
         batch_size: rows of text that run together.
-        seed: of the excerpts drawn from lower activations.
+        seed: of the examples drawn from lower activations.
 
     Returns:
         The features in the order of ``indices``, and how often each of the SAE's fires.

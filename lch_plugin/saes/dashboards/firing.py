@@ -107,5 +107,5 @@ class MaxActivatingExamples:
         self._is_empty = False
 
     def count(self, feature: int) -> int:
-        """How many excerpts there are of a feature."""
+        """How many examples there are of a feature."""
         return 0 if self._is_empty else int((self.scores[:, feature] > 0).sum())

@@ -1,4 +1,4 @@
-"""Scores of codes and statistics over seeds, against oracles from outside."""
+"""Scores of features and statistics over seeds, against oracles from outside."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_numbers_are_those_of_the_whole_text_at_once() -> None:
         assert f.density == pytest.approx(float((own > 0).float().mean()))
 
 
-def test_excerpts_are_the_highest_peaks_of_the_text() -> None:
+def test_examples_are_the_highest_peaks_of_the_text() -> None:
     feature_acts, text = dictionary().encode(values()), to_text(model(), tokens())
     for f in report().features:
         expected = max_activating_examples(feature_acts[..., f.index], text, 10)
