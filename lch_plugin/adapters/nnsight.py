@@ -24,8 +24,9 @@ Private attributes used, for want of a public way:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,29 +44,35 @@ from lch_plugin.adapters.arguments import (
     caches,
     input_of,
     is_cache,
-    is_causal,
     output_of,
+    padding_finder,
     token_mask,
+    with_output,
 )
 from lch_plugin.adapters.checks import (
     check_cotangent,
     check_finite,
     check_loaded,
     check_mlp_cotangent,
-    known_at_once,
 )
+from lch_plugin.adapters.deferred import of_metric
+from lch_plugin.adapters.grad_scope import gradients
 from lch_plugin.adapters.structure import Structure, recognise
 from lch_plugin.centroids import centroid as vjp
 from lch_plugin.cotangents import (
+    AnyCotangent,
     Cotangent,
+    Logit,
+    Metric,
     Ones,
     Vector,
+    as_cotangent,
     evaluate,
     is_fixed,
 )
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
-from lch_plugin.padding import Finder, PadToken, blank, spread
+from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.weak_cache import WeakCache as Memo
 
 # Each beside the ids of the modules it was recognised in.
@@ -79,9 +86,10 @@ _tokens_of: Memo[Bool[Tensor, "batch pos"] | None] = Memo()
 
 
 def centroid(
-    envoy: Envoy, cotangent: Float[Tensor, " d_out"] | Cotangent | None = None
+    envoy: Envoy | Sequence[Envoy],
+    cotangent: Float[Tensor, " d_out"] | AnyCotangent | None = None,
 ) -> Float[Tensor, ...]:
-    """Centroid of a module, inside a trace.
+    """Centroid of a module, or of several in a row, inside a trace.
 
     Reads what the module computes, in the order it does: of an MLP with a closed form the outputs
     of its input projections, of any other module its inputs. So ask for centroids in the order the
@@ -94,10 +102,15 @@ def centroid(
     that ``tracer.iter`` is at. Each invoke gets its own rows, padding included; outputs at padding
     do not count, and centroids there are zero.
 
+    A cotangent that is known only from the logits waits for them, so nothing that comes before may
+    be asked for after it: one such centroid a trace, or an invoke. It takes gradients, which a
+    trace has unless it runs under ``torch.no_grad()``.
+
     Args:
-        envoy: of the module, as in ``model.transformer.h[5].mlp``.
+        envoy: of the module, as in ``model.transformer.h[5].mlp``; or a span, several modules of
+            which each reads what the one before it returns, as in ``model.transformer.h[2:5]``.
         cotangent: ``v`` of the centroid ``J^T v``: shape ``(d_out,)``, or from
-            `lch_plugin.cotangents` but for `Logit` and `Metric`; all ones if None.
+            `lch_plugin.cotangents`; all ones if None. A `Logit` is of blocks, and spans of them.
 
     Returns:
         Shape of what the module reads, ``(batch, pos, d_model)`` for the parts of a transformer; in
@@ -116,11 +129,15 @@ def centroid(
         >>> with model.trace("I climbed up the pear tree"):
         ...     mu = lch.nnsight.centroid(model.transformer.h[5].mlp).save()
     """
-    v = _check(envoy, cotangent)
-    structure = _structure_of(envoy)
+    envoys = [envoy] if isinstance(envoy, Envoy) else list(envoy)
+    v = _check(envoys, cotangent)
+    envoy = envoys[-1]
+    structure = _structure_of(envoy) if len(envoys) == 1 else None
     try:
+        if isinstance(v, Logit | Metric):
+            return _from_the_logits(envoys, structure, v)
         if structure is None:
-            return _by_vjp(envoy, v)
+            return _by_vjp(envoys, v)
         return _in_closed_form(envoy, structure, v)
     except OutOfOrderError as error:
         if Mediator.current(envoy.path).iteration != 0:
@@ -144,7 +161,7 @@ class CentroidEnvoy(Envoy):
         ...     mu = model.transformer.h[5].mlp.centroid.save()
     """
 
-    cotangent: Tensor | Cotangent | None = None
+    cotangent: Tensor | AnyCotangent | None = None
 
     @property
     def centroid(self) -> Float[Tensor, ...]:
@@ -193,27 +210,39 @@ def wrap(model: PreTrainedModel, processor: Any, name: str, **kwargs: Any) -> An
         ) from error
 
 
-def _check(envoy: Envoy, cotangent: Any) -> Cotangent:
-    if not isinstance(envoy, Envoy):
-        raise InputError(
-            f"centroid takes an envoy, such as model.transformer.h[5].mlp, not a "
-            f"{type(envoy).__name__}. Pass the module's envoy, without .output or .input."
-        )
-    v = known_at_once(cotangent)
+def _check(envoys: list[Any], cotangent: Any) -> AnyCotangent:
+    for envoy in envoys or [None]:
+        if not isinstance(envoy, Envoy):
+            raise InputError(
+                f"centroid takes an envoy, such as model.transformer.h[5].mlp, or several, not a "
+                f"{type(envoy).__name__}. Pass the module's envoy, without .output or .input."
+            )
+    v, path = as_cotangent(cotangent), _path(envoys)
     try:
-        Mediator.current(envoy.path)
+        Mediator.current(path)
     except ValueError as error:
         raise InputError(
-            f"the centroid of {envoy.path} was asked for outside a trace, where there is no "
+            f"the centroid of {path} was asked for outside a trace, where there is no "
             "forward pass. Put it in `with model.trace(...):`."
         ) from error
     if detect_fake_mode() is not None:
         raise InputError(
-            f"a scan computes shapes and no values. The centroid of {envoy.path} has the shape of "
+            f"a scan computes shapes and no values. The centroid of {path} has the shape of "
             "what the module reads."
         )
-    check_loaded(envoy._module, envoy.path)
+    if isinstance(v, Logit | Metric) and not torch.is_grad_enabled():
+        raise InputError(
+            f"cotangent {v.name!r} is known only from the logits, which takes gradients: run the "
+            "trace without torch.no_grad() around it."
+        )
+    for envoy in envoys:
+        check_loaded(envoy._module, envoy.path)
     return v
+
+
+def _path(envoys: list[Envoy]) -> str:
+    """Name of a module, or of the span of several."""
+    return envoys[0].path if len(envoys) == 1 else f"{envoys[0].path}:{envoys[-1].path}"
 
 
 def _structure_of(envoy: Envoy) -> Structure | None:
@@ -266,27 +295,164 @@ def _closed_form(mlp: MLP, pre: tuple[Tensor, ...], w: Tensor | None) -> Tensor:
     return centroid_of_neurons(mlp, pre, read_direction(mlp, w))
 
 
-def _by_vjp(envoy: Envoy, v: Cotangent) -> Tensor:
-    component = _Component(envoy)
+def _by_vjp(envoys: list[Envoy], v: Cotangent) -> Tensor:
+    component, path = _Span(envoys), _path(envoys)
+    seen, key = _seen.setdefault(envoys[-1]._module, set()), f"{path} {_key(v)}"
     weighed = _Weighed(v, component.tokens)
     # Running statistics count the model's own call, not ours.
-    counted = envoy._module.buffers() if _is_training(envoy) else ()
+    counted = [b for e in envoys if _is_training(e) for b in e._module.buffers()]
     buffers = [(b, b.clone()) for b in counted]
     try:
         with component.backward:
             mu = vjp(component, component.x, weighed)
-            if _key(v) not in _seen.get(envoy._module, ()):
+            if key not in seen:
                 assert weighed.v is not None
                 check_cotangent(
-                    envoy.path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
+                    path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
                 )
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
     mu = blank(mu, component.tokens)
-    check_finite(envoy.path, mu)
-    _seen.setdefault(envoy._module, set()).add(_key(v))
+    check_finite(path, mu)
+    seen.add(key)
     return mu.to(at_least_float32(mu))
+
+
+def _from_the_logits(envoys: list[Envoy], structure: Structure | None, v: Logit | Metric) -> Tensor:
+    """A centroid whose cotangent is known once the model has got to its end."""
+    last, path, root = envoys[-1], _path(envoys), _root(envoys[-1])
+    norm = _final_norm(root, last, v) if isinstance(v, Logit) else None
+    if structure is None:
+        component = _Span(envoys)
+        if component.writes_in_place:
+            raise SiteError(
+                f"{path} writes in place to what its gradient needs, which cannot wait for the "
+                f"logits. Compute the direction of {v.name!r} in a first trace, and pass a tensor."
+            )
+        with torch.enable_grad():
+            x = component.x.detach().clone().requires_grad_()
+            written = component(x)
+    else:
+        outputs = [_envoy_of(last, module).output.detach().clone() for module in structure.inputs]
+    output = last.output
+    y = output_of(output, path)
+    tokens = _tokens(last)
+    if norm is not None:
+        assert isinstance(v, Logit)
+        w = _of_logit(root, norm, v, tokens)
+    else:
+        assert isinstance(v, Metric)
+        # Added to what is written: other graphs of the user's stay whole.
+        change = torch.zeros_like(y).requires_grad_()
+        last.output = with_output(output, y, y + change)
+        (w,) = of_metric(v, output_of(root.output, "the model"), [change], [path], tokens)
+    w = blank(w, tokens)
+    if structure is not None:
+        pre = structure.pre_activations(outputs)
+        mu = _aside(last, _closed_form, structure.weights, pre, w)
+    else:
+        (mu,) = gradients(path, written, [x], w.to(written), keep=False)
+    mu = blank(mu.detach(), tokens)
+    check_finite(path, mu)
+    return mu.to(at_least_float32(mu))
+
+
+def _root(envoy: Envoy) -> Envoy:
+    """The envoy of the whole model."""
+    while envoy.parent is not None:
+        envoy = envoy.parent
+    return envoy
+
+
+def _final_norm(root: Envoy, last: Envoy, v: Logit) -> Envoy:
+    """The norm in front of the unembedding: the one outside all lists of blocks."""
+    model = root._module
+    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not any(last._module is block for listed in blocks for block in listed):
+        raise InputError(
+            f"cotangent {v.name!r} lies in the residual stream, and what {last.path} writes may "
+            "pass a norm before it gets there: take a block, or a span of blocks, or a Metric "
+            "(lch.cotangents.logit_difference)."
+        )
+    within = {m for listed in blocks for m in listed.modules()}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = None if get_head is None else get_head()
+    norms = [
+        m
+        for m in model.modules()
+        if m not in within
+        and not list(m.children())
+        and isinstance(weight := getattr(m, "weight", None), Tensor)
+        and weight.ndim == 1
+    ]
+    if head is None or len(norms) != 1:
+        raise SiteError(
+            f"cotangent {v.name!r} goes through the final norm and the unembedding, and this "
+            f"{type(model).__name__} does not say which they are. Use a Metric "
+            "(lch.cotangents.logit_difference)."
+        )
+    return _envoy_of(root, norms[0])
+
+
+def _of_logit(root: Envoy, norm: Envoy, v: Logit, tokens: Any) -> Tensor:
+    """The direction in which the residual stream raises a logit, at each position."""
+    head = root._module.get_output_embeddings()
+    W_U, ids = head.weight, [v.token] + ([] if v.foil is None else [v.foil])
+    if any(not 0 <= i < len(W_U) for i in ids):
+        raise InputError(f"{v} names a token outside 0 to {len(W_U) - 1}.")
+    x, _ = input_of(norm.inputs, norm.path)
+    normed = output_of(norm.output, norm.path)
+    read, _ = input_of(_envoy_of(root, head).inputs, "the unembedding")
+    # A model may unembed the last positions alone.
+    if not torch.equal(read, normed[:, -read.shape[1] :]):
+        raise SiteError(
+            f"{norm.path} is not what the unembedding reads. Use a Metric "
+            "(lch.cotangents.logit_difference)."
+        )
+    w = W_U[v.token] if v.foil is None else W_U[v.token] - W_U[v.foil]
+    w = spread(w.detach(), normed, tokens, None if v.position is None else [v.position])
+    return _aside(norm, vjp, norm._module.forward, x, w)
+
+
+class _Span:
+    """Modules in a row, each of which reads what the one before it returns, as one function.
+
+    Attributes:
+        x: what the first reads in the model's own call.
+        tokens: which positions are tokens; None if all are, or nothing says.
+        writes_in_place: whether a module writes to what its gradient needs.
+
+    Raises:
+        SiteError: one reads something else than the one before it returns.
+    """
+
+    def __init__(self, envoys: list[Envoy]) -> None:
+        self._components = [_Component(envoys[0])]
+        for before, envoy in pairwise(envoys):
+            returned = output_of(before.output, before.path)
+            component = _Component(envoy)
+            if not torch.equal(component.x, returned):
+                raise SiteError(
+                    f"{envoy.path} does not read what {before.path} returns, so they are no span. "
+                    "Pass modules that follow each other, such as blocks."
+                )
+            self._components.append(component)
+        self.x = self._components[0].x
+        self.tokens = next((c.tokens for c in self._components if c.tokens is not None), None)
+        self.writes_in_place = any(c.writes_in_place for c in self._components)
+
+    @property
+    def backward(self) -> Any:
+        """Context for a gradient through it."""
+        if self.writes_in_place:
+            return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        return nullcontext()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for component in self._components:
+            x = component(x)
+        return x
 
 
 class _Component:
@@ -295,25 +461,26 @@ class _Component:
     Attributes:
         x: what it reads in the model's own call.
         tokens: which positions are tokens; None if all are, or nothing says.
-        backward: context for a gradient through it.
+        writes_in_place: whether it writes to what its gradient needs.
     """
 
     def __init__(self, envoy: Envoy) -> None:
         self._envoy = envoy
         call: Call = envoy.inputs
-        self.x, self._call_with = input_of(call, envoy.path)
+        args, kwargs = call
+        # As they are before this module adds to them, which of a span others may run after.
+        args = tuple(_for_us_alone(envoy, a) if is_cache(a) else a for a in args)
+        kwargs = {k: _for_us_alone(envoy, a) if is_cache(a) else a for k, a in kwargs.items()}
+        self.x, self._call_with = input_of((args, kwargs), envoy.path)
         self.tokens = _tokens(envoy)
         if self.tokens is None and self.x.ndim == 3:
             self.tokens = token_mask(call, self.x.shape[1])
         # Linear attention writes to states in place that its gradient needs.
-        in_place = any(
+        self.writes_in_place = any(
             hasattr(layer, "recurrent_states")
             for cache in caches([*call[0], *call[1].values()])
             for i, layer in enumerate(getattr(cache, "layers", ()))
             if i in _layers(envoy)
-        )
-        self.backward = (
-            torch.autograd.graph.allow_mutation_on_saved_tensors() if in_place else nullcontext()
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -364,7 +531,7 @@ def _tokens(envoy: Envoy) -> Bool[Tensor, "batch pos"] | None:
         return None
     if batcher not in _tokens_of:
         if model not in _finders:
-            _finders[model] = Finder(PadToken.of(config), is_causal=is_causal(config))
+            _finders[model] = padding_finder(config)
         args, kwargs = batcher.assemble("forward")
         named = arguments_of(type(model).forward, ((model, *args), kwargs))
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import lch_plugin as lch
-from lch_plugin.cotangents import Logit, Metric, Random
+from lch_plugin.cotangents import Metric, Random
 from tests import models, nnsight_server
 from tests.models import relative_error
 
@@ -1036,8 +1036,7 @@ def test_a_module_that_does_not_run() -> None:
 @pytest.mark.parametrize(
     ("cotangent", "error", "message"),
     [
-        (Logit(3), lch.InputError, "first trace"),
-        (Metric(lambda logits: logits.sum()), lch.InputError, "first trace"),
+        (Metric(lambda logits: logits.argmax()), lch.InputError, "differentiable"),
         (torch.ones(5), lch.InputError, "shape"),
         (torch.ones(1), lch.InputError, "shape"),
         (torch.zeros(models.D_MODEL), lch.InputError, "zero"),
