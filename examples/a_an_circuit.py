@@ -33,12 +33,13 @@ top = [one.node for one in scores.top(3)]
 verdict = circuits.judge(
     model, judged_on, circuit, nodes=top, n_random=5, n_subsets=3, generator=generator
 )
+without = verdict.complement_recovered
 print(
     f"\n{len(circuit)} nodes ({circuit.share:.1%}) recover {verdict.recovered:.0%} of it, random "
-    f"circuits {verdict.random.mean():.0%}, everything but the circuit {verdict.rest_recovered:.0%}"
+    f"circuits {verdict.random.mean():.0%}, everything but the circuit {without:.0%}"
 )
 
-for node, fall in verdict.falls.items():
+for node, fall in verdict.minimality.items():
     print(f"  without {node} it recovers {fall:.0%} less")
 
 (example,) = circuits.task(model, "an", 1)

@@ -201,14 +201,7 @@ def logit_difference(
             f"{answer}_minus_{foil}",
             position,
         )
-    right, wrong = _sides(answers, foils)
-    return Compared(
-        lambda logits: right.mean(logits[:, -1]) - wrong.mean(logits[:, -1]),
-        "logit_difference",
-        position,
-        right.listed,
-        wrong.listed,
-    )
+    return _compared("logit_difference", _Tokens.mean, answers, foils, position)
 
 
 def log_odds(answers: TokenLists, foils: TokenLists, position: int = -1) -> Metric:
@@ -220,14 +213,7 @@ def log_odds(answers: TokenLists, foils: TokenLists, position: int = -1) -> Metr
     Args, Raises:
         As `logit_difference`.
     """
-    right, wrong = _sides(answers, foils)
-    return Compared(
-        lambda logits: right.logsumexp(logits[:, -1]) - wrong.logsumexp(logits[:, -1]),
-        "log_odds",
-        position,
-        right.listed,
-        wrong.listed,
-    )
+    return _compared("log_odds", _Tokens.logsumexp, answers, foils, position)
 
 
 #: What makes a metric of the answers and the foils of prompts, and a position.
@@ -292,34 +278,39 @@ def check_foil(token: int, foil: int | None) -> None:
         raise InputError(f"token and foil are both {token}: their logits do not differ.")
 
 
-def _sides(answers: Any, foils: Any) -> tuple[_Tokens, _Tokens]:
-    """Answers and foils of the same prompts, without a token that is both; an id is for all."""
+def _compared(
+    name: str, read: Callable[[_Tokens, Tensor], Tensor], answers: Any, foils: Any, position: int
+) -> Compared:
+    """What ``read`` finds of the answers less what it finds of the foils."""
+    # One id is for all prompts.
     if isinstance(foils, Sequence) and not isinstance(answers, Sequence):
         answers = [[answers]] * len(foils)
     elif isinstance(answers, Sequence) and not isinstance(foils, Sequence):
         foils = [[foils]] * len(answers)
-    sides = _Tokens(answers, "answer"), _Tokens(foils, "foil")
+    right, wrong = _Tokens(answers, "answer"), _Tokens(foils, "foil")
     if len(answers) != len(foils):
         raise InputError(f"{len(answers)} prompts have answers and {len(foils)} have foils.")
-    for right, wrong in zip(answers, foils, strict=True):
-        both = sorted(set(right) & set(wrong))
-        if both:
+    for pair in zip(right.listed, wrong.listed, strict=True):
+        if both := sorted(set.intersection(*map(set, pair))):
             raise InputError(f"tokens {both} are both answer and foil: they do not differ.")
-    return sides
+
+    def value(logits: Tensor) -> Tensor:
+        at = logits[:, -1]
+        return read(right, at) - read(wrong, at)
+
+    return Compared(value, name, position, right.listed, wrong.listed)
 
 
 def _ids(tokens: Sequence[int], role: str) -> list[int]:
     """The tokens of one prompt, each once: twice would count it twice."""
-    listed = list(tokens) if isinstance(tokens, Iterable) else []
-    try:
-        if not isinstance(tokens, Iterable) or any(isinstance(token, bool) for token in listed):
-            raise TypeError
-        return list(dict.fromkeys(map(operator.index, listed)))
-    except TypeError:
+    listed = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    are_ids = all(hasattr(t, "__index__") and not isinstance(t, bool) for t in listed)
+    if not isinstance(tokens, Iterable) or not are_ids:
         raise InputError(
             f"each prompt has a list of token ids for its {role}s, as in [[3], [4, 5]]; got "
             f"{tokens!r} for one."
-        ) from None
+        )
+    return list(dict.fromkeys(map(operator.index, listed)))
 
 
 class _Tokens:

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lch_plugin.memo import Memo
+from lch_plugin.weak_cache import WeakCache
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -263,7 +263,7 @@ _KERNELS: tuple[tuple[Activation, Callable[[Tensor, Tensor], Tensor]], ...] = (
         lambda weight, z: torch.ops.aten.silu_backward(weight, 1.702 * z),
     ),
 )
-_recognised: Memo[Callable[[Tensor, Tensor], Tensor] | None] = Memo()
+_recognised: WeakCache[Callable[[Tensor, Tensor], Tensor] | None] = WeakCache()
 
 
 def _kernel(act: Activation) -> Callable[[Tensor, Tensor], Tensor] | None:

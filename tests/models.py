@@ -192,3 +192,9 @@ def autograd_centroids(
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+@cache
+def float64(backend: str) -> Any:
+    """A family's bridge, or the HookedTransformer, built once: tests leave it as it was."""
+    return hooked(torch.float64) if backend == "hooked" else bridge(backend, torch.float64)

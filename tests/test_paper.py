@@ -21,7 +21,7 @@ import lch_plugin as lch
 from lch_plugin.circuits import neuron_attribution
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.demo.tasks import pear_apple
-from lch_plugin.saes.sources.hooks import provenance
+from lch_plugin.saes.sources.hook_points import provenance
 from tests import models
 
 F64 = torch.float64

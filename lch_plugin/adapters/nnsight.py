@@ -71,9 +71,9 @@ from lch_plugin.cotangents import (
     is_fixed,
 )
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.memo import Memo
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, blank, spread
+from lch_plugin.weak_cache import WeakCache as Memo
 
 # Each beside the ids of the modules it was recognised in.
 _structures: Memo[tuple[tuple[int, ...], Structure | None]] = Memo()

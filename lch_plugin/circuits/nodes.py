@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.ranking import highest, ordered, ranked
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.sites import integers
@@ -35,8 +36,9 @@ class Node:
     index: int = 0
 
     def __str__(self) -> str:
-        names = {"head": "a{0.layer}.h{0.index}", "neuron": "m{0.layer}.n{0.index}"}
-        return names.get(self.kind, "m{0.layer}").format(self)
+        if self.kind not in KINDS:  # Of a file: the error names it.
+            return f"{self.kind} {self.layer}.{self.index}"
+        return KINDS[self.kind].node(self.layer, self.index)
 
     def __repr__(self) -> str:
         return str(self)

@@ -91,7 +91,7 @@ def train(
     from lch_plugin import saes
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
-    from lch_plugin.saes.sources.hooks import attached, width
+    from lch_plugin.saes.sources.hook_points import attached, width
     from lch_plugin.saes.training.checkpoints import CHECKPOINT_FILE
     from lch_plugin.saes.training.configs import sae_config
 
@@ -270,11 +270,11 @@ def features(
     seed: Seed = 0,
     out: Out = Path("features"),
 ) -> None:
-    """Features of an SAE as a page: excerpts, logits, neurons, neighbours."""
+    """Features of an SAE as a page: examples, logits, neurons, neighbours."""
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes import features as describe
-    from lch_plugin.saes.evaluation.codes import load_sae
+    from lch_plugin.saes.evaluation.feature_acts import load_sae
 
     own_text = _text(model, text, column, skip_empty)
     sae = load_sae(sae_dir, device)
@@ -322,7 +322,7 @@ def evaluate(
 ) -> None:
     """Reconstruction, predicted responses and steering of an SAE, as a page."""
     from lch_plugin.files import check_new_directory
-    from lch_plugin.saes.evaluation.codes import load_sae
+    from lch_plugin.saes.evaluation.feature_acts import load_sae
     from lch_plugin.saes.evaluation.report import evaluation_report
 
     own_text = _text(model, text, column, skip_empty)

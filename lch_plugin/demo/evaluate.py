@@ -19,8 +19,6 @@ from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import BEHAVIOURS, Example, examples, margin
 
-_BIGRAM_STORIES = 20_000
-
 
 @dataclass(frozen=True)
 class Score:

@@ -31,7 +31,6 @@ from lch_plugin import circuits, saes
 from lch_plugin.adapters.transformer_lens import TransformerBridge, attach, locate_mlps
 from lch_plugin.circuits.reports import plots as circuit_plots
 from lch_plugin.circuits.reports.direct import promoted_tokens
-from lch_plugin.contexts import top_contexts
 from lch_plugin.demo import load_demo_model
 from lch_plugin.demo.corpus import stories
 from lch_plugin.demo.tasks import Example, examples, pear_apple
@@ -39,6 +38,7 @@ from lch_plugin.demonstration import plots
 from lch_plugin.devices import check_device
 from lch_plugin.figures import ACTIVATIONS, CENTROIDS
 from lch_plugin.files import claimed, write_directory
+from lch_plugin.max_activating import max_activating_examples
 from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE
@@ -221,12 +221,12 @@ def run_config(hook: str, model: TransformerBridge, seed: int) -> Any:
 
 def describe_features(
     model: TransformerBridge,
-    codes: Float[Tensor, "row pos d_sae"],
+    feature_acts: Float[Tensor, "row pos d_sae"],
     tokens: Int[Tensor, "row pos"],
     density: Float[Tensor, " d_sae"],
 ) -> list[dict[str, Any]]:
     """The sparse features that carry most of the code, with the text that excites them."""
-    share = codes.square().sum((0, 1)).cpu()
+    share = feature_acts.square().sum((0, 1)).cpu()
     share = share / share.sum() * (density <= DENSE)
     text = to_text(model, tokens)
     return [
@@ -234,7 +234,7 @@ def describe_features(
             "index": i,
             "density": float(density[i]),
             "share": float(share[i]),
-            "contexts": contexts(codes[..., i].cpu(), text),
+            "contexts": contexts(feature_acts[..., i].cpu(), text),
         }
         for i in share.topk(N_FEATURES).indices.tolist()
     ]
@@ -365,4 +365,4 @@ def to_text(model: TransformerBridge, tokens: Int[Tensor, "row pos"]) -> list[li
 
 
 def contexts(values: Float[Tensor, "row pos"], text: list[list[str]]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(c) for c in top_contexts(values, text, N_CONTEXTS)]
+    return [dataclasses.asdict(c) for c in max_activating_examples(values, text, N_CONTEXTS)]

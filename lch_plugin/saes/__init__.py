@@ -12,8 +12,9 @@ import lch_plugin.saes.toolkit  # isort: skip  # noqa: F401
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.caching.writing import cache
 from lch_plugin.saes.comparison import ComparisonSettings, Labelled, compare, load_labelled
-from lch_plugin.saes.evaluation.codes import load_sae
+from lch_plugin.saes.dashboards.features import Feature, FeatureReport, features
 from lch_plugin.saes.evaluation.evaluate import Evaluation, evaluate
+from lch_plugin.saes.evaluation.feature_acts import load_sae
 from lch_plugin.saes.evaluation.functional import (
     CapturedComponent,
     ResponseFit,
@@ -21,8 +22,7 @@ from lch_plugin.saes.evaluation.functional import (
     reconstructed_centroids,
 )
 from lch_plugin.saes.evaluation.steering import SteeringEffects, steering, steering_effects
-from lch_plugin.saes.feature_pages.features import Feature, FeatureReport, features
-from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.images import Images
 from lch_plugin.saes.sources.rows import Rows
 from lch_plugin.saes.sources.texts import load_text

@@ -28,7 +28,7 @@ from lch_plugin.padding import (
     tokens_in_ids,
     tokens_in_mask,
 )
-from lch_plugin.saes.sources import hooks
+from lch_plugin.saes.sources import hook_points
 from tests import models
 
 F64 = torch.float64
@@ -352,7 +352,7 @@ def test_the_models_own_trials_know_no_padding(pad: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", lch.PaddingWarning)
         with lch.attach(model, site=sites) as handle, lch.attach(model, 1, "block"):
-            found = hooks.width(model, handle.centroid_names[-1], 4)
+            found = hook_points.width(model, handle.centroid_names[-1], 4)
     assert found == models.D_MODEL
 
 
@@ -494,14 +494,14 @@ def test_codes_of_given_tokens_leave_padding_out() -> None:
     from sae_lens import StandardSAE, StandardSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
-    from lch_plugin.saes.evaluation.codes import Codes
+    from lch_plugin.saes.evaluation.feature_acts import FeatureActs
 
     hook = "blocks.1.mlp.hook_centroid"
     config = StandardSAEConfig(
         d_in=models.D_MODEL, d_sae=8, dtype="float64", metadata=SAEMetadata(hook_name=hook)
     )
     ids, mask = batch([[2, 3, 4], [5, 6]], OWN, "right")
-    codes = Codes(lens("bridge", OWN), StandardSAE(config), ids)
+    codes = FeatureActs(lens("bridge", OWN), StandardSAE(config), ids)
     assert torch.equal(codes.counts(ids), mask)
 
 

@@ -27,8 +27,8 @@ from lch_plugin.adapters.structure import recognise
 from lch_plugin.cotangents import Cotangent, Logit, Metric
 from lch_plugin.errors import AttachError, InputError, SiteError
 from lch_plugin.files import portable
-from lch_plugin.memo import Memo
 from lch_plugin.sites import Options, Settings
+from lch_plugin.weak_cache import WeakCache as Memo
 
 # By module: components of one model share graphs, whoever attached to them.
 _graphs: Memo[Graph] = Memo()

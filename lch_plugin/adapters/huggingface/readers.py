@@ -44,10 +44,10 @@ from lch_plugin.centroids import centroid
 from lch_plugin.cotangents import Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
-from lch_plugin.memo import Memo
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Settings
+from lch_plugin.weak_cache import WeakCache as Memo
 
 
 @dataclass(eq=False)

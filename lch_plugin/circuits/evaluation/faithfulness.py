@@ -153,16 +153,16 @@ class Judgement:
         full: metric of each prompt with all nodes.
         empty: with none.
         kept: with the circuit.
-        rest: with everything but the circuit.
+        complement: with everything but the circuit.
         recovered: f of the circuit: 1 is faithful.
         interval: of it, low and high; NaN if there is one prompt only.
-        rest_recovered: f of everything but the circuit: near 0 if the circuit is complete. Above,
-            the rest can do the task as well.
-        rest_interval: of it.
-        gaps: incompleteness, ``|f(C - K) - f(full - K)|`` for random subsets K of the circuit, each
-            node with probability 1/2: 0 if the circuit reacts as the model does.
-        falls: for minimality, by how much f falls when a node leaves the circuit. Near 0 for nodes
-            that do nothing, and for those that others of the circuit stand in for.
+        complement_recovered: f of everything but the circuit: near 0 if the circuit is complete.
+            Above, the rest can do the task as well.
+        complement_interval: of it.
+        completeness: ``|f(C - K) - f(full - K)|`` for random subsets K of the circuit, each node
+            with probability 1/2: 0 if the circuit reacts as the model does.
+        minimality: by how much f falls when a node leaves the circuit. Near 0 for nodes that do
+            nothing, and for those that others of the circuit stand in for.
         random: f of random circuits with as many nodes of each kind in each layer.
         confidence: of the intervals.
     """
@@ -172,19 +172,21 @@ class Judgement:
     full: Float[Tensor, " prompt"]
     empty: Float[Tensor, " prompt"]
     kept: Float[Tensor, " prompt"]
-    rest: Float[Tensor, " prompt"]
+    complement: Float[Tensor, " prompt"]
     recovered: float
     interval: tuple[float, float]
-    rest_recovered: float
-    rest_interval: tuple[float, float]
-    gaps: Float[Tensor, " n_subsets"]
-    falls: dict[Node, float]
+    complement_recovered: float
+    complement_interval: tuple[float, float]
+    completeness: Float[Tensor, " n_subsets"]
+    minimality: dict[Node, float]
     random: Float[Tensor, " n_random"]
     confidence: float
 
     def idle_share(self, tolerance: float = 0.001) -> float:
         """Of the nodes taken out, the share that moved f by no more than this, either way."""
-        return sum(abs(fall) <= tolerance for fall in self.falls.values()) / len(self.falls)
+        return sum(abs(fall) <= tolerance for fall in self.minimality.values()) / len(
+            self.minimality
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -197,15 +199,15 @@ class Judgement:
                 "metric": float(self.kept.mean()),
                 "recovered": self.recovered,
                 "interval": self.interval,
-                "rest_metric": float(self.rest.mean()),
-                "rest_recovered": self.rest_recovered,
-                "rest_interval": self.rest_interval,
+                "rest_metric": float(self.complement.mean()),
+                "rest_recovered": self.complement_recovered,
+                "rest_interval": self.complement_interval,
                 "incompleteness": {
-                    "gaps": self.gaps.tolist(),
-                    "mean": float(self.gaps.mean()),
-                    "max": float(self.gaps.max()),
+                    "gaps": self.completeness.tolist(),
+                    "mean": float(self.completeness.mean()),
+                    "max": float(self.completeness.max()),
                 },
-                "falls": {str(node): fall for node, fall in self.falls.items()},
+                "falls": {str(node): fall for node, fall in self.minimality.items()},
                 "idle_share": self.idle_share(),
                 "random": self.random.tolist(),
             }
@@ -354,13 +356,13 @@ def judge(
         full=scale.full,
         empty=scale.empty,
         kept=kept,
-        rest=rest,
+        complement=rest,
         recovered=recovered,
         interval=tuple(intervals[0]),
-        rest_recovered=rest_recovered,
-        rest_interval=tuple(intervals[1]),
-        gaps=torch.tensor(gaps, dtype=torch.float64),
-        falls=falls,
+        complement_recovered=rest_recovered,
+        complement_interval=tuple(intervals[1]),
+        completeness=torch.tensor(gaps, dtype=torch.float64),
+        minimality=falls,
         random=torch.tensor(random, dtype=torch.float64),
         confidence=confidence,
     )

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import networkx as nx
 import pandas as pd
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lch_plugin.adapters.states import evaluating, without_autocast
-from lch_plugin.adapters.transformer_lens import LensModel, NodePoint, node_points
+from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
 from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import (
     activations,
@@ -47,7 +47,7 @@ from lch_plugin.metrics import COMPARISONS
 
 # Relative difference up to which the metric of the graph and that of the model are the same.
 _SAME = 1e-3
-_KINDS = ("head", "neuron", "mlp")
+_KINDS = get_args(NodeKind)
 _CHANGED = (*_KINDS, "embedding")
 
 

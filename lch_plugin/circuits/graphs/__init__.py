@@ -1,7 +1,7 @@
 """Attribution graphs: what flows from node to node of a model, on one prompt, to a metric.
 
-Modules, each knowing those before it: `experts`, the components cut off from each other; `parts`,
-nodes as projections; `choosing`, which of them; `edges`, what flows; `patterns`, what it is worth
+Modules, each knowing those before it: `frozen_components`, cut off from each other; `node_slices`,
+nodes as projections; `top_nodes`, which of them; `edges`, what flows; `patterns`, what it is worth
 where heads look; `building`, the graph; `pruning`, its most influential part; `writes`, what its
 nodes write; `supernodes`, which of them belong together; `files`, as JSON for circuit-tracer's
 viewer and Neuronpedia, and as GraphML.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, NodeKind, NodePoint, node_points
-from lch_plugin.circuits.graphs.choosing import largest, parts_of
 from lch_plugin.circuits.graphs.edges import Flow, flow
-from lch_plugin.circuits.graphs.experts import FrozenModel, freeze
+from lch_plugin.circuits.graphs.frozen_components import FrozenModel, freeze_components
 from lch_plugin.circuits.graphs.patterns import pattern_worth
+from lch_plugin.circuits.graphs.top_nodes import slices_of, top_nodes
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import Circuit
 from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import Contributions, contributions
@@ -27,21 +28,6 @@ from lch_plugin.errors import InputError, SiteError
 from lch_plugin.files import portable
 from lch_plugin.metrics import Compared
 from lch_plugin.sites import Linearization
-
-#: Name of the node that everything flows to.
-METRIC = "metric"
-# By kind of node, how it is called.
-_NAMES = {
-    "embedding": "embedding@{position}",
-    "position": "position@{position}",
-    "head": "a{layer}.h{index}@{position}",
-    "neuron": "m{layer}.n{index}@{position}",
-    "mlp": "m{layer}@{position}",
-    "feature": "m{layer}.f{index}@{position}",
-    "attn_rest": "rest a{layer}@{position}",
-    "mlp_rest": "rest m{layer}@{position}",
-    "metric": METRIC,
-}
 
 
 @torch.inference_mode(False)  # Experts are differentiated until the last edge is known.
@@ -116,10 +102,12 @@ def attribution_graph(
     features = None
     if sae is not None:  # Features take the place of their MLP's own nodes.
         features = active_features(model, prompts, sae, linearization=linearization)
-        points = tuple(p for p in points if p.kind == "head" or p.layer != features.layer)
+        points = tuple(
+            p for p in points if KINDS[p.kind].component == "attn" or p.layer != features.layer
+        )
     scored = contributions(model, prompts, points, linearization=linearization)
     cut_off = partial(
-        freeze,
+        freeze_components,
         model,
         prompts,
         points,
@@ -127,10 +115,10 @@ def attribution_graph(
         linearization=linearization,
     )
     frozen = cut_off()
-    kept = largest(scored, points, features, circuit, max_nodes)
+    kept = top_nodes(scored, points, features, circuit, max_nodes)
     found = flow(
         frozen,
-        [parts_of(expert, points, features, kept) for expert in frozen.experts],
+        [slices_of(expert, points, features, kept) for expert in frozen.experts],
         cut_off(through_patterns=True) if patterns else None,
     )
     _check_gradients(found, scored, points, frozen)
@@ -213,7 +201,7 @@ def _assemble(found: Flow, tokens: Sequence[str]) -> nx.DiGraph:
     for group in found.groups:
         pairs = zip(group.positions.tolist(), group.indices.tolist(), strict=True)
         for i, (position, index) in enumerate(pairs):
-            name = _NAMES[group.kind].format(layer=group.layer, position=position, index=index)
+            name = KINDS[group.kind].node(group.layer, index, position)
             graph.add_node(
                 name,
                 kind=group.kind,

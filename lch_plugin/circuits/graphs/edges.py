@@ -1,8 +1,9 @@
 r"""What flows from node to node, in units of the metric.
 
-With experts frozen (`experts`), let ``w_s`` be what node s writes to the residual stream at its
-position, and ``mu_t`` the centroid of node t in the residual stream that it reads, through its norm
-and with its own targeted cotangent: the gradient of the metric in what t is made of. Then::
+With components frozen (`frozen_components`), let ``w_s`` be what node s writes to the residual
+stream at its position, and ``mu_t`` the centroid of node t in the residual stream that it reads,
+through its norm and with its own targeted cotangent: the gradient of the metric in what t is made
+of. Then::
 
     edge(s -> t)    = w_s . mu_t          at the position of s
     contribution(t) = sum_s edge(s -> t) + offset(t)
@@ -39,8 +40,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lch_plugin.circuits.graphs.experts import Expert, FrozenModel
-from lch_plugin.circuits.graphs.parts import Parts
+from lch_plugin.circuits.graphs.frozen_components import FrozenComponent, FrozenModel
+from lch_plugin.circuits.graphs.node_slices import NodeSlices
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +49,11 @@ class Group:
     """Nodes of one kind and layer, side by side in the order of a `Flow`.
 
     Attributes:
-        kind: ``"embedding"``, ``"position"``, a kind of `Parts`, ``"attn_rest"``, ``"mlp_rest"``
-            or ``"metric"``.
+        kind: ``"embedding"``, ``"position"``, a kind of `NodeSlices`, ``"attn_rest"``,
+            ``"mlp_rest"`` or ``"metric"``.
         layer: block; -1 of embeddings.
         positions, indices: of each node.
-        activations: as in `Parts`.
+        activations: as in `NodeSlices`.
     """
 
     kind: str
@@ -85,16 +86,16 @@ class Flow:
 
 
 def flow(
-    frozen: FrozenModel, parts: Sequence[Parts | None], looking: FrozenModel | None = None
+    frozen: FrozenModel, slices: Sequence[NodeSlices | None], looking: FrozenModel | None = None
 ) -> Flow:
     """All edges between nodes.
 
     Args:
         frozen: the model.
-        parts: of each expert, the nodes to tell apart; None if all of it is rest.
+        slices: of each expert, the nodes to tell apart; None if all of it is rest.
         looking: the model with patterns that follow what attention reads; None for no such edges.
     """
-    sources = _Sources(frozen, parts)
+    sources = _Sources(frozen, slices)
     sweep = _Sweep(sources, frozen.cotangent)
     sweep.metric(frozen)
     last = len(frozen.experts)
@@ -102,7 +103,7 @@ def flow(
         last -= len(stage)
         here = slice(last, last + len(stage))
         free = [] if looking is None else looking.experts[here]
-        sweep.stage(stage, parts[here], sources.starts[last], free)
+        sweep.stage(stage, slices[here], sources.starts[last], free)
     sweep.embeddings(sources.starts[0])
     patterns = None if looking is None else sweep.patterns
     return Flow(sources.groups, sweep.edges, sweep.contributions, sweep.offsets, patterns)
@@ -118,7 +119,7 @@ class _Sources:
         starts: index of each expert's first node.
     """
 
-    def __init__(self, frozen: FrozenModel, parts: Sequence[Parts | None]) -> None:
+    def __init__(self, frozen: FrozenModel, slices: Sequence[NodeSlices | None]) -> None:
         everywhere = torch.arange(len(frozen.final), device=frozen.final.device)
         groups = [Group("embedding", -1, everywhere, everywhere)]
         writes = [frozen.embeddings]
@@ -126,7 +127,7 @@ class _Sources:
             groups.append(Group("position", -1, everywhere, everywhere))
             writes.append(frozen.positions)
         self.starts = []
-        for expert, nodes in zip(frozen.experts, parts, strict=True):
+        for expert, nodes in zip(frozen.experts, slices, strict=True):
             self.starts.append(sum(map(len, groups)))
             rest = expert.values.write
             if nodes is not None:
@@ -167,20 +168,20 @@ class _Sweep:
 
     def stage(
         self,
-        experts: Sequence[Expert],
-        parts: Sequence[Parts | None],
+        experts: Sequence[FrozenComponent],
+        slices: Sequence[NodeSlices | None],
         before: int,
-        free: Sequence[Expert],
+        free: Sequence[FrozenComponent],
     ) -> None:
         """The nodes of experts that read the same, from sources ``before`` them.
 
         Args:
-            experts, parts: theirs.
+            experts, slices: theirs.
             before: how many.
             free: the same experts with patterns that follow what they read; none if not wanted.
         """
         start, total = before, torch.zeros_like(self._gradient)
-        for i, (expert, nodes) in enumerate(zip(experts, parts, strict=True)):
+        for i, (expert, nodes) in enumerate(zip(experts, slices, strict=True)):
             held, at, contributions = self._cotangents(expert, nodes)
             centroids = expert.to_read(held, at)
             rows = slice(start, start + len(centroids))
@@ -202,7 +203,7 @@ class _Sweep:
         self.offsets[:n] = self.contributions[:n]
 
     def _cotangents(
-        self, expert: Expert, nodes: Parts | None
+        self, expert: FrozenComponent, nodes: NodeSlices | None
     ) -> tuple[Float[Tensor, "node width"], Int[Tensor, " node"], Float[Tensor, " node"]]:
         """Of an expert's nodes and then of its rest: their cotangents in what the expert holds,
         their positions, and what they contribute."""

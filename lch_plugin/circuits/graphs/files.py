@@ -25,25 +25,13 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from lch_plugin.circuits.graphs.supernodes import check_groups, grouped
+from lch_plugin.circuits.kinds import KINDS, METRIC
 from lch_plugin.errors import InputError
 from lch_plugin.files import write_file
 from lch_plugin.records import check_plain, check_record, parse_json
 
 _FORMAT = 2
 _LAYERS_OF_TOKENS = "E"
-# By kind of node, what viewers are told that it is.
-_TYPES = {
-    "embedding": "embedding",
-    "position": "position embedding",
-    "head": "attention head",
-    "neuron": "neuron",
-    "mlp": "mlp",
-    "feature": "sae feature",
-    "attn_rest": "lorsa error",
-    "mlp_rest": "mlp reconstruction error",
-    "supernode": "supernode",
-    "metric": "logit",
-}
 
 
 def save_graph(graph: nx.DiGraph, path: str | Path) -> None:
@@ -178,24 +166,24 @@ def _supernodes(parameters: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _is_metric(node: Mapping[str, Any]) -> bool:
-    return bool(node["kind"] == "metric")
+    return bool(node["kind"] == METRIC)
 
 
 def _node(name: str, identifier: str, graph: nx.DiGraph) -> dict[str, Any]:
     """A node as viewers read it."""
     node = graph.nodes[name]
     kind, metric = node["kind"], graph.graph["metric"]
-    is_metric, number = _is_metric(node), list(_TYPES).index(kind)
+    is_metric, number = _is_metric(node), list(KINDS).index(kind)
     label = f"{name} {node['token']!r}, contributes {node['contribution']:+.3g}"
     if is_metric:  # Viewers look for a token in quotes and a probability in this very form.
         label = f'Output "{metric["name"]} = {metric["value"]:.3g}" (p=1.000)'
     return {
         "node_id": identifier,
         # One number for each thing at a place: viewers know things by it, not by their type.
-        "feature": -1 if kind.endswith("_rest") else node["index"] * len(_TYPES) + number,
+        "feature": -1 if KINDS[kind].is_rest else node["index"] * len(KINDS) + number,
         "layer": _LAYERS_OF_TOKENS if node["layer"] < 0 else str(node["layer"]),
         "ctx_idx": node["position"],
-        "feature_type": _TYPES[kind],
+        "feature_type": KINDS[kind].viewer,
         "token_prob": float(is_metric),
         "is_target_logit": is_metric,
         "run_idx": 0,
@@ -253,7 +241,7 @@ class _Node(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    kind: Literal[tuple(_TYPES)]  # type: ignore[valid-type]
+    kind: Literal[tuple(KINDS)]  # type: ignore[valid-type]
     layer: int
     position: int
     index: int

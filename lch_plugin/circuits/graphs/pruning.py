@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import networkx as nx
 
-from lch_plugin.circuits.graphs.building import METRIC
+from lch_plugin.circuits.kinds import METRIC
 from lch_plugin.errors import InputError
 
 _Key = TypeVar("_Key", str, tuple[str, str])

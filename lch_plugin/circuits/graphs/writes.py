@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, node_points
-from lch_plugin.circuits.graphs.experts import freeze
-from lch_plugin.circuits.graphs.parts import sliced
+from lch_plugin.circuits.graphs.frozen_components import freeze_components
+from lch_plugin.circuits.graphs.node_slices import sliced
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.prompt_batches import Prompts
 
 
@@ -40,7 +41,7 @@ def node_writes(model: LensModel, prompts: Prompts, graph: nx.DiGraph) -> Writes
         InputError, SiteError: as `attribution_graph`.
     """
     points = node_points(model, graph.graph["kinds"])
-    frozen = freeze(model, Prompts(prompts.clean, prompts.metric), points)
+    frozen = freeze_components(model, Prompts(prompts.clean, prompts.metric), points)
     writes: dict[str, Float[Tensor, " d_model"]] = {}
     owned: dict[tuple[str, int], list[str]] = defaultdict(list)
     for key, data in graph.nodes(data=True):
@@ -50,8 +51,7 @@ def node_writes(model: LensModel, prompts: Prompts, graph: nx.DiGraph) -> Writes
     for expert in frozen.experts:
         for point in points:
             keys = owned[point.kind, point.layer]
-            of_expert = ("attn" if point.kind == "head" else "mlp", point.layer)
-            if keys and of_expert == (expert.kind, expert.layer):
+            if keys and (KINDS[point.kind].component, point.layer) == (expert.kind, expert.layer):
                 places = [(graph.nodes[k]["position"], graph.nodes[k]["index"]) for k in keys]
                 nodes = sliced(point.kind, point.width, places, expert.clean.held)
                 own = expert.written(nodes.of(expert.clean.held), nodes.positions)

@@ -17,21 +17,9 @@ from typing import NamedTuple
 
 import networkx as nx
 
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.errors import InputError
 
-#: Of a node, which part of its layer it is drawn in.
-PARTS = {
-    "embedding": "embedding",
-    "position": "embedding",
-    "head": "attention",
-    "attn_rest": "attention",
-    "neuron": "MLP",
-    "mlp": "MLP",
-    "feature": "MLP",
-    "mlp_rest": "MLP",
-    "supernode": "supernode",
-    "metric": "metric",
-}
 # What is said of nodes, and of the graph.
 _NEEDED = ("kind", "layer", "position", "token", "contribution")
 _ABOUT = ("tokens", "prompt", "corrupt", "metric", "model", "linearization")
@@ -41,7 +29,6 @@ _STEP, _COLUMN = 17.0, 18.0
 _GAP, _LEAST_GAP, _GAPS = 28.0, 6.0, 560.0
 # Height of a row that holds rests alone.
 _THIN = 9.0
-_RESTS = ("attn_rest", "mlp_rest")
 # From node to node where there is room to name them, at least and at most, and from line to line.
 _NAMED, _APART, _NAMED_LINE = 34.0, 48.0, 28.0
 # Lines that nodes with names may take; more nodes stand close together.
@@ -87,10 +74,7 @@ def layout(graph: nx.DiGraph) -> Layout:
     size = {key: abs(data["contribution"]) for key, data in graph.nodes(data=True)}
     for key in sorted(graph, key=lambda key: (-size[key], key)):
         data = graph.nodes[key]
-        cells[(data["layer"], PARTS[data["kind"]]), data["position"]].append(key)
-
-    def is_rest(key: str) -> bool:
-        return graph.nodes[key]["kind"] in _RESTS
+        cells[(data["layer"], KINDS[data["kind"]].row), data["position"]].append(key)
 
     # Sideways first: how many nodes stand side by side decides how high the rows are.
     fullest = [0] * len(graph.graph["tokens"])
@@ -107,7 +91,7 @@ def layout(graph: nx.DiGraph) -> Layout:
         row
         for (row, _), keys in cells.items()
         for k in keys
-        if graph.nodes[k]["kind"] not in _RESTS
+        if not KINDS[graph.nodes[k]["kind"]].is_rest
     }
     gap = max(_LEAST_GAP, min(_GAP, _GAPS / max(1, len(named))))
     tall = [deep[row] + gap if row in named else _THIN for row in reversed(rows)]
@@ -178,10 +162,10 @@ def _check(graph: nx.DiGraph) -> None:
     n_tokens = len(graph.graph["tokens"])
     for key, data in graph.nodes(data=True):
         missing = [name for name in _NEEDED if name not in data]
-        known = not missing and data["kind"] in PARTS and 0 <= data["position"] < n_tokens
+        known = not missing and data["kind"] in KINDS and 0 <= data["position"] < n_tokens
         if not known:
             raise InputError(
                 f"node {key!r} cannot be drawn: it has {dict(data)}, and needs "
-                f"{', '.join(_NEEDED)}, a kind among {tuple(PARTS)} and one of the {n_tokens} "
+                f"{', '.join(_NEEDED)}, a kind among {tuple(KINDS)} and one of the {n_tokens} "
                 "positions. Draw what attribution_graph, prune or load gave."
             )

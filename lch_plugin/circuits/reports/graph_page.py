@@ -13,6 +13,7 @@ from typing import Any
 import networkx as nx
 
 from lch_plugin.circuits.graphs.supernodes import merge
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import ScoredNode
 from lch_plugin.circuits.reports.graph_layout import layout
 from lch_plugin.files import write_file
@@ -24,18 +25,6 @@ UNITS = {
     "log_odds": "nats",
     "log_probability": "nats",
     "kl_divergence": "nats",
-}
-_TITLES = {
-    "embedding": "Token embedding",
-    "position": "Position embedding",
-    "head": "Head {index} of layer {layer}",
-    "neuron": "Neuron {index} of layer {layer}",
-    "mlp": "MLP of layer {layer}",
-    "feature": "Feature {index} of layer {layer}",
-    "attn_rest": "Rest of the attention of layer {layer}",
-    "mlp_rest": "Rest of the MLP of layer {layer}",
-    "supernode": "Supernode",
-    "metric": "Metric",
 }
 
 
@@ -155,7 +144,7 @@ def _described(data: Mapping[str, Any]) -> dict[str, Any]:
     optional = ("offset", "activation", "influence", "pattern", "pattern_rest")
     return {
         "kind": kind,
-        "title": _TITLES[kind].format(index=data.get("index"), layer=data["layer"]),
+        "title": KINDS[kind].title.format(index=data.get("index"), layer=data["layer"]),
         "layer": data["layer"],
         "position": data["position"],
         "token": data["token"],

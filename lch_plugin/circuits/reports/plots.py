@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from lch_plugin.circuits.evaluation.ablation import AblationCheck
 from lch_plugin.circuits.evaluation.faithfulness import Faithfulness
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
 from lch_plugin.circuits.scores.neurons import NeuronAttribution
 from lch_plugin.figures import CENTROIDS, GREY, new_figure
@@ -86,17 +87,15 @@ def node_scores(scores: NodeScores, circuit: Circuit, n_named: int = 12) -> Figu
         n_named: those of largest magnitude that are named.
     """
     figure, (axis,) = new_figure(7.5, 4.0)
-    # Heads are few: they take the first quarter of a layer's column.
-    styles = {"head": ("^", -0.42, -0.22), "neuron": ("o", -0.15, 0.42), "mlp": ("s", 0.0, 0.1)}
     places: dict[Node, tuple[float, float]] = {}
     for point in scores.points:
-        _, left, right = styles[point.kind]
+        left, right = KINDS[point.kind].across
         for i, value in enumerate(scores.of(point.kind, point.layer).tolist()):
             x = point.layer + left + (right - left) * (i + 0.5) / point.n_nodes
             places[Node(point.kind, point.layer, i)] = (x, value)
     members = set(circuit.nodes)
     for kind in dict.fromkeys(point.kind for point in scores.points):
-        size = 28 if kind == "head" else 12
+        size = KINDS[kind].size
         for inside, colour, label in (
             (False, GREY, f"other {kind}s"),
             (True, CENTROIDS, f"{kind}s in the circuit"),
@@ -111,7 +110,7 @@ def node_scores(scores: NodeScores, circuit: Circuit, n_named: int = 12) -> Figu
                 [y for _, y in chosen],
                 s=size if inside else size / 2,
                 color=colour,
-                marker=styles[kind][0],
+                marker=KINDS[kind].marker,
                 linewidths=0,
                 label=label,
             )

@@ -370,7 +370,7 @@ def _listed(
             "score": one.score,
             "rank": one.rank,
             "percentile": one.percentile,
-            "fall": tested.falls.get(one.node),
+            "fall": tested.minimality.get(one.node),
             "promotes": tokens(one),
         }
         for one in top

@@ -101,14 +101,14 @@ class ActiveFeatures:
         hook_name: of the centroids.
         layer: of the MLP.
         directions: of the features in what the MLP reads, unit vectors.
-        codes: activations of the features on the centroids.
+        feature_acts: activations of the features on the centroids.
         contributions: in units of the metric; 0 where a feature is not active.
     """
 
     hook_name: str
     layer: int
     directions: Float[Tensor, "d_sae d_in"]
-    codes: Float[Tensor, "batch pos d_sae"]
+    feature_acts: Float[Tensor, "batch pos d_sae"]
     contributions: Float[Tensor, "batch pos d_sae"]
 
 
@@ -149,7 +149,7 @@ def feature_attribution(
     for batch in batches_of(prompts):
         found = active_features(model, batch, sae, linearization=linearization)
         total += found.contributions.double().sum((0, 1)).cpu()
-        n_active += (found.codes != 0).sum((0, 1)).cpu()
+        n_active += (found.feature_acts != 0).sum((0, 1)).cpu()
         n_prompts += len(batch)
     if not n_prompts:
         raise InputError("there are no prompts to score features on.")
@@ -162,7 +162,7 @@ def active_features(
 ) -> ActiveFeatures:
     """What each feature does, position by position; arguments as `feature_attribution`."""
     hook_name, parts = _site(model, sae)
-    codes = _codes(model, batch.clean, sae, hook_name)
+    feature_acts = _feature_acts(model, batch.clean, sae, hook_name)
     x, mu = _targeted_centroid(model, batch, parts, linearization)
     if batch.corrupt is not None:
         with evaluating(model):
@@ -173,15 +173,15 @@ def active_features(
         hook_name=hook_name,
         layer=parts.layer,
         directions=directions,
-        codes=codes.to(x),
-        contributions=torch.where(codes.to(x.device) != 0, worth, 0),
+        feature_acts=feature_acts.to(x),
+        contributions=torch.where(feature_acts.to(x.device) != 0, worth, 0),
     )
 
 
 def _site(model: LensModel, sae: Any) -> tuple[str, MLPParts]:
     """The centroids that an SAE reads, and the MLP that they are of."""
     from lch_plugin.saes.evaluation.sae_inputs import check_dictionary
-    from lch_plugin.saes.sources.hooks import site_of
+    from lch_plugin.saes.sources.hook_points import site_of
 
     check_dictionary(sae)
     hook_name = str(sae.cfg.metadata.hook_name)
@@ -201,17 +201,17 @@ def _site(model: LensModel, sae: Any) -> tuple[str, MLPParts]:
     return hook_name, parts
 
 
-def _codes(
+def _feature_acts(
     model: LensModel, tokens: Int[Tensor, "batch pos"], sae: Any, hook_name: str
 ) -> Float[Tensor, "batch pos d_sae"]:
     """Activations of the features on the centroids."""
-    from lch_plugin.saes.sources.hooks import attached
+    from lch_plugin.saes.sources.hook_points import attached
 
     seen: dict[str, Tensor] = {}
     with evaluating(model), attached(model, [hook_name]), torch.no_grad():
         run_edited(model, tokens, {hook_name: partial(seen.__setitem__, hook_name)})
-        codes: Tensor = sae.encode(seen[hook_name].to(sae.device, sae.dtype))
-    return codes
+        feature_acts: Tensor = sae.encode(seen[hook_name].to(sae.device, sae.dtype))
+    return feature_acts
 
 
 def _targeted_centroid(

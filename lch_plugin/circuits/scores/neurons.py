@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -198,7 +199,7 @@ def read_neurons(
     metric: Metric | None,
     linearization: Linearization,
     point_alone: bool = False,
-) -> Reading | TargetedReading:
+) -> Reading:
     """Run a model once, for scores at any radius.
 
     Args:
@@ -238,8 +239,8 @@ def read_neurons(
         return value.reshape(*tokens.shape, -1)[:, positions]
 
     return TargetedReading(
-        mlps,
-        positions,
+        mlps=mlps,
+        positions=positions,
         inputs=[at_positions(seen[parts.layer]) for parts in mlps],
         activations=[at_positions(found.activations[name]) for name in names],
         directions=[at_positions(found.gradients[name]) for name in names],
@@ -256,12 +257,14 @@ class Reading:
         positions: which of the sequence.
         inputs: what each reads there.
         cotangent: as `neuron_attribution`.
+        metric: name of the metric that scores are targeted at; None if they are not.
     """
 
     mlps: list[MLPParts]
     positions: list[int]
     inputs: list[Float[Tensor, "batch pos d_model"]]
-    cotangent: Float[Tensor, " d_model"] | None
+    cotangent: Float[Tensor, " d_model"] | None = None
+    metric: str | None = None
 
     def attribution(
         self,
@@ -271,86 +274,52 @@ class Reading:
         *,
         centre: bool = False,
     ) -> NeuronAttribution:
-        """The paper's scores; arguments as `neuron_attribution`."""
+        """Scores of the neurons; arguments as `neuron_attribution`."""
         n_samples = n_samples if radius else 1
+        draw = partial(
+            sample_neighbourhood,
+            radius=radius,
+            n_samples=n_samples,
+            centre=centre,
+            generator=generator,
+        )
         scores = {}
-        for parts, x in zip(self.mlps, self.inputs, strict=True):
-            rows = [
-                neuron_scores(parts.weights, points, self.cotangent)
-                for points in _neighbourhoods(x, radius, n_samples, generator, centre)
-            ]
-            scores[parts.layer] = torch.cat(rows).mean(0)
-        return NeuronAttribution(scores, tuple(self.positions), radius, n_samples)
+        for i, (parts, x) in enumerate(zip(self.mlps, self.inputs, strict=True)):
+            # Points around each row, some rows at a time.
+            points = map(draw, x.flatten(0, 1).split(max(1, _MOST_POINTS // max(1, n_samples))))
+            scores[parts.layer] = self._scores(i, points, is_point=radius == 0)
+        return NeuronAttribution(scores, tuple(self.positions), radius, n_samples, self.metric)
+
+    def _scores(
+        self, i: int, points: Iterator[Float[Tensor, "n_samples row d_model"]], *, is_point: bool
+    ) -> Float[Tensor, " d_mlp"]:
+        """The paper's, of MLP ``i``."""
+        weights = self.mlps[i].weights
+        return torch.cat([neuron_scores(weights, some, self.cotangent) for some in points]).mean(0)
 
 
-@dataclass(frozen=True, eq=False)
-class TargetedReading:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TargetedReading(Reading):
     """What a forward and a backward pass showed of some MLPs.
 
     Attributes:
-        mlps: which.
-        positions: which of the sequence.
-        inputs: what each reads there.
-        activations: of its neurons.
+        activations: of the neurons of each.
         directions: gradient of the metric in each activation, ``s = w_out . g``.
-        metric: its name.
     """
 
-    mlps: list[MLPParts]
-    positions: list[int]
-    inputs: list[Float[Tensor, "batch pos d_model"]]
     activations: list[Float[Tensor, "batch pos d_mlp"]]
     directions: list[Float[Tensor, "batch pos d_mlp"]]
-    metric: str
 
-    def attribution(
-        self,
-        radius: float,
-        n_samples: int,
-        generator: torch.Generator | None = None,
-        *,
-        centre: bool = False,
-    ) -> NeuronAttribution:
-        """Targeted scores; arguments as `neuron_attribution`."""
-        n_samples = n_samples if radius else 1
-        scores = {}
-        for i, (parts, s) in enumerate(zip(self.mlps, self.directions, strict=True)):
-            worth = s * self._activations(i, radius, n_samples, generator, centre)
-            scores[parts.layer] = worth.sum(1).mean(0)
-        return NeuronAttribution(scores, tuple(self.positions), radius, n_samples, self.metric)
-
-    def _activations(
-        self,
-        i: int,
-        radius: float,
-        n_samples: int,
-        generator: torch.Generator | None,
-        centre: bool,
-    ) -> Float[Tensor, "batch pos d_mlp"]:
-        """Mean over the neighbourhood of what MLP ``i`` reads."""
-        if radius == 0:
-            return self.activations[i]
-        mlp = self.mlps[i].weights
-        with torch.no_grad():
-            rows = [
-                mlp.activations(mlp.pre_activations(points)).mean(0)
-                for points in _neighbourhoods(self.inputs[i], radius, n_samples, generator, centre)
-            ]
-        return torch.cat(rows).view_as(self.activations[i])
-
-
-def _neighbourhoods(
-    x: Float[Tensor, "batch pos d_model"],
-    radius: float,
-    n_samples: int,
-    generator: torch.Generator | None,
-    centre: bool,
-) -> Iterator[Float[Tensor, "n_samples row d_model"]]:
-    """Points around each row of ``x``, some rows at a time."""
-    for rows in x.flatten(0, 1).split(max(1, _MOST_POINTS // max(1, n_samples))):
-        yield sample_neighbourhood(
-            rows, radius=radius, n_samples=n_samples, centre=centre, generator=generator
-        )
+    def _scores(
+        self, i: int, points: Iterator[Float[Tensor, "n_samples row d_model"]], *, is_point: bool
+    ) -> Float[Tensor, " d_mlp"]:
+        """Targeted ones: with the activations' mean over the neighbourhood."""
+        held, mlp = self.activations[i], self.mlps[i].weights
+        if not is_point:
+            with torch.no_grad():
+                means = [mlp.activations(mlp.pre_activations(some)).mean(0) for some in points]
+            held = torch.cat(means).view_as(held)
+        return (self.directions[i] * held).sum(1).mean(0)
 
 
 def _positions(position: int | Sequence[int] | None, n_pos: int) -> list[int]:

@@ -27,7 +27,7 @@ from lch_plugin.saes.caching.shards import (
     read_manifest,
     read_shard,
 )
-from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 _CURE = "Call lch.saes.cache again with the arguments that made it: it computes this shard alone."
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.files import portable
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, provenance
+from lch_plugin.saes.sources.hook_points import attached, provenance
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 # Said of a model and of how it was run, but no reason to call it another one.
 _INCIDENTAL = ("name", "revision", "class", "lch_plugin_version", "model")

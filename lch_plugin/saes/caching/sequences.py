@@ -19,8 +19,8 @@ from torch import Tensor
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError, NonFiniteError
 from lch_plugin.saes.caching.shards import record_batch
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import d_vocab
+from lch_plugin.saes.sources.hook_points import d_vocab
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 # What storing may change of values, relative to their norm. Of numbers in its range float16 keeps
 # three digits.

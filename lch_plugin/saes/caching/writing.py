@@ -44,8 +44,8 @@ from lch_plugin.saes.caching.shards import (
     write_manifest,
     write_shard,
 )
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model, n_ctx, widths
+from lch_plugin.saes.sources.hook_points import attached, check_model, n_ctx, widths
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 
 T = TypeVar("T")

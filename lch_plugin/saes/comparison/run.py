@@ -29,10 +29,10 @@ from lch_plugin.files import portable, resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes.comparison.components import make_component
 from lch_plugin.saes.comparison.data import Labelled
+from lch_plugin.saes.comparison.jobs import Job
 from lch_plugin.saes.comparison.report import write
 from lch_plugin.saes.comparison.scores import mean_max_correlation
 from lch_plugin.saes.comparison.settings import SITES, ComparisonSettings
-from lch_plugin.saes.comparison.work import Work
 
 _PACKAGES = ("lch-plugin", "torch", "sae-lens", "transformers", "scikit-learn", "scipy", "numpy")
 
@@ -55,7 +55,7 @@ def compare(
     ``.NAME.partial`` beside it, which the same call takes up again.
 
     While this runs, the rows of each site are kept on disk as float32, and of one SAE at a time
-    ``2 * n_items`` codes of ``d_sae`` features in memory.
+    ``2 * n_items`` activations of ``d_sae`` features in memory.
 
     Args:
         loaded: the model, as `lch_plugin.load` gives it.
@@ -90,20 +90,20 @@ def compare(
     }
     console = Console()
     with resumable_directory(out, identity) as directory:
-        works = [
-            Work(component, directory / (f"against-{i}" if i else "saes"), settings)
+        jobs = [
+            Job(component, directory / (f"against-{i}" if i else "saes"), settings)
             for i, component in enumerate(components)
         ]
-        _announce(console, works)
+        _announce(console, jobs)
         if test.left_out:
             console.print(f"{test.left_out:,} inputs are not held out: training has the same")
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=sum(work.n_saes for work in works))
-            for work in works:
+            task = progress.add_task("", total=sum(job.n_saes for job in jobs))
+            for job in jobs:
                 progress.update(task, description="running the model")
-                work.store()
+                job.store()
                 progress.update(task, description="training SAEs")
-                for score in work.scores():
+                for score in job.scores():
                     progress.advance(task)
                     progress.console.print(_line(score), highlight=False)
             results = {
@@ -112,31 +112,31 @@ def compare(
                 "test": test.name,
                 "left_out": test.left_out,
                 "components": [component.record() for component in components],
-                "comparisons": [work.results() for work in works],
-                "similarity": [line for work in works[1:] for line in similarity(works[0], work)],
+                "comparisons": [job.results() for job in jobs],
+                "similarity": [line for job in jobs[1:] for line in similarity(jobs[0], job)],
             }
-        for work in works:
-            work.remove_values()
-        densities = [work.densities() for work in works]
+        for job in jobs:
+            job.remove_values()
+        densities = [job.densities() for job in jobs]
         results = write(directory, results, densities, console)
     console.print(f"Open [bold]{Path(out) / 'report.html'}[/bold]")
     return results
 
 
-def similarity(work: Work, other: Work) -> Iterator[dict[str, Any]]:
+def similarity(job: Job, other: Job) -> Iterator[dict[str, Any]]:
     """How alike the features of two components are, by correlation over the same items.
 
     Yields:
         One record for each site, k and seed. ``chance`` is the same with the items of one in
         another order.
     """
-    items, other_items = (next(iter(w.component.test.items.values())).keys for w in (work, other))
+    items, other_items = (next(iter(w.component.test.items.values())).keys for w in (job, other))
     _, mine, theirs = np.intersect1d(items, other_items, return_indices=True)
-    shuffled = np.random.default_rng(work.settings.seed).permutation(len(mine))
-    settings = work.settings
+    shuffled = np.random.default_rng(job.settings.seed).permutation(len(mine))
+    settings = job.settings
     for of, k, seed in itertools.product(SITES, settings.k, settings.seeds):
-        codes = work.test_codes(of, k, seed)[mine]
-        other_codes = other.test_codes(of, k, seed)[theirs]
+        feature_acts = job.test_feature_acts(of, k, seed)[mine]
+        other_codes = other.test_feature_acts(of, k, seed)[theirs]
         yield {
             "against": other.directory.name,
             "model": portable(other.component.loaded.name),
@@ -145,8 +145,8 @@ def similarity(work: Work, other: Work) -> Iterator[dict[str, Any]]:
             "k": k,
             "seed": seed,
             "n_items": len(mine),
-            "correlation": mean_max_correlation(codes, other_codes),
-            "chance": mean_max_correlation(codes, other_codes[shuffled]),
+            "correlation": mean_max_correlation(feature_acts, other_codes),
+            "chance": mean_max_correlation(feature_acts, other_codes[shuffled]),
         }
 
 
@@ -160,13 +160,13 @@ def _check_held_out(train: Labelled, test: Labelled) -> None:
         )
 
 
-def _announce(console: Console, works: Sequence[Work]) -> None:
-    for work in works:
-        component, settings = work.component, work.settings
+def _announce(console: Console, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        component, settings = job.component, job.settings
         console.print(
-            f"[bold]{component.module}[/bold] of {component.loaded.name}: {work.n_saes} SAEs of "
+            f"[bold]{component.module}[/bold] of {component.loaded.name}: {job.n_saes} SAEs of "
             f"{settings.d_sae} features; {component.train.n_rows:,} rows to train on, "
-            f"{component.test.n_rows:,} held out, {work.n_bytes / 1e6:,.0f} MB on disk meanwhile",
+            f"{component.test.n_rows:,} held out, {job.n_bytes / 1e6:,.0f} MB on disk meanwhile",
             highlight=False,
         )
 

@@ -1,7 +1,7 @@
 """What is measured of the features of an SAE, on labelled items that training has not seen.
 
-Codes are matrices ``(n_items, d_sae)``: of each item the mean of its rows' features. Raw values of
-a component, averaged in the same way, take their place in the baselines.
+Feature activations are matrices ``(n_items, d_sae)``: of each item the mean over its rows. Raw
+values of a component, averaged in the same way, take their place in the baselines.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ def probe_accuracy(
     test: Float[np.ndarray, "n_test d"],
     test_labels: np.ndarray,
     *,
-    of_codes: bool = True,
+    of_feature_acts: bool = True,
 ) -> float:
     """Share of test items whose label logistic regression on all features gets right.
 
     Args:
-        train, test: codes, or raw values.
+        train, test: activations of features, or raw values.
         train_labels, test_labels: of the items.
-        of_codes: codes are scaled by their largest absolute value, raw values standardised.
+        of_feature_acts: these are scaled by their largest absolute value, raw values
+            standardised.
     """
-    probe = make_pipeline(_scaler(of_codes), LogisticRegression(max_iter=2000))
+    probe = make_pipeline(_scaler(of_feature_acts), LogisticRegression(max_iter=2000))
     return float(probe.fit(train, train_labels).score(test, test_labels))
 
 
@@ -51,7 +52,7 @@ def sparse_probe_accuracies(
     test: Float[np.ndarray, "n_test d"],
     test_labels: np.ndarray,
     *,
-    of_codes: bool = True,
+    of_feature_acts: bool = True,
     n_features: Sequence[int] = SPARSE,
 ) -> dict[int, float]:
     """How well a few features tell one label from all others, averaged over labels.
@@ -62,7 +63,7 @@ def sparse_probe_accuracies(
     al., "Finding Neurons in a Haystack" (2023), which compares such criteria.
 
     Args:
-        train, test: codes, or raw values.
+        train, test: activations of features, or raw values.
         train_labels, test_labels: of the items.
         of_codes: as `probe_accuracy`.
         n_features: how many to choose for each label.
@@ -77,7 +78,7 @@ def sparse_probe_accuracies(
         for n, found in scores.items():
             chosen = ranking[:n]
             probe = make_pipeline(
-                _scaler(of_codes), LogisticRegression(class_weight="balanced", max_iter=2000)
+                _scaler(of_feature_acts), LogisticRegression(class_weight="balanced", max_iter=2000)
             )
             probe.fit(train[:, chosen], is_train)
             found.append(balanced_accuracy_score(is_test, probe.predict(test[:, chosen])))
@@ -101,7 +102,7 @@ def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray) -> floa
 
 
 def label_agreement(
-    codes: Float[np.ndarray, "n_items d_sae"], labels: np.ndarray, n_neighbours: int
+    feature_acts: Float[np.ndarray, "n_items d_sae"], labels: np.ndarray, n_neighbours: int
 ) -> float:
     """Share of an item's nearest neighbours that have its label, averaged over items.
 
@@ -110,16 +111,16 @@ def label_agreement(
     so that the order of the items does not matter.
 
     Args:
-        codes: zero where a feature is not active.
+        feature_acts: zero where a feature is not active.
         labels: of the items.
         n_neighbours: less than the number of items.
     """
-    active = torch.from_numpy(codes != 0)
+    active = torch.from_numpy(feature_acts != 0)
     _, numbers = np.unique(labels, return_inverse=True)
     of_item = torch.from_numpy(numbers)
     shares = [
         _nearest_with_label(active, of_item, chunk, n_neighbours)
-        for chunk in torch.arange(len(codes)).split(1024)
+        for chunk in torch.arange(len(feature_acts)).split(1024)
     ]
     return float(torch.cat(shares).mean())
 
@@ -163,7 +164,7 @@ def mean_max_cosine(W: Float[Tensor, "n d_in"], other: Float[Tensor, "m d_in"]) 
 
 
 def mean_max_correlation(
-    codes: Float[np.ndarray, "n_items d"], other: Float[np.ndarray, "n_items m"]
+    feature_acts: Float[np.ndarray, "n_items d"], other: Float[np.ndarray, "n_items m"]
 ) -> float:
     """Mean over features of the largest Pearson correlation with a feature of another dictionary.
 
@@ -171,11 +172,11 @@ def mean_max_correlation(
     rounding. The other dictionary may be that of another model, whose space has nothing to do with
     this one's.
     """
-    return _mean_max(_standardise(codes).T @ _standardise(other) / len(codes))
+    return _mean_max(_standardise(feature_acts).T @ _standardise(other) / len(feature_acts))
 
 
-def _standardise(codes: Float[np.ndarray, "n d"]) -> Float[Tensor, "n varying"]:
-    varying = torch.from_numpy(codes[:, varies(codes)]).double()
+def _standardise(feature_acts: Float[np.ndarray, "n d"]) -> Float[Tensor, "n varying"]:
+    varying = torch.from_numpy(feature_acts[:, varies(feature_acts)]).double()
     centred = varying - varying.mean(0)
     return centred / centred.square().mean(0).sqrt()
 
@@ -192,17 +193,17 @@ def probe_scores(
     test: Float[np.ndarray, "n_test d"],
     test_labels: np.ndarray,
     *,
-    of_codes: bool = True,
+    of_feature_acts: bool = True,
 ) -> dict[str, float]:
     """All probes of one kind of label: ``probe``, and ``sparse_probe_N`` for N features."""
     data = (train, train_labels, test, test_labels)
-    sparse = sparse_probe_accuracies(*data, of_codes=of_codes)
+    sparse = sparse_probe_accuracies(*data, of_feature_acts=of_feature_acts)
     return {
-        "probe": probe_accuracy(*data, of_codes=of_codes),
+        "probe": probe_accuracy(*data, of_feature_acts=of_feature_acts),
         **{f"sparse_probe_{n}": score for n, score in sparse.items()},
     }
 
 
-def _scaler(of_codes: bool) -> Any:
-    # Codes are sparse, and a feature that is off stays at zero; raw values are neither.
-    return MaxAbsScaler() if of_codes else StandardScaler()
+def _scaler(of_feature_acts: bool) -> Any:
+    # Features are sparse, and a feature that is off stays at zero; raw values are neither.
+    return MaxAbsScaler() if of_feature_acts else StandardScaler()

@@ -1,8 +1,8 @@
 """How well an SAE reconstructs rows it may not have seen, how sparsely, and with which features.
 
 Reconstruction and sparsity alone do not say whether a dictionary has found anything: see
-`lch_plugin.saes.functional` for what its reconstructions predict of a component's behaviour, and
-`lch_plugin.saes.steering` for what its features do to the model.
+`lch_plugin.saes.evaluation.functional` for what its reconstructions predict of a component's
+behaviour, and `lch_plugin.saes.steering` for what its features do to the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lch_plugin.centroids import Spread
 from lch_plugin.errors import InputError, NonFiniteError
 from lch_plugin.saes.evaluation.sae_inputs import check_rows, heads_joined
 from lch_plugin.saes.evaluation.token_rows import TokenRows
-from lch_plugin.saes.sources.hooked import HookedModel
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.statistics import ROUNDING
 
 #: A feature that fires on more than this share of rows is dense: it says little about any one.

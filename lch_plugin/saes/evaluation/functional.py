@@ -34,7 +34,7 @@ from lch_plugin.centroids import centroid, fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
 from lch_plugin.saes.evaluation.sae_inputs import check_rows
-from lch_plugin.saes.sources.hooks import real_tokens
+from lch_plugin.saes.sources.hook_points import real_tokens
 from lch_plugin.saes.sources.rows import Rows
 
 Perturbation = Literal["isotropic", "data"]

@@ -2,7 +2,7 @@
 
 1. Reconstruction and sparsity over the text (`lch_plugin.saes.evaluate`).
 2. How well reconstructed centroids predict what the component does
-   (`lch_plugin.saes.functional`).
+   (`lch_plugin.saes.evaluation.functional`).
 3. What the strongest features do to the predictions, beside random directions
    (`lch_plugin.saes.steering`).
 """
@@ -32,8 +32,8 @@ from lch_plugin.padding import mark_tokens
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.evaluation import plots
-from lch_plugin.saes.evaluation.codes import Codes, describe_text
 from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation, evaluate
+from lch_plugin.saes.evaluation.feature_acts import FeatureActs, describe_text
 from lch_plugin.saes.evaluation.functional import (
     CapturedComponent,
     ResponseFit,
@@ -45,8 +45,8 @@ from lch_plugin.saes.evaluation.steering import (
     check_steering,
     steering_effects,
 )
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model, readers
+from lch_plugin.saes.sources.hook_points import attached, check_model, readers
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 _PACKAGES = ("lch-plugin", "torch", "transformer-lens", "sae-lens", "transformers")
 _CENTROID, _INPUT = ".hook_centroid", ".hook_in"
@@ -106,32 +106,34 @@ def evaluation_report(
             f"n_sequences={n_sequences} at least 1."
         )
     check_steering(strengths, n_random)
-    codes = Codes(model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size)
-    positions = _positions(codes, skip)
+    feature_acts = FeatureActs(
+        model, sae, text, hook_name=hook_name, n_tokens=n_tokens, batch_size=batch_size
+    )
+    positions = _positions(feature_acts, skip)
     console = Console()
     with (
         torch.no_grad(),
         evaluating(model),
-        attached(model, [codes.hook_name]),
+        attached(model, [feature_acts.hook_name]),
     ):
-        codes.check()
-        seen = _Seen(codes, positions, n_sequences)
+        feature_acts.check()
+        seen = _Seen(feature_acts, positions, n_sequences)
         evaluation = evaluate(sae, track(seen, "reconstruction", transient=True))
         tokens = torch.cat(seen.tokens)
         # Whatever they begin and end with is text.
-        batches = [mark_tokens(ids, codes.tokens(ids)) for ids in tokens.split(batch_size)]
+        batches = [mark_tokens(ids, feature_acts.tokens(ids)) for ids in tokens.split(batch_size)]
         console.print(
             f"variance explained {evaluation.explained_variance:.3f}, L0 {evaluation.l0:.2f}, "
             f"{evaluation.n_fired} of {sae.cfg.d_sae} features fire"
         )
         console.print("responses to perturbations")
-        fits = _responses(codes, batches, positions, seed)
+        fits = _responses(feature_acts, batches, positions, seed)
         console.print("steering")
-        features = _strongest(codes, seen.rows, evaluation, n_features)
+        features = _strongest(feature_acts, seen.rows, evaluation, n_features)
         effects = steering_effects(
             model,
             batches,
-            codes.hook_name,
+            feature_acts.hook_name,
             sae.W_dec[features],
             strengths=strengths,
             positions=positions,
@@ -140,16 +142,16 @@ def evaluation_report(
         )
         results = {
             "run": {
-                **record(model, {codes.hook_name: sae.cfg.d_in}),
-                "hook_name": codes.hook_name,
+                **record(model, {feature_acts.hook_name: sae.cfg.d_in}),
+                "hook_name": feature_acts.hook_name,
                 "sae": {"architecture": sae.cfg.architecture(), "d_sae": sae.cfg.d_sae},
                 "trained_on": sae.cfg.metadata.lch_centroid,
                 "text": describe_text(text),
-                "context_size": codes.context_size,
+                "context_size": feature_acts.context_size,
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
                 "skip": skip,
                 "positions": [positions.start, positions.stop, positions.step],
-                "excluded_tokens": codes.excluded.tolist(),
+                "excluded_tokens": feature_acts.excluded.tolist(),
                 "n_sequences": len(tokens),
                 "seed": seed,
                 "versions": {name: version(name) for name in _PACKAGES},
@@ -165,18 +167,18 @@ def evaluation_report(
     return results
 
 
-def _positions(codes: Codes, skip: int) -> slice:
+def _positions(feature_acts: FeatureActs, skip: int) -> slice:
     """Those that count, of each row: without the first, as the SAE was trained.
 
     Raises:
         InputError: there are none.
     """
-    trained = range(codes.context_size)[codes.positions]
+    trained = range(feature_acts.context_size)[feature_acts.positions]
     counting = [position for position in trained if position >= skip]
     if not counting:
         raise InputError(
             f"skip={skip} leaves none of the {len(trained)} positions that count, in rows of "
-            f"{codes.context_size} tokens. Lower it."
+            f"{feature_acts.context_size} tokens. Lower it."
         )
     return slice(counting[0], counting[-1] + 1, trained.step)
 
@@ -184,16 +186,16 @@ def _positions(codes: Codes, skip: int) -> slice:
 class _Seen:
     """Rows of a hook point along a text; the first of them are kept, with their tokens."""
 
-    def __init__(self, codes: Codes, positions: slice, n_sequences: int) -> None:
-        self._codes, self._positions, self._n = codes, positions, n_sequences
+    def __init__(self, feature_acts: FeatureActs, positions: slice, n_sequences: int) -> None:
+        self._feature_acts, self._positions, self._n = feature_acts, positions, n_sequences
         self.tokens: list[Int[Tensor, "row pos"]] = []
         self.rows: list[Float[Tensor, "_ d_in"]] = []
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
         n = 0
-        for tokens, values in self._codes.batches():
+        for tokens, values in self._feature_acts.batches():
             values = values[:, self._positions].flatten(2)
-            counts = self._codes.counts(tokens)[:, self._positions].to(values.device)
+            counts = self._feature_acts.counts(tokens)[:, self._positions].to(values.device)
             if n < self._n:
                 first = slice(self._n - n)
                 self.tokens.append(tokens[first])
@@ -202,20 +204,21 @@ class _Seen:
             yield values[counts]
         if not n:
             raise InputError(
-                f"the text makes no row of {self._codes.context_size} tokens. Pass more of it."
+                f"the text makes no row of {self._feature_acts.context_size} tokens. Pass more "
+                "of it."
             )
 
 
 def _responses(
-    codes: Codes, batches: Sequence[Tensor], positions: slice, seed: int
+    feature_acts: FeatureActs, batches: Sequence[Tensor], positions: slice, seed: int
 ) -> list[ResponseFit] | None:
     """Fits of the SAE's centroids, if what it reads belongs to a component that can be called."""
-    found = _component(codes)
+    found = _component(feature_acts)
     if found is None:
         return None
     module, of, cotangent = found
-    component = CapturedComponent(codes.root, batches, module, positions=positions)
-    mu_hat = reconstructed_centroids(codes.sae, component, of, cotangent=cotangent)
+    component = CapturedComponent(feature_acts.root, batches, module, positions=positions)
+    mu_hat = reconstructed_centroids(feature_acts.sae, component, of, cotangent=cotangent)
     return predicted_responses(
         component,
         component.x,
@@ -228,14 +231,16 @@ def _responses(
     )
 
 
-def _component(codes: Codes) -> tuple[str, Literal["centroid", "input"], Cotangent] | None:
+def _component(
+    feature_acts: FeatureActs,
+) -> tuple[str, Literal["centroid", "input"], Cotangent] | None:
     """The component that an SAE's hook belongs to, what of it, and the cotangent."""
-    name, model = codes.hook_name, codes.model
+    name, model = feature_acts.hook_name, feature_acts.model
     of: Literal["centroid", "input"] = "input" if name.endswith(_INPUT) else "centroid"
     module = name.removesuffix(_INPUT if of == "input" else _CENTROID)
     reader: Any = readers(model).get(name)
     try:
-        codes.root.get_submodule(module)
+        feature_acts.root.get_submodule(module)
     except AttributeError:
         return None
     if of == "input":
@@ -252,12 +257,15 @@ def _component(codes: Codes) -> tuple[str, Literal["centroid", "input"], Cotange
 
 
 def _strongest(
-    codes: Codes, rows: Sequence[Float[Tensor, "_ d_in"]], evaluation: Evaluation, n: int
+    feature_acts: FeatureActs,
+    rows: Sequence[Float[Tensor, "_ d_in"]],
+    evaluation: Evaluation,
+    n: int,
 ) -> list[int]:
     """Features that carry most of the code's energy, among the sparse ones that fire."""
-    energy = torch.zeros(codes.sae.cfg.d_sae)
+    energy = torch.zeros(feature_acts.sae.cfg.d_sae)
     for x in rows:
-        energy += codes.encode(x[None])[0].square().sum(0).float().cpu()
+        energy += feature_acts.encode(x[None])[0].square().sum(0).float().cpu()
     energy = energy * (evaluation.density <= DENSE)
     strongest = energy.topk(min(n, len(energy)))
     chosen = strongest.indices[strongest.values > 0].tolist()

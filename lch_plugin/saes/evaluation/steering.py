@@ -30,8 +30,8 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import HookedTransformer, TransformerBridge
 from lch_plugin.adapters.transformer_lens.mlps import is_module
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import readers, real_tokens
+from lch_plugin.saes.sources.hook_points import readers, real_tokens
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.statistics import ROUNDING
 
 Batch = Tensor | Mapping[str, Any]

@@ -16,9 +16,9 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
 from lch_plugin.errors import InputError
 from lch_plugin.padding import mark_tokens
-from lch_plugin.saes.evaluation.codes import Codes
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model, real_tokens
+from lch_plugin.saes.evaluation.feature_acts import FeatureActs
+from lch_plugin.saes.sources.hook_points import attached, check_model, real_tokens
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 
 class TokenRows:
@@ -44,7 +44,7 @@ class TokenRows:
         self._model, self._batch_size = model, batch_size
         self._prompts = _prompts(model, texts)
         # What it checks of an SAE and a hook point, this needs as well.
-        self._codes = Codes(model, sae, self._prompts[0][None], hook_name=hook_name)
+        self._feature_acts = FeatureActs(model, sae, self._prompts[0][None], hook_name=hook_name)
         special = [] if special_tokens else get_special_token_ids(model.tokenizer)
         self._excluded = torch.tensor(special, dtype=torch.long)
 
@@ -52,14 +52,14 @@ class TokenRows:
         by_length: dict[int, list[Tensor]] = defaultdict(list)
         for ids in self._prompts:
             by_length[len(ids)].append(ids)
-        with attached(self._model, [self._codes.hook_name]), evaluating(self._model):
-            self._codes.check()
+        with attached(self._model, [self._feature_acts.hook_name]), evaluating(self._model):
+            self._feature_acts.check()
             for prompts in by_length.values():
                 for start in range(0, len(prompts), self._batch_size):
                     ids = torch.stack(prompts[start : start + self._batch_size])
                     mark_tokens(ids)
-                    counts = self._codes.counts(ids) & ~torch.isin(ids, self._excluded)
-                    values = self._codes.values(ids).flatten(2)
+                    counts = self._feature_acts.counts(ids) & ~torch.isin(ids, self._excluded)
+                    values = self._feature_acts.values(ids).flatten(2)
                     yield values[counts.to(values.device)]
 
 

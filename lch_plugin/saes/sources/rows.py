@@ -16,7 +16,7 @@ from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_mo
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
-from lch_plugin.saes.sources.hooks import real_tokens
+from lch_plugin.saes.sources.hook_points import real_tokens
 from lch_plugin.sites import Settings
 
 Of = Literal["centroid", "input", "output"]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import d_vocab
+from lch_plugin.saes.sources.hook_points import d_vocab
+from lch_plugin.saes.sources.hooked_model import HookedModel
 
 Source: TypeAlias = (
     str

@@ -17,8 +17,8 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_contents
 from lch_plugin.saes.evaluation.sae_inputs import check_width
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import widths
+from lch_plugin.saes.sources.hook_points import widths
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.training.checkpoints import check_checkpoint, check_sae
 
 # Tokens for each feature, below which none has been seen often enough to be learned.

@@ -44,8 +44,8 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.files import write_directory
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.evaluation.evaluate import evaluate
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import provenance
+from lch_plugin.saes.sources.hook_points import provenance
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.training.checkpoints import (
     n_batches_taken,
     read_resume_file,

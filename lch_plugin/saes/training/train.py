@@ -23,8 +23,8 @@ from lch_plugin.errors import InputError
 from lch_plugin.files import claimed
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.sae_inputs import check_width
-from lch_plugin.saes.sources.hooked import HookedModel
-from lch_plugin.saes.sources.hooks import attached, check_model
+from lch_plugin.saes.sources.hook_points import attached, check_model
+from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 from lch_plugin.saes.training.checks import check_hooks, check_run
 from lch_plugin.saes.training.runners import CachedRunner, MultiRunner, Runner

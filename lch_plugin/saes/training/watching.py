@@ -93,11 +93,6 @@ def check_scale(name: str, scaler: ActivationScaler) -> None:
         )
 
 
-def _where(name: str, n_steps: int, trainer: SAETrainer[Any, Any]) -> str:
-    of = f" of {name}" if name else ""
-    return f"training{of} diverged at step {n_steps} ({trainer.n_training_samples:,} tokens)"
-
-
 def _cure(checkpoints: str | Path | None) -> str:
     good = None if checkpoints is None else newest_good(Path(checkpoints))
     if good is None:
