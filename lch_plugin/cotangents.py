@@ -164,6 +164,7 @@ def decoder_row(sae: Any, feature: int) -> Vector:
 
 
 AnyCotangent: TypeAlias = Cotangent | Logit | Metric
+"""What a centroid can be read through."""
 
 
 def as_cotangent(value: Float[Tensor, " d_out"] | AnyCotangent | None) -> AnyCotangent:

@@ -290,15 +290,19 @@ class Site(Settings):
         stack: of an encoder-decoder, ``"encoder_blocks"`` or ``"decoder_blocks"``; both if None.
             Hook names begin with it.
         label: ends the hook names. Two sites that differ in nothing but the cotangent need it.
-        cotangent, output_positions, linearization, expert, radius, sigma, n_samples, neighbourhood,
-            centre, generator: as `Settings`. Each value is a hook point.
+
+    The other attributes are those of `Settings`, and each value is a hook point of its own.
 
     Raises:
         InputError: settings that mean nothing, or nothing together.
         SiteError: no such kind.
 
     Example:
-        >>> handle = lch.attach(model, site=lch.Site("head", layers=5, index=[1, 3], expert=True))
+        >>> import lch_plugin as lch
+        >>> site = lch.Site("head", layers=2, index=[1, 3], expert=True)
+        >>> with lch.attach(lch.load_demo_model(), site=site) as handle:
+        ...     print(handle.centroid_names)
+        ['blocks.2.attn.hook_centroid_head_1_3']
     """
 
     kind: Kind = "mlp"

@@ -36,7 +36,7 @@ def test_what_is_written_is_what_the_adapter_gives(tmp_path: Path) -> None:
         loaded.model(**inputs)
     for name, mu in handle.cache.items():
         assert torch.equal(found[name], mu)
-    assert [c["site"] for c in record["components"]] == handle.names
+    assert [c["site"] for c in record["components"]] == handle.centroid_names
     assert record["prompts"] == PROMPTS
     assert record["versions"]["lch-plugin"] == lch.__version__
 

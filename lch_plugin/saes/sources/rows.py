@@ -77,9 +77,9 @@ class Rows:
         self._last = model.get_submodule(targets[0].last)
         self._found: list[Tensor] = []
         # An input or output has no cotangent that could be wrong for it.
-        wanted = targets if of == "centroid" else []
-        sink = (self._keep, lambda: True)
-        readers = make_readers(model, wanted, Settings(cotangent=v), lambda _: sink)
+        settings, sink = Settings(cotangent=v), (self._keep, lambda: True)
+        is_centroid = of == "centroid"
+        readers = make_readers(model, targets, settings, lambda _: sink) if is_centroid else []
         self._reader = readers[0] if readers else None
 
     def __iter__(self) -> Iterator[Float[Tensor, "_ d_in"]]:
