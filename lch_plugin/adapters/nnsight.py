@@ -73,16 +73,16 @@ from lch_plugin.cotangents import (
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, blank, spread
-from lch_plugin.weak_cache import WeakCache as Memo
+from lch_plugin.weak_cache import WeakCache
 
 # Each beside the ids of the modules it was recognised in.
-_structures: Memo[tuple[tuple[int, ...], Structure | None]] = Memo()
+_structures: WeakCache[tuple[tuple[int, ...], Structure | None]] = WeakCache()
 # Names of cotangents, by module.
-_seen: Memo[set[str]] = Memo()
+_seen: WeakCache[set[str]] = WeakCache()
 # What finds the padding of a model's inputs, by model.
-_finders: Memo[Finder] = Memo()
+_finders: WeakCache[Finder] = WeakCache()
 # Which positions of the whole batch are tokens, by the batcher of a trace.
-_tokens_of: Memo[Bool[Tensor, "batch pos"] | None] = Memo()
+_tokens_of: WeakCache[Bool[Tensor, "batch pos"] | None] = WeakCache()
 
 
 def centroid(

@@ -28,10 +28,10 @@ from lch_plugin.cotangents import Cotangent, Logit, Metric
 from lch_plugin.errors import AttachError, InputError, SiteError
 from lch_plugin.files import portable
 from lch_plugin.sites import Options, Settings
-from lch_plugin.weak_cache import WeakCache as Memo
+from lch_plugin.weak_cache import WeakCache
 
 # By module: components of one model share graphs, whoever attached to them.
-_graphs: Memo[Graph] = Memo()
+_graphs: WeakCache[Graph] = WeakCache()
 
 
 class CentroidCache(Mapping[str, Tensor]):

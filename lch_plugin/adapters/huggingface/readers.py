@@ -47,7 +47,7 @@ from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Settings
-from lch_plugin.weak_cache import WeakCache as Memo
+from lch_plugin.weak_cache import WeakCache
 
 
 @dataclass(eq=False)
@@ -95,7 +95,7 @@ class Graph(GradScope):
         super().__init__()
         self.turn = Turn()
         self.deferred: dict[Running, tuple[Reader, Deferred]] = {}
-        self._models: Memo[ModelCall] = Memo()
+        self._models: WeakCache[ModelCall] = WeakCache()
 
     def model_call(self, model: PreTrainedModel) -> ModelCall:
         """What watches the calls of a model, or of one within: the same for all its readers."""
