@@ -104,6 +104,35 @@ def test_several_components_wait_for_one_metric() -> None:
         torch.testing.assert_close(together.cache[name], alone, rtol=1e-9, atol=1e-11)
 
 
+def test_a_module_that_runs_twice_waits_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(
+                nn.Linear(8, 16, dtype=torch.float64),
+                nn.GELU(),
+                nn.Linear(16, 8, dtype=torch.float64),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x + self.mlp(x))
+
+    model, metric = Twice(), Metric(lambda logits: logits.pow(2).sum((1, 2)))
+    x = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with lch.huggingface.attach(model, "mlp", cotangent=metric) as handle, torch.no_grad():
+        model(x)
+    first = model.mlp(x)
+    read = (x + first).detach().requires_grad_()
+    second = model.mlp(read)
+    at_the_end = 2 * second.detach()
+    expected = torch.autograd.grad(second, read, at_the_end)[0]
+    torch.testing.assert_close(handle.cache["mlp", 1], expected)
+    own = x.clone().requires_grad_()
+    torch.testing.assert_close(
+        handle.cache["mlp", 0], torch.autograd.grad(model.mlp(own), own, expected)[0]
+    )
+
+
 def test_waiting_for_the_logits_leaves_nothing_behind() -> None:
     model = models.huggingface("gpt2", torch.float64)
     with torch.no_grad():

@@ -304,8 +304,9 @@ class Reader:
             else:
                 self._show(self._values(running, y, tokens, None), tokens)
         finally:
-            if running not in self._graph.deferred:
-                self.stop(running)
+            # What waits for the logits needs its graph until then, and no hook any longer.
+            is_waiting = running in self._graph.deferred
+            self.stop(running, keep_graph=is_waiting)
         return self._graph.drop(output, running.caches) if self._graph.was_open else output
 
     def close(self) -> None:
@@ -313,11 +314,12 @@ class Reader:
         if running is not None:
             self.stop(running)
 
-    def stop(self, running: Running) -> None:
+    def stop(self, running: Running, *, keep_graph: bool = False) -> None:
         """A call is over, or of no interest any longer."""
         for hook in running.hooks:
             hook.remove()
-        self._graph.release(running)
+        if not keep_graph:
+            self._graph.release(running)
 
     def _start(self, running: Running) -> Call:
         """Get ready; with what the first module is to be called."""

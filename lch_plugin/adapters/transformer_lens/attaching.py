@@ -63,6 +63,14 @@ def attach(
         VanishingCentroidError: the cotangent reads nothing of what the component writes, as all
             ones does after TransformerLens has centered the writing weights.
         NotDifferentiableError: no gradient path leads through the component.
+
+    Example:
+        >>> import lch_plugin as lch
+        >>> model = lch.load_demo_model()
+        >>> with lch.attach(model, layers=[2]) as handle:
+        ...     _, cache = model.run_with_cache("A pear tree", names_filter=handle.hook_names)
+        >>> cache["blocks.2.mlp.hook_centroid"].shape[-1]
+        128
     """
     architecture.check_model(model)
     listed = [site] if isinstance(site, str | Site) else list(site)
