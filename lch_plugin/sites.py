@@ -111,6 +111,7 @@ KINDS: Mapping[Kind, SiteKind] = {
     ),
     "model": SiteKind("hook_centroid", "token embeddings", "logits", layers="none"),
 }
+"""What is known of each kind, by name."""
 
 # Beyond this many members a group of neurons or heads goes by its label.
 _MAX_SPELLED = 4
