@@ -140,6 +140,8 @@ class Settings:
         n_samples, neighbourhood, centre, generator: as `lch_plugin.sample_neighbourhood`. Without a
             generator every forward pass draws the same points, and the global random state is not
             used.
+        create_graph: keep the graph of every value, so that it can be differentiated again, in the
+            input and in the weights. Gradients have to be on in the pass.
 
     Raises:
         InputError: settings that mean nothing, or nothing together.
@@ -155,6 +157,7 @@ class Settings:
     neighbourhood: Neighbourhood = "ball"
     centre: bool = False
     generator: torch.Generator | None = None
+    create_graph: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cotangent", as_cotangent(self.cotangent))
@@ -164,6 +167,7 @@ class Settings:
             ("n_samples", (int,)),
             ("centre", (bool,)),
             ("generator", (torch.Generator, type(None))),
+            ("create_graph", (bool,)),
         )
         if self.output_positions is not None and not integers(self.output_positions):
             raise InputError(f"output_positions={self.output_positions!r} must be integers.")
@@ -176,6 +180,11 @@ class Settings:
             raise InputError(
                 f"cotangent {self.v.name!r} is a gradient through everything downstream, in the "
                 "same pass, which 'detached' would change as well: use the Jacobian, or a Logit."
+            )
+        if self.create_graph and (self.is_late or self.linearization == "detached"):
+            raise InputError(
+                "create_graph=True goes with neither a cotangent that is known only from the "
+                "logits nor the detached linearisation, which changes the gradients of a pass."
             )
         if self.is_local:
             self._check_neighbourhood()
@@ -275,6 +284,7 @@ class Options(TypedDict, total=False):
     neighbourhood: Neighbourhood
     centre: bool
     generator: torch.Generator | None
+    create_graph: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,7 +116,15 @@ class GradScope:
         return x, x.clone()
 
 
-def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bool) -> list[Tensor]:
+def gradients(
+    name: str,
+    y: Tensor,
+    xs: Sequence[Tensor],
+    v: Tensor,
+    *,
+    keep: bool,
+    create_graph: bool = False,
+) -> list[Tensor]:
     """Gradients of ``v . y`` in each of several inputs, in one backward pass.
 
     Args:
@@ -125,6 +133,7 @@ def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bo
         xs: inputs.
         v: cotangent, in the shape of the output.
         keep: whether the graph is needed again.
+        create_graph: whether the gradients are to have one.
 
     Raises:
         NotDifferentiableError: no path leads there, or something wrote in place to what is needed.
@@ -133,7 +142,14 @@ def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bo
     try:
         if y.requires_grad:
             with without_autocast():  # Of the forward pass alone: each operation has its dtype.
-                mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+                mus = torch.autograd.grad(
+                    y,
+                    xs,
+                    v,
+                    retain_graph=keep or create_graph,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise

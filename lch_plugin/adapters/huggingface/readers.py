@@ -40,7 +40,7 @@ from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Alone, Structure
 from lch_plugin.adapters.turns import Turn
 from lch_plugin.adapters.values import Values, expert_values, local_values
-from lch_plugin.centroids import centroid
+from lch_plugin.centroids import centroid, check_gradients_on
 from lch_plugin.cotangents import Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
@@ -351,11 +351,17 @@ class Reader:
         graph.deferred[running] = self, Deferred(y, finish)
         return output
 
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """A tensor, with its graph only where that is asked for."""
+        return tensor if self.settings.create_graph else tensor.detach()
+
     def _show(self, values: Values, tokens: Tensor | None) -> None:
         with self._graph.outside():
+            if self.settings.create_graph:
+                check_gradients_on()
             found = {}
             for ending, value in values.items():
-                shown = blank(value().detach(), tokens)
+                shown = blank(self._kept(value()), tokens)
                 check_finite(f"{self.label}{ending}", shown)
                 found[ending] = shown.to(at_least_float32(shown))
             self.publish(found)
@@ -421,12 +427,12 @@ class ClosedFormReader(Reader):
         # Registered now, they come after every hook of the user's.
         running.hooks += [
             projection.register_forward_hook(
-                lambda _m, _i, output: running.outputs.append(output.detach())
+                lambda _m, _i, output: running.outputs.append(self._kept(output))
             )
             for projection in self._structure.inputs
         ]
         if self.settings.expert or self.settings.is_local:
-            running.x = input_of(running.call, self.label)[0].detach()
+            running.x = self._kept(input_of(running.call, self.label)[0])
         return running.call
 
     def _look(self, running: Running, call: Call) -> None:
@@ -444,7 +450,6 @@ class ClosedFormReader(Reader):
             )
         self._check_connected(running, call)
 
-    @torch.no_grad()
     def _values(
         self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
     ) -> Values:
@@ -453,20 +458,22 @@ class ClosedFormReader(Reader):
         if v is None and not isinstance(own, Ones):
             assert isinstance(own, Cotangent)
             v = evaluate(own, y)
-        s = read_direction(mlp, v)
+        create_graph = self.settings.create_graph
+        s = read_direction(mlp, v, create_graph=create_graph)
         if self.settings.is_local:
             assert running.x is not None
 
             def mu_at(samples: Tensor) -> Tensor:
-                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s)
+                pre = mlp.pre_activations(samples)
+                return centroid_of_neurons(mlp, pre, s, create_graph=create_graph)
 
             return local_values(self.settings, running.x.to(at_least_float32(y)), mu_at)
-        mu = centroid_of_neurons(mlp, pre, s)
+        mu = centroid_of_neurons(mlp, pre, s, create_graph=create_graph)
         if not self.settings.expert:
             return {"": lambda: mu}
         assert running.x is not None
         v = torch.ones_like(y) if v is None else v
-        return expert_values(mu, running.x, y.detach(), v, mixes_positions=False)
+        return expert_values(mu, running.x, self._kept(y), v, mixes_positions=False)
 
     def _list_parts(self) -> list[nn.Module]:
         first, last, _ = self._modules
@@ -517,8 +524,13 @@ class VJPReader(Reader):
         assert running.x is not None
         x = running.x
 
+        create_graph = self.settings.create_graph
+        if create_graph:
+            with self._graph.outside():
+                check_gradients_on()
+
         def gradient(v: Tensor) -> Tensor:
-            return gradients(self.label, y, [x], v, keep=True)[0]
+            return gradients(self.label, y, [x], v, keep=True, create_graph=create_graph)[0]
 
         if v is None:
             own = self.settings.v
@@ -533,7 +545,7 @@ class VJPReader(Reader):
             self._is_checked = True
         if not self.settings.expert:
             return {"": lambda: mu}
-        known = (t.detach() for t in (mu, x, y, v))
+        known = (self._kept(t) for t in (mu, x, y, v))
         return expert_values(*known, mixes_positions=self._mixes_positions)
 
     def _check_affine(self, running: Running, x: Tensor, v: Tensor) -> None:
@@ -555,7 +567,7 @@ class LocalReader(Reader):
     method = "VJP"
 
     def _start(self, running: Running) -> Call:
-        running.x = input_of(running.call, self.label)[0].detach()
+        running.x = self._kept(input_of(running.call, self.label)[0])
         running.again = self._by_itself(running)
         return running.call
 
@@ -569,7 +581,12 @@ class LocalReader(Reader):
         spread_v = spread(evaluate(own, y), y, tokens, self.settings.positions).detach()
 
         def mu_at(samples: Tensor) -> Tensor:
-            return torch.stack([centroid(run, sample, spread_v) for sample in samples])
+            create_graph = self.settings.create_graph
+            return torch.stack(
+                [centroid(run, s, spread_v, create_graph=create_graph) for s in samples]
+            )
 
-        with self._graph.outside(), Alone([self._modules[0]]):
-            return local_values(self.settings, x, mu_at)
+        with self._graph.outside():
+            grad = torch.is_grad_enabled()
+            with Alone([self._modules[0]]), torch.set_grad_enabled(grad):
+                return local_values(self.settings, x, mu_at)

@@ -46,16 +46,16 @@ class ClosedFormReader(Reader):
 
     def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
         if gate.key == self._entry.key:
-            self._run.see(self).x = tensor.detach()
+            self._run.see(self).x = self._kept(tensor)
             return None
         if gate.key != self._exit.key:
-            self._run.see(self).values[gate.key] = tensor.detach()
+            self._run.see(self).values[gate.key] = self._kept(tensor)
             return None
         seen = self._run.take(self)
         if len(seen.values) < len(self._within):
             raise SiteError(f"{self.name}: {self.missing}")
         values = tuple(seen.values[gate.key] for gate in self._within)
-        finish = partial(self._finish, values, seen.x, tensor.detach())
+        finish = partial(self._finish, values, seen.x, self._kept(tensor))
         if self.site.is_late:
             return postpone(self, tensor, finish)
         with self._run.scope.outside():
@@ -104,32 +104,34 @@ class MLPReader(ClosedFormReader):
     ) -> None:
         mlp, dtype = self.mlp, self.site.compute_dtype or at_least_float32(y)
         s = self._reading(mlp, y, v, dtype)
+        options: Any = {"dtype": dtype, "create_graph": self.site.create_graph}
         if self.site.is_local:
             assert x is not None
 
             def mu_at(samples: Tensor) -> Tensor:
-                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, dtype=dtype)
+                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, **options)
 
             self._show(local_values(self.site, x.to(dtype), mu_at))
         elif not self.site.expert:
-            self._show({"": lambda: centroid_of_neurons(mlp, pre, s, dtype=dtype)})
+            self._show({"": lambda: centroid_of_neurons(mlp, pre, s, **options)})
         else:
             assert x is not None
-            mu = centroid_of_neurons(mlp, pre, s, dtype=dtype)
+            mu = centroid_of_neurons(mlp, pre, s, **options)
             v = self._at(y) if v is None else v
             values = expert_values(mu, x, y, v, mixes_positions=False)
             self._show({**values, "_region": lambda: pre[0] > 0})
 
     def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Weight of each neuron in ``v . f(x)``."""
+        options: Any = {"dtype": dtype, "create_graph": self.site.create_graph}
         if v is not None or not is_fixed(self.site.v):
-            return read_direction(mlp, self._at(y) if v is None else v, dtype=dtype)
+            return read_direction(mlp, self._at(y) if v is None else v, **options)
         identity = mlp.W_out.data_ptr(), mlp.W_out._version
         if self._checked != identity:
             self.check()  # Weights may have been processed, trained or moved since.
             self._checked = identity
         ones = isinstance(self.site.v, Ones)
-        return read_direction(mlp, None if ones else self._fixed(), dtype=dtype)
+        return read_direction(mlp, None if ones else self._fixed(), **options)
 
     def _fixed(self) -> Tensor | None:
         """The cotangent, if it is the same in every pass."""

@@ -195,6 +195,7 @@ def _fitting(sites: Mapping[Reader, Site]) -> dict[Reader, Site]:
             cotangent=cotangents[id(site.v)],
             output_positions=None if site.positions is None else -1,
             generator=None,
+            create_graph=False,
             n_samples=2 if site.is_local else site.n_samples,
         )
         for reader, site in sites.items()
