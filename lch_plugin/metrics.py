@@ -67,10 +67,15 @@ class Metric:
                 None. The logits may be of the last of them alone.
 
         Raises:
-            InputError: a prompt has no such position.
+            InputError: a prompt has no such position, or the logits have none at all.
         """
         if self.position is None:
             return self.fn(logits)
+        if logits.ndim != 3:
+            raise InputError(
+                f"metric {self.name!r} is of position {self.position}, and the model gives "
+                f"{tuple(logits.shape)}, which has no positions. Leave the position out."
+            )
         if tokens is not None:  # A model may compute the last logits alone.
             tokens = tokens[:, -logits.shape[1] :]
         try:

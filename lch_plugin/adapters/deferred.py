@@ -81,7 +81,8 @@ def check_no_padding(
     Raises:
         InputError: it does.
     """
-    if tokens is None or gradient is None:
+    # Logits of a sequence as a whole, (batch, n_labels), are at no position.
+    if tokens is None or gradient is None or gradient.ndim != 3:
         return
     padding = ~tokens.to(gradient.device)[:, -gradient.shape[1] :]
     read = gradient.ne(0).any(-1) & padding

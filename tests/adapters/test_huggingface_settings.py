@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import lch_plugin as lch
 from lch_plugin.cotangents import Metric, logit_difference
@@ -91,6 +92,32 @@ def test_a_prompt_is_the_same_beside_padding(asked: str) -> None:
                 assert not found[:, 4:].any()
                 found = found[:, :4]
             torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
+
+
+def test_logits_of_a_sequence_as_a_whole_have_no_positions() -> None:
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=50,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).double().eval()
+    ids = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    name, metric = "bert.encoder.layer.1", Metric(lambda logits: logits[:, 1])
+    with lch.huggingface.attach(model, name, cotangent=metric) as handle, torch.no_grad():
+        model(**inputs)
+        together = handle.cache[name]
+        assert not together[0, 3:].any()
+        model(ids[:1, :3])
+        torch.testing.assert_close(together[:1, :3], handle.cache[name], rtol=1e-9, atol=1e-12)
+    at_last = Metric(lambda logits: logits[:, -1, 1], position=-1)
+    with lch.huggingface.attach(model, name, cotangent=at_last), torch.no_grad():
+        with pytest.raises(lch.InputError, match="has no positions"):
+            model(**inputs)
 
 
 def test_several_components_wait_for_one_metric() -> None:
