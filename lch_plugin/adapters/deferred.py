@@ -28,7 +28,7 @@ class Deferred:
 
 def of_metric(
     metric: Metric,
-    logits: Float[Tensor, "batch read d_vocab"],
+    logits: Float[Tensor, "batch *read d_vocab"],
     ys: Sequence[Float[Tensor, ...]],
     names: Sequence[str],
     tokens: Bool[Tensor, "batch pos"] | None,
@@ -68,7 +68,7 @@ def of_metric(
 
 def check_no_padding(
     metric: Metric,
-    gradient: Float[Tensor, "batch pos d_vocab"] | None,
+    gradient: Float[Tensor, "batch *read d_vocab"] | None,
     tokens: Bool[Tensor, "batch read"] | None,
 ) -> None:
     """Refuse a metric that reads logits at padding.
