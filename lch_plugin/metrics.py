@@ -37,7 +37,8 @@ class Metric:
     It asks what the component does for the metric through everything downstream of it.
 
     Attributes:
-        fn: from logits, ``(batch, pos, d_vocab)`` or ``(batch, n_labels)``, to one number a sequence, ``(batch,)``, or one.
+        fn: from logits, ``(batch, pos, d_vocab)`` or ``(batch, n_labels)``, to one number a
+            sequence, ``(batch,)``, or one.
         name: for hook names and records.
         position: if given, ``fn`` gets the logits of this position alone, ``(batch, 1, d_vocab)``.
             It is counted among each prompt's own tokens, padding left out: -1 is the last.
