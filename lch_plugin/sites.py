@@ -43,6 +43,8 @@ class SiteKind:
         reads: its input, in words.
         writes: its output, in words.
         part: the part of a block that it is, or belongs to; None of what is more than a part.
+        residual: ``"is"`` if its output is the residual stream, ``"adds"`` if its output is added
+            to it, None if neither: then it has no `Logit`.
         layers: what ``layers`` of a site are: a list of blocks, the two ends of a span, or none.
         is_indexed: whether it is one of several in a block, told apart by ``index``.
         mixes_positions: whether outputs at one position depend on inputs at others.
@@ -56,6 +58,7 @@ class SiteKind:
     reads: str
     writes: str
     part: Literal["mlp", "attn"] | None = None
+    residual: Literal["is", "adds"] | None = None
     layers: Literal["list", "ends", "none"] = "list"
     is_indexed: bool = False
     mixes_positions: bool = True
@@ -70,6 +73,7 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what the MLP reads",
         "what it writes",
         part="mlp",
+        residual="adds",
         mixes_positions=False,
         closed_forms=("jacobian",),
         has_local=True,
@@ -79,6 +83,7 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what the MLP reads",
         "activation of neuron J",
         part="mlp",
+        residual="adds",
         is_indexed=True,
         mixes_positions=False,
         linearizations=("jacobian",),
@@ -90,6 +95,7 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what attention reads",
         "what it writes",
         part="attn",
+        residual="adds",
         has_local=True,
     ),
     "head": SiteKind(
@@ -97,16 +103,22 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what attention reads",
         "what head H writes",
         part="attn",
+        residual="adds",
         is_indexed=True,
         closed_forms=("detached",),
     ),
     "block": SiteKind(
-        "blocks.L.hook_centroid", "residual stream before block L", "after it", has_local=True
+        "blocks.L.hook_centroid",
+        "residual stream before block L",
+        "after it",
+        residual="is",
+        has_local=True,
     ),
     "span": SiteKind(
         "blocks.J.hook_centroid_from_I",
         "residual stream before block I",
         "after block J",
+        residual="is",
         layers="ends",
     ),
     "model": SiteKind("hook_centroid", "token embeddings", "logits", layers="none"),
@@ -324,7 +336,7 @@ class Site(Settings):
     label: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise SiteError(f"site {self.kind!r} is not known; use one of {tuple(KINDS)}.")
         super().__post_init__()
         self._check_types(

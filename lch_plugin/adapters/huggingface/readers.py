@@ -32,7 +32,7 @@ from lch_plugin.adapters.checks import (
     distance_from_affine,
     not_affine,
 )
-from lch_plugin.adapters.deferred import Deferred, of_metric
+from lch_plugin.adapters.deferred import Deferred
 from lch_plugin.adapters.grad_scope import GradScope, gradients
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
@@ -83,44 +83,36 @@ class Running:
         return self.name
 
 
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A call whose centroid waits for the logits.
+
+    Attributes:
+        reader: whose.
+        deferred: the centroid.
+        tokens: which positions of the logits are tokens, if anything says.
+    """
+
+    reader: Reader
+    deferred: Deferred
+    tokens: Bool[Tensor, "batch pos"] | None
+
+
 class Graph(GradScope):
     """That of one model.
 
     Attributes:
         turn: passes take turns, whichever threads they are of.
-        deferred: centroids that wait for the logits, and their readers, by the call they are of.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.turn = Turn()
-        self.deferred: dict[Running, tuple[Reader, Deferred]] = {}
         self._models: WeakCache[ModelCall] = WeakCache()
 
     def model_call(self, model: PreTrainedModel) -> ModelCall:
         """What watches the calls of a model, or of one within: the same for all its readers."""
         return self._models.setdefault(model, ModelCall(model))
-
-    def finish(self, output: Any) -> None:
-        """Centroids whose metric is known now that the model has returned this."""
-        by_metric: dict[int, list[Running]] = {}
-        for running, (reader, _) in self.deferred.items():
-            by_metric.setdefault(id(reader.settings.v), []).append(running)
-        for waiting in by_metric.values():
-            readers = [self.deferred[running][0] for running in waiting]
-            ys = [self.deferred[running][1].y for running in waiting]
-            metric: Any = readers[0].settings.v
-            logits = output_of(output, "the model")
-            labels = [reader.label for reader in readers]
-            vs = of_metric(metric, logits, ys, labels, readers[0].said)
-            for running, v in zip(waiting, vs, strict=True):
-                self.deferred[running][1].finish(v)
-
-    def give_up(self) -> None:
-        """Nobody waits any longer."""
-        for running, (reader, _) in list(self.deferred.items()):
-            del self.deferred[running]
-            reader.stop(running)
 
     def drop(self, output: Any, caches_called_with: list[Any]) -> Any:
         """What a module has returned, without a graph that nobody but centroids wants."""
@@ -205,9 +197,12 @@ class Reader:
         settings: how its centroid is to be taken.
         publish: is handed the values of each call, by ending.
         is_wanted: whether to compute any.
+        wait: is handed a call whose centroid waits for the logits.
     """
 
     method = ""
+    #: Whether a graph is built, which what the model returns is not to keep.
+    builds_graph = False
 
     def __init__(
         self,
@@ -219,10 +214,11 @@ class Reader:
         models: Sequence[PreTrainedModel],
         publish: Callable[[dict[str, Tensor]], None],
         is_wanted: Callable[[], bool],
+        wait: Callable[[Running, Waiting], None] | None,
     ) -> None:
         self.target = target
         self.settings = settings
-        self.publish, self.is_wanted = publish, is_wanted
+        self.publish, self.is_wanted, self.wait = publish, is_wanted, wait
         self._modules = modules
         self._graph = graph
         self._model_calls = {model: graph.model_call(model) for model in models}
@@ -294,20 +290,20 @@ class Reader:
         running = self._calls[-1] if self._calls else None
         if running is None:
             return output
-        self._calls[-1] = None
+        self._calls[-1], is_waiting = None, False
         try:
             y = output_of(output, self.label)
             self._look(running, call)
             tokens = self._tokens(running, call, y)
             if self.settings.is_late:
                 output = self._defer(running, y, tokens, output)
+                is_waiting = True
             else:
                 self._show(self._values(running, y, tokens, None), tokens)
         finally:
             # What waits for the logits needs its graph until then, and no hook any longer.
-            is_waiting = running in self._graph.deferred
             self.stop(running, keep_graph=is_waiting)
-        return self._graph.drop(output, running.caches) if self._graph.was_open else output
+        return self._graph.drop(output, running.caches) if self.builds_graph else output
 
     def close(self) -> None:
         running = self._calls.pop() if self._calls else None
@@ -336,6 +332,7 @@ class Reader:
 
     def _defer(self, running: Running, y: Tensor, tokens: Tensor | None, output: Any) -> Any:
         """Wait for the logits; returns what the model is to go on with."""
+        assert self.wait is not None
         graph = self._graph
         graph.hold(running)
         if not y.requires_grad:
@@ -348,7 +345,14 @@ class Reader:
                 values = self._values(running, y, tokens, v)
             self._show(values, tokens)
 
-        graph.deferred[running] = self, Deferred(y, finish)
+        # Of the logits the outermost model says it, and now: its call may be over before they are
+        # looked at.
+        said = [call.said for call in self._model_calls.values() if call.said]
+        try:
+            self.wait(running, Waiting(self, Deferred(y, finish), said[-1][0] if said else tokens))
+        except BaseException:
+            graph.release(running)
+            raise
         return output
 
     def _kept(self, tensor: Tensor) -> Tensor:
@@ -497,6 +501,7 @@ class VJPReader(Reader):
     """Any component: one vector-Jacobian product on the graph of the model's own call."""
 
     method = "VJP"
+    builds_graph = True
 
     def __init__(self, *args: Any, mixes_positions: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

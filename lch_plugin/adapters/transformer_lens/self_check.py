@@ -329,7 +329,7 @@ def _check_noise(reader: Reader, v: Tensor, mu: Tensor, typical: Tensor) -> None
     r = reader.weigh(noise(v), v)
     scale = float(v.norm() / r.norm())
     pairs = [(mu, typical)]
-    if reader.site.of_kind.part is None and v.shape == mu.shape:
+    if reader.site.of_kind.residual == "is" and v.shape == mu.shape:
         # The residual stream itself passes a cotangent on as it is.
         pairs.append((mu - v, typical - r))
     for a, b in pairs:
