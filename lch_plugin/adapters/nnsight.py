@@ -316,12 +316,12 @@ def _from_the_logits(envoys: list[Envoy], structure: Structure | None, v: Logit 
     norm = _final_norm(root, last, v) if isinstance(v, Logit) else None
     if structure is None:
         component = _Span(envoys)
-        if component.writes_in_place:
+        if component.writes_in_place or any(_is_training(e) for e in envoys if _counts(e)):
             raise SiteError(
                 f"{path} writes in place to what its gradient needs, which cannot wait for the "
                 f"logits. Compute the direction of {v.name!r} in a first trace, and pass a tensor."
             )
-        with _Uncounted(envoys), torch.enable_grad():
+        with torch.enable_grad():
             x = component.x.detach().clone().requires_grad_()
             written = component(x)
     else:
@@ -439,7 +439,8 @@ class _Uncounted:
     """
 
     def __init__(self, envoys: list[Envoy]) -> None:
-        self._buffers = [b for e in envoys if _is_training(e) for b in e._module.buffers()]
+        counting = (e for e in envoys if _is_training(e))
+        self._buffers = [b for e in counting for b in e._module.buffers()]
 
     def __enter__(self) -> None:
         self._before = [b.clone() for b in self._buffers]
@@ -579,6 +580,11 @@ def _tokens(envoy: Envoy) -> Bool[Tensor, "batch pos"] | None:
 def _group(envoy: Envoy) -> Any:
     """Which rows of the batch are of our invoke."""
     return Mediator.current(envoy.path).batch_group
+
+
+def _counts(envoy: Envoy) -> bool:
+    """Whether a module keeps running statistics, which its own call writes to."""
+    return any(getattr(m, "track_running_stats", False) for m in envoy._module.modules())
 
 
 def _is_training(envoy: Envoy) -> bool:

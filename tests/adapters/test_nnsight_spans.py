@@ -128,13 +128,13 @@ def test_positions_are_not_counted_where_padding_is_not_known() -> None:
             lch.nnsight.centroid(model.inner.transformer.h[1].mlp, v).save()
 
 
-def test_running_statistics_count_once() -> None:
+def test_running_statistics_cannot_wait() -> None:
     norm = nn.BatchNorm1d(3).double()
     model = NNsight(nn.Sequential(norm, nn.Linear(5, 5).double()).train())
-    with model.trace(torch.randn(2, 3, 5, dtype=torch.float64)):
-        metric = Metric(lambda y: y.pow(2).sum((1, 2)))
-        lch.nnsight.centroid(model[0], metric).save()
-    assert int(norm.num_batches_tracked) == 1
+    metric = Metric(lambda y: y.pow(2).sum((1, 2)))
+    with pytest.raises(lch.SiteError, match="in a first trace"):
+        with model.trace(torch.randn(2, 3, 5, dtype=torch.float64)):
+            lch.nnsight.centroid(model[0], metric).save()
 
 
 def test_what_a_trace_does_not_allow_is_said() -> None:
