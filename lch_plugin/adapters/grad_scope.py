@@ -67,8 +67,8 @@ class GradScope:
         if detach is not None and self.caller_grad:
             raise SiteError(
                 f"{holder} is a detached linearisation, which changes gradients, and the caller "
-                "has gradients on. Run the model under torch.no_grad(), and not from a hook within a "
-                "component that is differentiated."
+                "has gradients on. Run the model under torch.no_grad(), and not from a hook within "
+                "a component that is differentiated."
             )
         if any(other != (detach is not None) for other in self._holders.values()):
             raise SiteError(
