@@ -72,6 +72,8 @@ def centroid(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
+    *,
+    create_graph: bool = False,
 ) -> Float[Tensor, "*batch d_in"]:
     """Centroid ``J_fn(x)^T v`` of any callable, by one vector-Jacobian product.
 
@@ -79,20 +81,23 @@ def centroid(
     gives the centroid of each. Where ``fn`` mixes rows, the centroid at a row sums over all
     the outputs that row reaches, which is the paper's definition for whole sequences.
 
-    Works under ``no_grad`` and ``inference_mode``, and leaves ``.grad`` of parameters alone.
+    Works under ``no_grad`` and ``inference_mode``, unless a graph is asked for, and leaves the
+    ``.grad`` of parameters alone.
 
     Args:
         fn: any callable or ``nn.Module`` from tensors to tensors.
         x: input, floating point.
         cotangent: ``v``, broadcastable to ``fn(x)``, or from `lch_plugin.cotangents`; all ones if
             None (the paper's centroid).
+        create_graph: keep the graph, so that the result can be differentiated again, in ``x`` and
+            in the weights of ``fn``. The cotangent counts as a constant.
 
     Returns:
-        The centroid, detached, in the shape and dtype of ``x``.
+        The centroid, in the shape and dtype of ``x``; detached without ``create_graph``.
 
     Raises:
-        InputError: ``x`` is not floating point, or the cotangent does not fit, is zero or is not
-            finite.
+        InputError: ``x`` is not floating point, the cotangent does not fit, is zero or is not
+            finite, or a graph is asked for where gradients are off.
         NotDifferentiableError: ``fn(x)`` does not depend differentiably on ``x``.
 
     Example:
@@ -102,14 +107,23 @@ def centroid(
         >>> mu = lch.centroid(linear, torch.randn(2, 3))
         >>> torch.allclose(mu, linear.weight.sum(0).expand(2, 3))
         True
+
+        With a graph it can be trained: here towards a smaller Jacobian.
+
+        >>> mu = lch.centroid(linear, torch.randn(2, 3), create_graph=True)
+        >>> mu.square().sum().backward()
+        >>> linear.weight.grad.shape
+        torch.Size([5, 3])
     """
-    return _vjp(fn, x, cotangent)[1]
+    return _vjp(fn, x, cotangent, create_graph=create_graph)[1]
 
 
 def affine_expert(
     fn: Callable[[Tensor], Tensor],
     x: Float[Tensor, "*batch d_in"],
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
+    *,
+    create_graph: bool = False,
 ) -> AffineExpert:
     """Affine expert of ``fn`` at each row of ``x``: centroid, offset, radius, alignment.
 
@@ -119,7 +133,7 @@ def affine_expert(
     Args:
         fn: a callable that maps each row of ``x`` on its own.
         x: input, floating point.
-        cotangent: as `centroid`.
+        cotangent, create_graph: as `centroid`.
 
     Raises:
         InputError: as `centroid`, or ``fn`` does not keep the leading dimensions of ``x``.
@@ -133,7 +147,7 @@ def affine_expert(
         >>> bool(expert.offset.abs().max() < 1e-5)
         True
     """
-    y, mu, v = _vjp(fn, x, cotangent)
+    y, mu, v = _vjp(fn, x, cotangent, create_graph=create_graph)
     if y.shape[:-1] != x.shape[:-1]:
         raise InputError(
             f"affine_expert needs one output row an input row, but x has shape {tuple(x.shape)} "
@@ -179,6 +193,7 @@ def local_centroid(
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: Literal[False] = False,
+    create_graph: bool = False,
 ) -> Float[Tensor, "*batch d_in"]: ...
 
 
@@ -195,6 +210,7 @@ def local_centroid(
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: Literal[True],
+    create_graph: bool = False,
 ) -> LocalCentroid: ...
 
 
@@ -211,6 +227,7 @@ def local_centroid(
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: bool,
+    create_graph: bool = False,
 ) -> Float[Tensor, "*batch d_in"] | LocalCentroid: ...
 
 
@@ -226,6 +243,7 @@ def local_centroid(
     cotangent: Float[Tensor, ...] | Cotangent | None = None,
     generator: torch.Generator | None = None,
     statistics: bool = False,
+    create_graph: bool = False,
 ) -> Float[Tensor, "*batch d_in"] | LocalCentroid:
     """Mean centroid over a neighbourhood of each row of ``x``.
 
@@ -237,7 +255,7 @@ def local_centroid(
         x: input, floating point.
         radius, sigma, neighbourhood, centre, generator: as `sample_neighbourhood`.
         n_samples: points around each row; at least 2 with ``statistics``.
-        cotangent: as `centroid`.
+        cotangent, create_graph: as `centroid`. The graph holds those of all samples.
         statistics: also return the variance of the sampled centroids and the standard error of
             their mean, from the same samples.
 
@@ -261,7 +279,7 @@ def local_centroid(
             f"n_samples={n_samples} has no variance: statistics=True needs at least 2 samples."
         )
     local = mean_over_neighbourhood(
-        lambda samples: centroid(fn, samples, cotangent),
+        lambda samples: centroid(fn, samples, cotangent, create_graph=create_graph),
         x,
         radius=radius,
         sigma=sigma,
@@ -461,13 +479,22 @@ def _check_sampling(
 
 
 def _vjp(
-    fn: Callable[[Tensor], Tensor], x: Tensor, cotangent: Tensor | Cotangent | None
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    cotangent: Tensor | Cotangent | None,
+    *,
+    create_graph: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(fn(x), J^T v, v)``, all detached."""
+    """``(fn(x), J^T v, v)``, all detached unless a graph is asked for."""
     check_input(x)
+    if create_graph:
+        check_gradients_on()
     # A tensor made under inference_mode can never require grad; a copy made outside can.
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+        if create_graph and x.requires_grad:
+            leaf = x
+        else:
+            leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         y = fn(leaf)
         if not isinstance(y, Tensor):
             raise InputError(
@@ -477,10 +504,23 @@ def _vjp(
         v = fit_cotangent(cotangent, y)
         if not y.requires_grad:
             raise NotDifferentiableError(NO_PATH)
-        (mu,) = torch.autograd.grad(y, leaf, v, allow_unused=True)
+        (mu,) = torch.autograd.grad(y, leaf, v, allow_unused=True, create_graph=create_graph)
     if mu is None:
         raise NotDifferentiableError(NO_PATH)
-    return y.detach(), mu, v
+    return y if create_graph else y.detach(), mu, v
+
+
+def check_gradients_on() -> None:
+    """Refuse to keep a graph where none is built.
+
+    Raises:
+        InputError: gradients are off.
+    """
+    if not torch.is_grad_enabled():
+        raise InputError(
+            "create_graph=True keeps the graph of a centroid, and gradients are off. Run it "
+            "without torch.no_grad() and torch.inference_mode() around it."
+        )
 
 
 NO_PATH = (

@@ -121,8 +121,8 @@ class Logit:
 
     At each position, ``J_norm^T (W_U[:, token] - W_U[:, foil])`` with ``J_norm`` the Jacobian of
     the final norm at that position in this forward pass: the exact linearisation of the direct path
-    from the component to the logits (before a soft cap, if the model has one), which for the last
-    block is the only path. For components that write to the residual stream.
+    from the component to the logits (before a soft cap or a scale of theirs, if the model has one),
+    which for the last block is the only path. For components that write to the residual stream.
 
     Attributes:
         token: id of the token.

@@ -1,4 +1,4 @@
-"""Writing: what bears its final name is whole, what is finished is kept, and nobody else writes.
+"""Writing files so that what bears its final name is whole and what is finished is kept.
 
 Everything that the package writes goes through here. A directory is made beside its final name,
 gets a record of its files (`CONTENTS`, with a hash of each), is put on the disk, and takes its name

@@ -37,13 +37,14 @@ class Metric:
     It asks what the component does for the metric through everything downstream of it.
 
     Attributes:
-        fn: from logits, ``(batch, pos, d_vocab)``, to one number a sequence, ``(batch,)``, or one.
+        fn: from logits, ``(batch, pos, d_vocab)`` or ``(batch, n_labels)``, to one number a
+            sequence, ``(batch,)``, or one.
         name: for hook names and records.
         position: if given, ``fn`` gets the logits of this position alone, ``(batch, 1, d_vocab)``.
             It is counted among each prompt's own tokens, padding left out: -1 is the last.
     """
 
-    fn: Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, "*batch"]]
+    fn: Callable[[Float[Tensor, "batch *pos d_vocab"]], Float[Tensor, "*batch"]]
     name: str = "metric"
     position: int | None = None
 
@@ -56,7 +57,7 @@ class Metric:
 
     def of(
         self,
-        logits: Float[Tensor, "batch pos d_vocab"],
+        logits: Float[Tensor, "batch *pos d_vocab"],
         tokens: Bool[Tensor, "batch read"] | None = None,
     ) -> Float[Tensor, "*batch"]:
         """The metric of each sequence.
@@ -67,10 +68,15 @@ class Metric:
                 None. The logits may be of the last of them alone.
 
         Raises:
-            InputError: a prompt has no such position.
+            InputError: a prompt has no such position, or the logits have none at all.
         """
         if self.position is None:
             return self.fn(logits)
+        if logits.ndim != 3:
+            raise InputError(
+                f"metric {self.name!r} is of position {self.position}, and the model gives "
+                f"{tuple(logits.shape)}, which has no positions. Leave the position out."
+            )
         if tokens is not None:  # A model may compute the last logits alone.
             tokens = tokens[:, -logits.shape[1] :]
         try:
@@ -81,7 +87,7 @@ class Metric:
 
     def value(
         self,
-        logits: Float[Tensor, "batch pos d_vocab"],
+        logits: Float[Tensor, "batch *pos d_vocab"],
         tokens: Bool[Tensor, "batch read"] | None = None,
     ) -> Float[Tensor, ""]:
         """The metric summed over sequences, which are independent of each other.

@@ -131,6 +131,7 @@ def centroid_of_neurons(
     s: Float[Tensor, "*#batch d_mlp"],
     *,
     dtype: torch.dtype | None = None,
+    create_graph: bool = False,
 ) -> Float[Tensor, "*batch d_in"]:
     """Gradient of ``sum_j s_j a_j`` in the MLP's input, ``a`` the activations that ``W_out`` reads.
 
@@ -143,8 +144,9 @@ def centroid_of_neurons(
         dtype: dtype of the computation and the result; if None that of the pre-activations, but at
             least float32, also under autocast: the product of a derivative and a row sum would
             otherwise lose what little precision is left.
+        create_graph: keep the graph, in the pre-activations, ``s`` and the weights.
     """
-    with torch.no_grad(), torch.autocast(pre[0].device.type, enabled=False):
+    with torch.set_grad_enabled(create_graph), torch.autocast(pre[0].device.type, enabled=False):
         pre = tuple(z.to(dtype or at_least_float32(z)) for z in pre)
         terms = mlp.input_gradients(pre, s.to(pre[0]))
         return _total(c @ W.to(c.dtype).T for c, W in terms)
@@ -191,9 +193,10 @@ def read_direction(
     cotangent: Float[Tensor, "*batch d_out"] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    create_graph: bool = False,
 ) -> Float[Tensor, "*batch d_mlp"]:
     """``s = W_out v``: how strongly the cotangent reads each neuron, at least in float32."""
-    with torch.no_grad(), torch.autocast(mlp.W_out.device.type, enabled=False):
+    with torch.set_grad_enabled(create_graph), torch.autocast(mlp.W_out.device.type, enabled=False):
         W_out = mlp.W_out.to(dtype or at_least_float32(mlp.W_out))
         return W_out.sum(-1) if cotangent is None else cotangent.to(W_out) @ W_out.T
 
@@ -224,7 +227,8 @@ def pull_back(
     Activations that torch has a backward kernel for are recognised by what they compute, whatever
     their class: one pass over ``z``, where forward mode makes a dozen for a GELU written out.
     """
-    kernel = _kernel(act)
+    # Not all kernels have a derivative of their own.
+    kernel = None if torch.is_grad_enabled() and z.requires_grad else _kernel(act)
     if kernel is None:
         return activation_and_derivative(act, z)[1] * weight
     return kernel(weight.expand_as(z), z)

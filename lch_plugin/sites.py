@@ -43,6 +43,8 @@ class SiteKind:
         reads: its input, in words.
         writes: its output, in words.
         part: the part of a block that it is, or belongs to; None of what is more than a part.
+        residual: ``"is"`` if its output is the residual stream, ``"adds"`` if its output is added
+            to it, None if neither: then it has no `Logit`.
         layers: what ``layers`` of a site are: a list of blocks, the two ends of a span, or none.
         is_indexed: whether it is one of several in a block, told apart by ``index``.
         mixes_positions: whether outputs at one position depend on inputs at others.
@@ -56,6 +58,7 @@ class SiteKind:
     reads: str
     writes: str
     part: Literal["mlp", "attn"] | None = None
+    residual: Literal["is", "adds"] | None = None
     layers: Literal["list", "ends", "none"] = "list"
     is_indexed: bool = False
     mixes_positions: bool = True
@@ -70,6 +73,7 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what the MLP reads",
         "what it writes",
         part="mlp",
+        residual="adds",
         mixes_positions=False,
         closed_forms=("jacobian",),
         has_local=True,
@@ -79,6 +83,7 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what the MLP reads",
         "activation of neuron J",
         part="mlp",
+        residual="adds",
         is_indexed=True,
         mixes_positions=False,
         linearizations=("jacobian",),
@@ -90,6 +95,7 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what attention reads",
         "what it writes",
         part="attn",
+        residual="adds",
         has_local=True,
     ),
     "head": SiteKind(
@@ -97,20 +103,27 @@ KINDS: Mapping[Kind, SiteKind] = {
         "what attention reads",
         "what head H writes",
         part="attn",
+        residual="adds",
         is_indexed=True,
         closed_forms=("detached",),
     ),
     "block": SiteKind(
-        "blocks.L.hook_centroid", "residual stream before block L", "after it", has_local=True
+        "blocks.L.hook_centroid",
+        "residual stream before block L",
+        "after it",
+        residual="is",
+        has_local=True,
     ),
     "span": SiteKind(
         "blocks.J.hook_centroid_from_I",
         "residual stream before block I",
         "after block J",
+        residual="is",
         layers="ends",
     ),
     "model": SiteKind("hook_centroid", "token embeddings", "logits", layers="none"),
 }
+"""What is known of each kind, by name."""
 
 # Beyond this many members a group of neurons or heads goes by its label.
 _MAX_SPELLED = 4
@@ -139,6 +152,8 @@ class Settings:
         n_samples, neighbourhood, centre, generator: as `lch_plugin.sample_neighbourhood`. Without a
             generator every forward pass draws the same points, and the global random state is not
             used.
+        create_graph: keep the graph of every value, so that it can be differentiated again, in the
+            input and in the weights. Gradients have to be on in the pass.
 
     Raises:
         InputError: settings that mean nothing, or nothing together.
@@ -154,6 +169,7 @@ class Settings:
     neighbourhood: Neighbourhood = "ball"
     centre: bool = False
     generator: torch.Generator | None = None
+    create_graph: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cotangent", as_cotangent(self.cotangent))
@@ -163,6 +179,7 @@ class Settings:
             ("n_samples", (int,)),
             ("centre", (bool,)),
             ("generator", (torch.Generator, type(None))),
+            ("create_graph", (bool,)),
         )
         if self.output_positions is not None and not integers(self.output_positions):
             raise InputError(f"output_positions={self.output_positions!r} must be integers.")
@@ -175,6 +192,11 @@ class Settings:
             raise InputError(
                 f"cotangent {self.v.name!r} is a gradient through everything downstream, in the "
                 "same pass, which 'detached' would change as well: use the Jacobian, or a Logit."
+            )
+        if self.create_graph and (self.is_late or self.linearization == "detached"):
+            raise InputError(
+                "create_graph=True goes with neither a cotangent that is known only from the "
+                "logits nor the detached linearisation, which changes the gradients of a pass."
             )
         if self.is_local:
             self._check_neighbourhood()
@@ -274,6 +296,7 @@ class Options(TypedDict, total=False):
     neighbourhood: Neighbourhood
     centre: bool
     generator: torch.Generator | None
+    create_graph: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,7 +336,7 @@ class Site(Settings):
     label: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise SiteError(f"site {self.kind!r} is not known; use one of {tuple(KINDS)}.")
         super().__post_init__()
         self._check_types(

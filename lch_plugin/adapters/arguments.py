@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -90,13 +91,33 @@ def with_output(output: Any, y: Tensor, other: Tensor) -> Any:
     """What a module returned, with another tensor in place of `output_of` it."""
     if output is y:
         return other
+    return mapped(output, lambda value: other if value is y else value)
+
+
+def mapped(output: Any, change: Callable[[Any], Any]) -> Any:
+    """What a module returned, with each of its values changed; itself if none is.
+
+    Args:
+        output: a tuple, a list, a dictionary or a dataclass, of the same class afterwards.
+        change: from a value to what it becomes.
+    """
     if isinstance(output, dict):  # ModelOutput too, which keeps its values twice.
         changed = copy.copy(output)
         for key, value in output.items():
-            changed[key] = other if value is y else value
-        return changed
-    values = [other if value is y else value for value in output]
-    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+            changed[key] = change(value)
+        return changed if any(changed[key] is not output[key] for key in output) else output
+    if isinstance(output, tuple | list):
+        values = [change(value) for value in output]
+        if all(new is old for new, old in zip(values, output, strict=True)):
+            return output
+        # Tuples with names take their values apart.
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        named = {f.name: getattr(output, f.name) for f in dataclasses.fields(output) if f.init}
+        new = {name: change(value) for name, value in named.items()}
+        if any(new[name] is not named[name] for name in named):
+            return dataclasses.replace(output, **new)
+    return output
 
 
 def token_mask(call: Call, n_pos: int) -> Bool[Tensor, "batch pos"] | None:

@@ -120,7 +120,8 @@ def check_cotangent(
     if v.shape == mu.shape:  # The residual stream itself passes a cotangent on as it is.
         pairs.append((mu - v, pairs[0][1] - r))
     for a, typical in pairs:
-        check_more_than_noise(name, float(a.norm()), float(typical.norm()), dtype, cure=_CURE)
+        norms = float(a.detach().norm()), float(typical.detach().norm())
+        check_more_than_noise(name, *norms, dtype, cure=_CURE)
 
 
 def check_mlp_cotangent(name: str, mlp: MLP, cotangent: Cotangent) -> None:

@@ -28,7 +28,7 @@ class Deferred:
 
 def of_metric(
     metric: Metric,
-    logits: Float[Tensor, "batch read d_vocab"],
+    logits: Float[Tensor, "*batch_read_d_vocab"],
     ys: Sequence[Float[Tensor, ...]],
     names: Sequence[str],
     tokens: Bool[Tensor, "batch pos"] | None,
@@ -43,10 +43,16 @@ def of_metric(
         tokens: which positions that the model reads are tokens; all if None.
 
     Raises:
-        InputError: it reads logits at padding, or as `Metric.value`.
+        InputError: there are no logits, it reads some at padding, or as `Metric.value`.
         NotDifferentiableError: it does not depend on what a component writes.
         NonFiniteError: the gradient is NaN or infinite.
     """
+    if logits.ndim < 2:
+        raise InputError(
+            f"metric {metric.name!r}: what the model returned first has shape "
+            f"{tuple(logits.shape)}, which is no logits. Call it without labels, or with "
+            "return_dict=True."
+        )
     with torch.enable_grad():
         value = metric.value(logits.clone(), tokens)  # The metric may write to its copy.
     of_logits, *vs = torch.autograd.grad(value, [logits, *ys], retain_graph=True, allow_unused=True)
@@ -68,7 +74,7 @@ def of_metric(
 
 def check_no_padding(
     metric: Metric,
-    gradient: Float[Tensor, "batch pos d_vocab"] | None,
+    gradient: Float[Tensor, "batch *read d_vocab"] | None,
     tokens: Bool[Tensor, "batch read"] | None,
 ) -> None:
     """Refuse a metric that reads logits at padding.
@@ -81,7 +87,8 @@ def check_no_padding(
     Raises:
         InputError: it does.
     """
-    if tokens is None or gradient is None:
+    # Logits of a sequence as a whole, (batch, n_labels), are at no position.
+    if tokens is None or gradient is None or gradient.ndim != 3:
         return
     padding = ~tokens.to(gradient.device)[:, -gradient.shape[1] :]
     read = gradient.ne(0).any(-1) & padding

@@ -67,7 +67,8 @@ class GradScope:
         if detach is not None and self.caller_grad:
             raise SiteError(
                 f"{holder} is a detached linearisation, which changes gradients, and the caller "
-                "has gradients on. Run the model under torch.no_grad()."
+                "has gradients on. Run the model under torch.no_grad(), and not from a hook within "
+                "a component that is differentiated."
             )
         if any(other != (detach is not None) for other in self._holders.values()):
             raise SiteError(
@@ -116,7 +117,15 @@ class GradScope:
         return x, x.clone()
 
 
-def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bool) -> list[Tensor]:
+def gradients(
+    name: str,
+    y: Tensor,
+    xs: Sequence[Tensor],
+    v: Tensor,
+    *,
+    keep: bool,
+    create_graph: bool = False,
+) -> list[Tensor]:
     """Gradients of ``v . y`` in each of several inputs, in one backward pass.
 
     Args:
@@ -125,6 +134,7 @@ def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bo
         xs: inputs.
         v: cotangent, in the shape of the output.
         keep: whether the graph is needed again.
+        create_graph: whether the gradients are to have one.
 
     Raises:
         NotDifferentiableError: no path leads there, or something wrote in place to what is needed.
@@ -133,7 +143,14 @@ def gradients(name: str, y: Tensor, xs: Sequence[Tensor], v: Tensor, *, keep: bo
     try:
         if y.requires_grad:
             with without_autocast():  # Of the forward pass alone: each operation has its dtype.
-                mus = torch.autograd.grad(y, xs, v, retain_graph=keep, allow_unused=True)
+                mus = torch.autograd.grad(
+                    y,
+                    xs,
+                    v,
+                    retain_graph=keep or create_graph,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise

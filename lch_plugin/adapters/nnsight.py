@@ -73,16 +73,16 @@ from lch_plugin.cotangents import (
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, blank, spread
-from lch_plugin.weak_cache import WeakCache as Memo
+from lch_plugin.weak_cache import WeakCache
 
 # Each beside the ids of the modules it was recognised in.
-_structures: Memo[tuple[tuple[int, ...], Structure | None]] = Memo()
+_structures: WeakCache[tuple[tuple[int, ...], Structure | None]] = WeakCache()
 # Names of cotangents, by module.
-_seen: Memo[set[str]] = Memo()
+_seen: WeakCache[set[str]] = WeakCache()
 # What finds the padding of a model's inputs, by model.
-_finders: Memo[Finder] = Memo()
+_finders: WeakCache[Finder] = WeakCache()
 # Which positions of the whole batch are tokens, by the batcher of a trace.
-_tokens_of: Memo[Bool[Tensor, "batch pos"] | None] = Memo()
+_tokens_of: WeakCache[Bool[Tensor, "batch pos"] | None] = WeakCache()
 
 
 def centroid(
@@ -299,20 +299,11 @@ def _by_vjp(envoys: list[Envoy], v: Cotangent) -> Tensor:
     component, path = _Span(envoys), _path(envoys)
     seen, key = _seen.setdefault(envoys[-1]._module, set()), f"{path} {_key(v)}"
     weighed = _Weighed(v, component.tokens)
-    # Running statistics count the model's own call, not ours.
-    counted = [b for e in envoys if _is_training(e) for b in e._module.buffers()]
-    buffers = [(b, b.clone()) for b in counted]
-    try:
-        with component.backward:
-            mu = vjp(component, component.x, weighed)
-            if key not in seen:
-                assert weighed.v is not None
-                check_cotangent(
-                    path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype
-                )
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with _Uncounted(envoys), component.backward:
+        mu = vjp(component, component.x, weighed)
+        if key not in seen:
+            assert weighed.v is not None
+            check_cotangent(path, weighed.v, mu, lambda r: vjp(component, component.x, r), mu.dtype)
     mu = blank(mu, component.tokens)
     check_finite(path, mu)
     seen.add(key)
@@ -325,7 +316,7 @@ def _from_the_logits(envoys: list[Envoy], structure: Structure | None, v: Logit 
     norm = _final_norm(root, last, v) if isinstance(v, Logit) else None
     if structure is None:
         component = _Span(envoys)
-        if component.writes_in_place:
+        if component.writes_in_place or any(_is_training(e) for e in envoys if _counts(e)):
             raise SiteError(
                 f"{path} writes in place to what its gradient needs, which cannot wait for the "
                 f"logits. Compute the direction of {v.name!r} in a first trace, and pass a tensor."
@@ -338,9 +329,17 @@ def _from_the_logits(envoys: list[Envoy], structure: Structure | None, v: Logit 
     output = last.output
     y = output_of(output, path)
     tokens = _tokens(last)
+    if tokens is None and structure is None:
+        tokens = component.tokens
+    _check_positions(root, v, tokens, path)
     if norm is not None:
         assert isinstance(v, Logit)
         w = _of_logit(root, norm, v, tokens)
+        if w.shape != y.shape:
+            raise SiteError(
+                f"{path} writes {tuple(y.shape)}, and the final norm reads {tuple(w.shape)}: it is "
+                "no block of the stack that the unembedding reads."
+            )
     else:
         assert isinstance(v, Metric)
         # Added to what is written: other graphs of the user's stay whole.
@@ -358,6 +357,19 @@ def _from_the_logits(envoys: list[Envoy], structure: Structure | None, v: Logit 
     return mu.to(at_least_float32(mu))
 
 
+def _check_positions(root: Envoy, v: Logit | Metric, tokens: Any, path: str) -> None:
+    """Refuse to count positions where nothing says which of them are tokens."""
+    model = root._module
+    is_around = not isinstance(model, PreTrainedModel) and any(
+        isinstance(m, PreTrainedModel) for m in model.modules()
+    )
+    if is_around and v.position is not None and tokens is None:
+        raise SiteError(
+            f"{path}: {v.name!r} counts positions among tokens, and what padding the model within "
+            f"this {type(model).__name__} reads is not known. Wrap the model itself in nnsight."
+        )
+
+
 def _root(envoy: Envoy) -> Envoy:
     """The envoy of the whole model."""
     while envoy.parent is not None:
@@ -368,14 +380,19 @@ def _root(envoy: Envoy) -> Envoy:
 def _final_norm(root: Envoy, last: Envoy, v: Logit) -> Envoy:
     """The norm in front of the unembedding: the one outside all lists of blocks."""
     model = root._module
-    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not any(last._module is block for listed in blocks for block in listed):
+    listed = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    inner = {m for blocks in listed for block in blocks for m in block.modules()} - {
+        block for blocks in listed for block in blocks
+    }
+    # Not what is listed within a block, as experts are.
+    blocks = [b for b in listed if b not in inner]
+    if not any(last._module is block for one in blocks for block in one):
         raise InputError(
             f"cotangent {v.name!r} lies in the residual stream, and what {last.path} writes may "
             "pass a norm before it gets there: take a block, or a span of blocks, or a Metric "
             "(lch.cotangents.logit_difference)."
         )
-    within = {m for listed in blocks for m in listed.modules()}
+    within = {m for one in blocks for m in one.modules()}
     get_head = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
     norms = [
@@ -413,6 +430,24 @@ def _of_logit(root: Envoy, norm: Envoy, v: Logit, tokens: Any) -> Tensor:
     w = W_U[v.token] if v.foil is None else W_U[v.token] - W_U[v.foil]
     w = spread(w.detach(), normed, tokens, None if v.position is None else [v.position])
     return _aside(norm, vjp, norm._module.forward, x, w)
+
+
+class _Uncounted:
+    """Running statistics count the model's own call, and not ours.
+
+    A class and not a decorated generator: nnsight sends functions without their decorators.
+    """
+
+    def __init__(self, envoys: list[Envoy]) -> None:
+        counting = (e for e in envoys if _is_training(e))
+        self._buffers = [b for e in counting for b in e._module.buffers()]
+
+    def __enter__(self) -> None:
+        self._before = [b.clone() for b in self._buffers]
+
+    def __exit__(self, *_: object) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
 
 
 class _Span:
@@ -545,6 +580,11 @@ def _tokens(envoy: Envoy) -> Bool[Tensor, "batch pos"] | None:
 def _group(envoy: Envoy) -> Any:
     """Which rows of the batch are of our invoke."""
     return Mediator.current(envoy.path).batch_group
+
+
+def _counts(envoy: Envoy) -> bool:
+    """Whether a module keeps running statistics, which its own call writes to."""
+    return any(getattr(m, "track_running_stats", False) for m in envoy._module.modules())
 
 
 def _is_training(envoy: Envoy) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lch_plugin.adapters.arguments import mapped
+
 _AUTOCASTING = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -41,15 +43,14 @@ def without_graph(output: Any) -> Any:
     """The same output without a graph. Containers that can be changed are changed in place."""
     if isinstance(output, Tensor):
         return output.detach() if output.requires_grad else output
-    if isinstance(output, tuple):
-        values = tuple(map(without_graph, output))
-        return type(output)(*values) if hasattr(output, "_fields") else values
     if isinstance(output, list):
         output[:] = map(without_graph, output)
+        return output
     if isinstance(output, dict):
         for key in list(output):
             output[key] = without_graph(output[key])
-    return output
+        return output
+    return mapped(output, without_graph)
 
 
 def detach_cache(cache: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import lch_plugin as lch
 from lch_plugin.cotangents import Metric, logit_difference
@@ -93,6 +95,32 @@ def test_a_prompt_is_the_same_beside_padding(asked: str) -> None:
             torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-11)
 
 
+def test_logits_of_a_sequence_as_a_whole_have_no_positions() -> None:
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=50,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).double().eval()
+    ids = torch.tensor([[3, 4, 5, 0, 0], [3, 4, 5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    name, metric = "bert.encoder.layer.1", Metric(lambda logits: logits[:, 1])
+    with lch.huggingface.attach(model, name, cotangent=metric) as handle, torch.no_grad():
+        model(**inputs)
+        together = handle.cache[name]
+        assert not together[0, 3:].any()
+        model(ids[:1, :3])
+        torch.testing.assert_close(together[:1, :3], handle.cache[name], rtol=1e-9, atol=1e-12)
+    at_last = Metric(lambda logits: logits[:, -1, 1], position=-1)
+    with lch.huggingface.attach(model, name, cotangent=at_last), torch.no_grad():
+        with pytest.raises(lch.InputError, match="has no positions"):
+            model(**inputs)
+
+
 def test_several_components_wait_for_one_metric() -> None:
     model, metric = huggingface("gpt2"), logit_difference(3, 4)
     names = [module_name("gpt2", kind) for kind in KINDS]
@@ -102,6 +130,35 @@ def test_several_components_wait_for_one_metric() -> None:
     for kind, name in zip(KINDS, names, strict=True):
         alone = through_huggingface("gpt2", kind, {"cotangent": metric})[""]
         torch.testing.assert_close(together.cache[name], alone, rtol=1e-9, atol=1e-11)
+
+
+def test_a_module_that_runs_twice_waits_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.Sequential(
+                nn.Linear(8, 16, dtype=torch.float64),
+                nn.GELU(),
+                nn.Linear(16, 8, dtype=torch.float64),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mlp(x + self.mlp(x))
+
+    model, metric = Twice(), Metric(lambda logits: logits.pow(2).sum((1, 2)))
+    x = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with lch.huggingface.attach(model, "mlp", cotangent=metric) as handle, torch.no_grad():
+        model(x)
+    first = model.mlp(x)
+    read = (x + first).detach().requires_grad_()
+    second = model.mlp(read)
+    at_the_end = 2 * second.detach()
+    expected = torch.autograd.grad(second, read, at_the_end)[0]
+    torch.testing.assert_close(handle.cache["mlp", 1], expected)
+    own = x.clone().requires_grad_()
+    torch.testing.assert_close(
+        handle.cache["mlp", 0], torch.autograd.grad(model.mlp(own), own, expected)[0]
+    )
 
 
 def test_waiting_for_the_logits_leaves_nothing_behind() -> None:
@@ -126,6 +183,128 @@ def test_a_metric_that_fails_leaves_the_model_as_it_was() -> None:
                 model(IDS)
         assert not torch.is_grad_enabled()
         assert torch.equal(model(IDS).logits, before)
+
+
+def test_another_handle_within_finishes_nothing_of_ours() -> None:
+    model, metric = models.huggingface("gpt2", torch.float64), logit_difference(3, 4)
+    name = "transformer.h.1.mlp"
+    with torch.no_grad(), lch.huggingface.attach(model, name, cotangent=metric) as handle:
+        model(IDS)
+        alone = handle.cache[name]
+        with lch.huggingface.attach(model.transformer, "h.0.mlp"):
+            model(IDS)
+        assert torch.equal(handle.cache[name], alone)
+
+
+def test_a_part_of_the_model_alone_has_no_logits() -> None:
+    model, metric = models.huggingface("gpt2", torch.float64), logit_difference(3, 4)
+    with torch.no_grad(), lch.huggingface.attach(model, cotangent=metric):
+        with pytest.raises(lch.SiteError, match="run the model that was attached to"):
+            model.transformer(IDS)
+        assert not torch.is_grad_enabled()
+        assert not model(IDS).logits.requires_grad
+
+
+class Around(nn.Module):
+    """A model of a user's around one of HuggingFace."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def test_padding_is_known_around_a_model_too() -> None:
+    inner, metric = huggingface("llama"), logit_difference(3, 4, position=-1)
+    name, mask = "model.layers.1", torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    with lch.huggingface.attach(inner, name, cotangent=metric) as handle, in_float64():
+        inner(IDS, attention_mask=mask)
+        expected = handle.cache[name]
+    outer = Around(inner)
+    with lch.huggingface.attach(outer, f"inner.{name}", cotangent=metric) as handle, in_float64():
+        outer(IDS, attention_mask=mask)
+        assert torch.equal(handle.cache[f"inner.{name}"], expected)
+
+
+def test_a_model_that_runs_again_within_a_pass_has_its_own_metric() -> None:
+    model, metric, busy = models.huggingface("gpt2", torch.float64), logit_difference(3, 4), []
+    name = "transformer.h.1"
+
+    def again(_module: nn.Module, _args: Any) -> None:
+        if not busy:
+            busy.append(1)
+            model(IDS + 1)
+
+    with torch.no_grad(), lch.huggingface.attach(model, name, cotangent=metric) as handle:
+        model(IDS)
+        outer = handle.cache[name]
+        model(IDS + 1)
+        inner = handle.cache[name]
+        hook = model.transformer.h[2].register_forward_pre_hook(again)
+        try:
+            model(IDS)
+        finally:
+            hook.remove()
+        assert torch.equal(handle.cache[name, 0], inner)
+        assert torch.equal(handle.cache[name, 1], outer)
+
+
+def test_a_loss_is_no_logits() -> None:
+    model, metric = models.huggingface("gpt2", torch.float64), logit_difference(3, 4)
+    with torch.no_grad(), lch.huggingface.attach(model, cotangent=metric):
+        with pytest.raises(lch.InputError, match="without labels"):
+            model(IDS, labels=IDS, return_dict=False)
+
+
+class Pair(tuple):
+    """A class of output of a user's own."""
+
+
+@dataclass
+class Named:
+    """Another."""
+
+    last_hidden_state: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: Pair((y,)), Named, lambda y: torch.max(y, -1, keepdim=True), lambda y: [y]],
+    ids=["tuple", "dataclass", "torch", "list"],
+)
+@pytest.mark.parametrize("metric", [False, True])
+def test_outputs_keep_their_class(wrap: Any, metric: bool) -> None:
+    class Wraps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.linear(x).tanh())
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wraps = Wraps()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.wraps(x)
+            kinds.append(type(out))
+            value = out.last_hidden_state if isinstance(out, Named) else out[0]
+            assert not value.requires_grad or metric
+            return value
+
+    kinds: list[type] = []
+    model, x = Reads(), torch.randn(1, 3, 4, dtype=torch.float64)
+    cotangent = Metric(lambda y: y.pow(2).sum((1, 2))) if metric else None
+    with torch.no_grad():
+        before = model(x)
+        with lch.huggingface.attach(model, "wraps", cotangent=cotangent) as handle:
+            assert torch.equal(model(x), before)
+    assert len(set(kinds)) == 1
+    assert handle.cache["wraps"].shape == x.shape
 
 
 class Sine(nn.Module):

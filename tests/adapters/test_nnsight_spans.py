@@ -101,6 +101,42 @@ def test_the_logits_are_what_they_were() -> None:
     assert torch.equal(before, after)
 
 
+def test_members_of_a_list_within_a_block_are_no_blocks() -> None:
+    hf = models.huggingface("gpt2", torch.float64)
+    # As a mixture keeps its experts.
+    hf.transformer.h[1].experts = nn.ModuleList([nn.Identity()])
+    hf.transformer.h[1].register_forward_hook(lambda m, _args, y: m.experts[0](y))
+    model = NNsight(hf)
+    with pytest.raises(lch.InputError, match="take a block"):
+        with model.trace(IDS):
+            lch.nnsight.centroid(model.transformer.h[1].experts[0], Logit(3)).save()
+
+
+def test_positions_are_not_counted_where_padding_is_not_known() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = models.huggingface("gpt2", torch.float64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids).logits
+
+    model = NNsight(Around())
+    v = logit_difference(3, 4, position=-1)
+    with pytest.raises(lch.SiteError, match="Wrap the model itself"):
+        with model.trace(IDS):
+            lch.nnsight.centroid(model.inner.transformer.h[1].mlp, v).save()
+
+
+def test_running_statistics_cannot_wait() -> None:
+    norm = nn.BatchNorm1d(3).double()
+    model = NNsight(nn.Sequential(norm, nn.Linear(5, 5).double()).train())
+    metric = Metric(lambda y: y.pow(2).sum((1, 2)))
+    with pytest.raises(lch.SiteError, match="in a first trace"):
+        with model.trace(torch.randn(2, 3, 5, dtype=torch.float64)):
+            lch.nnsight.centroid(model[0], metric).save()
+
+
 def test_what_a_trace_does_not_allow_is_said() -> None:
     model, v = NNsight(models.huggingface("gpt2", torch.float64)), logit_difference(3, 4)
     h = model.transformer.h

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from hypothesis import strategies as st
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import (
+    NodeKind,
     NodePoint,
     node_points,
     pattern_names,
     run_edited,
 )
 from lch_plugin.circuits import Circuit, Node, NodeScores
+from lch_plugin.circuits.graphs.node_slices import SliceKind
+from lch_plugin.circuits.kinds import KINDS
 from lch_plugin.circuits.nodes import all_nodes
 from tests import models
 
@@ -272,3 +276,10 @@ def test_results_show_themselves_in_a_line_and_in_a_notebook() -> None:
     assert repr(circuit) == "Circuit(2 of 22 nodes: heads, neurons, 9.09%)"
     assert "m1.n7" in scores._repr_html_()
     assert "<td>2</td>" in circuit._repr_html_()
+
+
+def test_every_kind_of_node_that_a_circuit_can_hold_has_a_record() -> None:
+    assert set(get_args(NodeKind)) <= KINDS.keys()
+    assert set(get_args(NodeKind)) <= set(get_args(SliceKind)) <= KINDS.keys()
+    parts = {"head": "attn", "neuron": "mlp", "mlp": "mlp"}
+    assert {kind: KINDS[kind].component for kind in get_args(NodeKind)} == parts

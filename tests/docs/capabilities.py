@@ -21,6 +21,7 @@ from nnsight.tracing.tracer import dec, inc
 from torch import Tensor, nn
 
 import lch_plugin as lch
+from lch_plugin import sites
 from lch_plugin.cotangents import Logit, Metric, Random
 from lch_plugin.demo import DEMO_MODEL_DIR
 from tests.docs import table
@@ -428,7 +429,7 @@ def _difference(logits: Tensor) -> Tensor:
     return logits[:, -1, ANSWER] - logits[:, -1, FOIL]
 
 
-KINDS = ("mlp", "neuron", "attn", "head", "block", "span", "model")
+KINDS = tuple(sites.KINDS)
 METRIC = Metric(_difference, position=-1)
 
 

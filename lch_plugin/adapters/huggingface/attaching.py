@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
-from lch_plugin.adapters.arguments import Call, caches
+from lch_plugin.adapters.arguments import Call, caches, output_of
 from lch_plugin.adapters.checks import check_loaded
+from lch_plugin.adapters.deferred import of_metric
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
 from lch_plugin.adapters.huggingface.readers import (
@@ -21,24 +22,27 @@ from lch_plugin.adapters.huggingface.readers import (
     Graph,
     LocalReader,
     Reader,
+    Running,
     VJPReader,
+    Waiting,
 )
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.cotangents import Cotangent, Logit, Metric
 from lch_plugin.errors import AttachError, InputError, SiteError
 from lch_plugin.files import portable
 from lch_plugin.sites import Options, Settings
-from lch_plugin.weak_cache import WeakCache as Memo
+from lch_plugin.weak_cache import WeakCache
 
 # By module: components of one model share graphs, whoever attached to them.
-_graphs: Memo[Graph] = Memo()
+_graphs: WeakCache[Graph] = WeakCache()
 
 
 class CentroidCache(Mapping[str, Tensor]):
     """Centroids of the last forward pass, by name of the component.
 
     ``cache[name]`` is a tensor of the shape of what the component reads. Of one that was called
-    several times in the pass (tied layers, recurrence), ``cache[name, i]`` is that of call ``i``.
+    several times in the pass (tied layers, recurrence), ``cache[name, i]`` is that of call ``i``,
+    in the order in which the centroids came to be known.
     A thread sees its own last pass; one that has run none, the last of any.
     """
 
@@ -155,13 +159,15 @@ class Handle:
         self.hook_names = [f"{n}{e}" for n in self.centroid_names for e in settings.endings]
         self.cache = CentroidCache(self.hook_names)
         self._graph = _graph_of(model)
-        self._depth = 0
+        # By call of the model under way, the components' calls that wait for its logits.
+        self._calls: list[dict[Running, Waiting]] = []
         self._is_attached = True
         self._readers = make_readers(
             model,
             targets,
             settings,
             lambda target: (lambda found: self._keep(target.name, found), lambda: True),
+            self._wait,
         )
         watch(self, model, model, model, self._graph.turn)
         for reader in self._readers:
@@ -183,6 +189,8 @@ class Handle:
             for reader in self._readers:
                 reader.remove()
             unwatch(self, self.model, self.model, self.model)
+            for waiting in self._calls:
+                _give_up(waiting)
 
     def __enter__(self) -> Handle:
         return self
@@ -200,15 +208,23 @@ class Handle:
         return f"Handle({state} {type(self.model).__name__}: {self.centroid_names})"
 
     def _keep(self, name: str, found: dict[str, Tensor]) -> None:
-        self.cache.keep(name, found, alone=not self._depth)
+        self.cache.keep(name, found, alone=not self._calls)
+
+    def _wait(self, running: Running, waiting: Waiting) -> None:
+        if not self._calls:
+            raise SiteError(
+                f"{running.name} needs what the whole model returns: run the model that was "
+                "attached to, not a part of it alone."
+            )
+        self._calls[-1][running] = waiting
 
     # The model's own calls, as `calls.Watcher`.
 
     def open(self) -> None:
-        self._depth += 1
+        self._calls.append({})
 
     def begin(self, call: Call) -> Call:
-        if self._depth == 1:
+        if len(self._calls) == 1:
             self.cache.begin()
         return call
 
@@ -216,18 +232,39 @@ class Handle:
         """Nothing of ours."""
 
     def end(self, call: Call, output: Any) -> Any:
-        if self._depth == 1 and self._graph.deferred:
-            self._graph.finish(output)
-            self._graph.give_up()
+        waiting = self._calls[-1] if self._calls else {}
+        has_waited = bool(waiting)
+        if has_waited:
+            _finish(waiting, output_of(output, "the model"))
+            _give_up(waiting)
         # Attention patterns and hidden states from within come out here too.
-        if not self._graph.was_open:
+        if not has_waited and not any(reader.builds_graph for reader in self._readers):
             return output
         return self._graph.drop(output, list(caches((*call[0], *call[1].values()))))
 
     def close(self) -> None:
-        self._depth = max(0, self._depth - 1)
-        if not self._depth:
-            self._graph.give_up()
+        if self._calls:
+            _give_up(self._calls.pop())
+
+
+def _finish(waiting: Mapping[Running, Waiting], logits: Tensor) -> None:
+    """Centroids whose metric is known now that the model has returned these logits."""
+    by_metric: dict[int, list[Waiting]] = {}
+    for one in waiting.values():
+        by_metric.setdefault(id(one.reader.settings.v), []).append(one)
+    for group in by_metric.values():
+        metric: Any = group[0].reader.settings.v
+        ys, labels = [one.deferred.y for one in group], [one.reader.label for one in group]
+        vs = of_metric(metric, logits, ys, labels, group[0].tokens)
+        for one, v in zip(group, vs, strict=True):
+            one.deferred.finish(v)
+
+
+def _give_up(waiting: dict[Running, Waiting]) -> None:
+    """Nobody waits any longer."""
+    while waiting:
+        running, one = waiting.popitem()
+        one.reader.stop(running)
 
 
 def attach(
@@ -311,7 +348,11 @@ Sink = tuple[Callable[[dict[str, Tensor]], None], Callable[[], bool]]
 
 
 def make_readers(
-    model: nn.Module, targets: list[Target], settings: Settings, sink: Callable[[Target], Sink]
+    model: nn.Module,
+    targets: list[Target],
+    settings: Settings,
+    sink: Callable[[Target], Sink],
+    wait: Callable[[Running, Waiting], None] | None = None,
 ) -> list[Reader]:
     """Readers of components, not yet installed.
 
@@ -320,6 +361,7 @@ def make_readers(
         targets: the components.
         settings: how centroids are taken.
         sink: where the values of each one's calls go, by ending, and whether anybody wants them.
+        wait: where calls go whose cotangent is known only from the logits; None if there are none.
     """
     if hasattr(model, "hook_dict"):
         raise AttachError(
@@ -344,6 +386,7 @@ def make_readers(
             "models": _models_around(model, target),
             "publish": publish,
             "is_wanted": is_wanted,
+            "wait": wait,
         }
         structure = None
         if not is_within:

@@ -32,7 +32,7 @@ from lch_plugin.adapters.checks import (
     distance_from_affine,
     not_affine,
 )
-from lch_plugin.adapters.deferred import Deferred, of_metric
+from lch_plugin.adapters.deferred import Deferred
 from lch_plugin.adapters.grad_scope import GradScope, gradients
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
@@ -40,14 +40,14 @@ from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Alone, Structure
 from lch_plugin.adapters.turns import Turn
 from lch_plugin.adapters.values import Values, expert_values, local_values
-from lch_plugin.centroids import centroid
+from lch_plugin.centroids import centroid, check_gradients_on
 from lch_plugin.cotangents import Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32, centroid_of_neurons, read_direction
 from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Settings
-from lch_plugin.weak_cache import WeakCache as Memo
+from lch_plugin.weak_cache import WeakCache
 
 
 @dataclass(eq=False)
@@ -83,44 +83,36 @@ class Running:
         return self.name
 
 
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A call whose centroid waits for the logits.
+
+    Attributes:
+        reader: whose.
+        deferred: the centroid.
+        tokens: which positions of the logits are tokens, if anything says.
+    """
+
+    reader: Reader
+    deferred: Deferred
+    tokens: Bool[Tensor, "batch pos"] | None
+
+
 class Graph(GradScope):
     """That of one model.
 
     Attributes:
         turn: passes take turns, whichever threads they are of.
-        deferred: centroids that wait for the logits, and their readers, by the call they are of.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.turn = Turn()
-        self.deferred: dict[Running, tuple[Reader, Deferred]] = {}
-        self._models: Memo[ModelCall] = Memo()
+        self._models: WeakCache[ModelCall] = WeakCache()
 
     def model_call(self, model: PreTrainedModel) -> ModelCall:
         """What watches the calls of a model, or of one within: the same for all its readers."""
         return self._models.setdefault(model, ModelCall(model))
-
-    def finish(self, output: Any) -> None:
-        """Centroids whose metric is known now that the model has returned this."""
-        by_metric: dict[int, list[Running]] = {}
-        for running, (reader, _) in self.deferred.items():
-            by_metric.setdefault(id(reader.settings.v), []).append(running)
-        for waiting in by_metric.values():
-            readers = [self.deferred[running][0] for running in waiting]
-            ys = [self.deferred[running][1].y for running in waiting]
-            metric: Any = readers[0].settings.v
-            logits = output_of(output, "the model")
-            labels = [reader.label for reader in readers]
-            vs = of_metric(metric, logits, ys, labels, readers[0].said)
-            for running, v in zip(waiting, vs, strict=True):
-                self.deferred[running][1].finish(v)
-
-    def give_up(self) -> None:
-        """Nobody waits any longer."""
-        for running, (reader, _) in list(self.deferred.items()):
-            del self.deferred[running]
-            reader.stop(running)
 
     def drop(self, output: Any, caches_called_with: list[Any]) -> Any:
         """What a module has returned, without a graph that nobody but centroids wants."""
@@ -205,9 +197,12 @@ class Reader:
         settings: how its centroid is to be taken.
         publish: is handed the values of each call, by ending.
         is_wanted: whether to compute any.
+        wait: is handed a call whose centroid waits for the logits.
     """
 
     method = ""
+    #: Whether a graph is built, which what the model returns is not to keep.
+    builds_graph = False
 
     def __init__(
         self,
@@ -219,10 +214,11 @@ class Reader:
         models: Sequence[PreTrainedModel],
         publish: Callable[[dict[str, Tensor]], None],
         is_wanted: Callable[[], bool],
+        wait: Callable[[Running, Waiting], None] | None,
     ) -> None:
         self.target = target
         self.settings = settings
-        self.publish, self.is_wanted = publish, is_wanted
+        self.publish, self.is_wanted, self.wait = publish, is_wanted, wait
         self._modules = modules
         self._graph = graph
         self._model_calls = {model: graph.model_call(model) for model in models}
@@ -294,30 +290,32 @@ class Reader:
         running = self._calls[-1] if self._calls else None
         if running is None:
             return output
-        self._calls[-1] = None
+        self._calls[-1], is_waiting = None, False
         try:
             y = output_of(output, self.label)
             self._look(running, call)
             tokens = self._tokens(running, call, y)
             if self.settings.is_late:
                 output = self._defer(running, y, tokens, output)
+                is_waiting = True
             else:
                 self._show(self._values(running, y, tokens, None), tokens)
         finally:
-            if running not in self._graph.deferred:
-                self.stop(running)
-        return self._graph.drop(output, running.caches) if self._graph.was_open else output
+            # What waits for the logits needs its graph until then, and no hook any longer.
+            self.stop(running, keep_graph=is_waiting)
+        return self._graph.drop(output, running.caches) if self.builds_graph else output
 
     def close(self) -> None:
         running = self._calls.pop() if self._calls else None
         if running is not None:
             self.stop(running)
 
-    def stop(self, running: Running) -> None:
+    def stop(self, running: Running, *, keep_graph: bool = False) -> None:
         """A call is over, or of no interest any longer."""
         for hook in running.hooks:
             hook.remove()
-        self._graph.release(running)
+        if not keep_graph:
+            self._graph.release(running)
 
     def _start(self, running: Running) -> Call:
         """Get ready; with what the first module is to be called."""
@@ -334,6 +332,7 @@ class Reader:
 
     def _defer(self, running: Running, y: Tensor, tokens: Tensor | None, output: Any) -> Any:
         """Wait for the logits; returns what the model is to go on with."""
+        assert self.wait is not None
         graph = self._graph
         graph.hold(running)
         if not y.requires_grad:
@@ -346,14 +345,27 @@ class Reader:
                 values = self._values(running, y, tokens, v)
             self._show(values, tokens)
 
-        graph.deferred[running] = self, Deferred(y, finish)
+        # Of the logits the outermost model says it, and now: its call may be over before they are
+        # looked at.
+        said = [call.said for call in self._model_calls.values() if call.said]
+        try:
+            self.wait(running, Waiting(self, Deferred(y, finish), said[-1][0] if said else tokens))
+        except BaseException:
+            graph.release(running)
+            raise
         return output
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """A tensor, with its graph only where that is asked for."""
+        return tensor if self.settings.create_graph else tensor.detach()
 
     def _show(self, values: Values, tokens: Tensor | None) -> None:
         with self._graph.outside():
+            if self.settings.create_graph:
+                check_gradients_on()
             found = {}
             for ending, value in values.items():
-                shown = blank(value().detach(), tokens)
+                shown = blank(self._kept(value()), tokens)
                 check_finite(f"{self.label}{ending}", shown)
                 found[ending] = shown.to(at_least_float32(shown))
             self.publish(found)
@@ -419,12 +431,12 @@ class ClosedFormReader(Reader):
         # Registered now, they come after every hook of the user's.
         running.hooks += [
             projection.register_forward_hook(
-                lambda _m, _i, output: running.outputs.append(output.detach())
+                lambda _m, _i, output: running.outputs.append(self._kept(output))
             )
             for projection in self._structure.inputs
         ]
         if self.settings.expert or self.settings.is_local:
-            running.x = input_of(running.call, self.label)[0].detach()
+            running.x = self._kept(input_of(running.call, self.label)[0])
         return running.call
 
     def _look(self, running: Running, call: Call) -> None:
@@ -442,7 +454,6 @@ class ClosedFormReader(Reader):
             )
         self._check_connected(running, call)
 
-    @torch.no_grad()
     def _values(
         self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
     ) -> Values:
@@ -451,20 +462,22 @@ class ClosedFormReader(Reader):
         if v is None and not isinstance(own, Ones):
             assert isinstance(own, Cotangent)
             v = evaluate(own, y)
-        s = read_direction(mlp, v)
+        create_graph = self.settings.create_graph
+        s = read_direction(mlp, v, create_graph=create_graph)
         if self.settings.is_local:
             assert running.x is not None
 
             def mu_at(samples: Tensor) -> Tensor:
-                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s)
+                pre = mlp.pre_activations(samples)
+                return centroid_of_neurons(mlp, pre, s, create_graph=create_graph)
 
             return local_values(self.settings, running.x.to(at_least_float32(y)), mu_at)
-        mu = centroid_of_neurons(mlp, pre, s)
+        mu = centroid_of_neurons(mlp, pre, s, create_graph=create_graph)
         if not self.settings.expert:
             return {"": lambda: mu}
         assert running.x is not None
         v = torch.ones_like(y) if v is None else v
-        return expert_values(mu, running.x, y.detach(), v, mixes_positions=False)
+        return expert_values(mu, running.x, self._kept(y), v, mixes_positions=False)
 
     def _list_parts(self) -> list[nn.Module]:
         first, last, _ = self._modules
@@ -488,6 +501,7 @@ class VJPReader(Reader):
     """Any component: one vector-Jacobian product on the graph of the model's own call."""
 
     method = "VJP"
+    builds_graph = True
 
     def __init__(self, *args: Any, mixes_positions: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -515,8 +529,13 @@ class VJPReader(Reader):
         assert running.x is not None
         x = running.x
 
+        create_graph = self.settings.create_graph
+        if create_graph:
+            with self._graph.outside():
+                check_gradients_on()
+
         def gradient(v: Tensor) -> Tensor:
-            return gradients(self.label, y, [x], v, keep=True)[0]
+            return gradients(self.label, y, [x], v, keep=True, create_graph=create_graph)[0]
 
         if v is None:
             own = self.settings.v
@@ -531,7 +550,7 @@ class VJPReader(Reader):
             self._is_checked = True
         if not self.settings.expert:
             return {"": lambda: mu}
-        known = (t.detach() for t in (mu, x, y, v))
+        known = (self._kept(t) for t in (mu, x, y, v))
         return expert_values(*known, mixes_positions=self._mixes_positions)
 
     def _check_affine(self, running: Running, x: Tensor, v: Tensor) -> None:
@@ -553,7 +572,7 @@ class LocalReader(Reader):
     method = "VJP"
 
     def _start(self, running: Running) -> Call:
-        running.x = input_of(running.call, self.label)[0].detach()
+        running.x = self._kept(input_of(running.call, self.label)[0])
         running.again = self._by_itself(running)
         return running.call
 
@@ -567,7 +586,12 @@ class LocalReader(Reader):
         spread_v = spread(evaluate(own, y), y, tokens, self.settings.positions).detach()
 
         def mu_at(samples: Tensor) -> Tensor:
-            return torch.stack([centroid(run, sample, spread_v) for sample in samples])
+            create_graph = self.settings.create_graph
+            return torch.stack(
+                [centroid(run, s, spread_v, create_graph=create_graph) for s in samples]
+            )
 
-        with self._graph.outside(), Alone([self._modules[0]]):
-            return local_values(self.settings, x, mu_at)
+        with self._graph.outside():
+            grad = torch.is_grad_enabled()
+            with Alone([self._modules[0]]), torch.set_grad_enabled(grad):
+                return local_values(self.settings, x, mu_at)

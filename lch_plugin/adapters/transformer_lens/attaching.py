@@ -63,6 +63,14 @@ def attach(
         VanishingCentroidError: the cotangent reads nothing of what the component writes, as all
             ones does after TransformerLens has centered the writing weights.
         NotDifferentiableError: no gradient path leads through the component.
+
+    Example:
+        >>> import lch_plugin as lch
+        >>> model = lch.load_demo_model()
+        >>> with lch.attach(model, layers=[2]) as handle:
+        ...     _, cache = model.run_with_cache("A pear tree", names_filter=handle.hook_names)
+        >>> cache["blocks.2.mlp.hook_centroid"].shape[-1]
+        128
     """
     architecture.check_model(model)
     listed = [site] if isinstance(site, str | Site) else list(site)
@@ -75,23 +83,25 @@ def attach(
         )
     sites = [s if isinstance(s, Site) else Site(s, layers, cotangent=cotangent) for s in listed]
     tracker = tracker_of(model)
-    readers = [reader for s in sites for reader in _readers(tracker.runs, s)]
-    for reader in readers:
-        reader.check()
-    readers = _verified(tracker.runs, readers)
-    handle = Handle(tracker, readers)
-    try:
+    # Hooks are silenced and modes set while it is checked, which other threads must not see.
+    with tracker.runs.turn:
+        readers = [reader for s in sites for reader in _readers(tracker.runs, s)]
         for reader in readers:
-            for point in reader.points.values():
-                point.publish(model)
-                handle.published.append(point)
-        _refresh(model)
-        for reader in readers:
-            tracker.add(reader)
-        check_readers(model, tracker, readers)
-    except BaseException:
-        handle.detach()
-        raise
+            reader.check()
+        readers = _verified(tracker.runs, readers)
+        handle = Handle(tracker, readers)
+        try:
+            for reader in readers:
+                for point in reader.points.values():
+                    point.publish(model)
+                    handle.published.append(point)
+            _refresh(model)
+            for reader in readers:
+                tracker.add(reader)
+            check_readers(model, tracker, readers)
+        except BaseException:
+            handle.detach()
+            raise
     return handle
 
 
@@ -178,6 +188,11 @@ def _verified(runs: Runs, readers: list[Reader]) -> list[Reader]:
 
 def _readers(runs: Runs, site: Site) -> list[Reader]:
     """A site at every layer it is about."""
+    if isinstance(site.v, Logit) and site.of_kind.residual is None:
+        raise InputError(
+            f"a Logit cotangent lies in the residual stream, where a {site.kind} does not write: "
+            "use lch.cotangents.logit_difference."
+        )
     if site.of_kind.layers == "none":
         return [_model_reader(runs, site)]
     readers: list[Reader] = []
@@ -302,11 +317,6 @@ def _span_reader(runs: Runs, site: Site, stack: str, first: int, last: int) -> R
 
 
 def _model_reader(runs: Runs, site: Site) -> Reader:
-    if isinstance(site.v, Logit):
-        raise InputError(
-            "a Logit cotangent lies in the residual stream, and the model's output is the logits: "
-            "use lch.cotangents.logit_difference, or a one-hot vector."
-        )
     if hasattr(runs.model, "encoder_blocks"):
         raise SiteError("an encoder-decoder has two inputs: use spans of its stacks.")
     return VJPReader(

@@ -28,16 +28,59 @@ from lch_plugin.errors import SiteError
 from lch_plugin.mlp import MLP, at_least_float32, centroid_of_neurons, read_direction
 
 
-class MLPReader(Reader):
-    """An MLP in closed form (`lch_plugin.mlp`), from the pre-activations the model computes."""
+class ClosedFormReader(Reader):
+    """A component whose centroid follows from values that the model computes within it."""
 
     method = "closed form"
+    #: What is said where the model did not compute these values.
+    missing = ""
+
+    def __init__(self, *args: Any, gates: tuple[Gate, tuple[Gate, ...], Gate], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._entry, self._within, self._exit = gates
+
+    @property
+    def gates(self) -> Sequence[Gate]:
+        reads_x = self.site.expert or self.site.is_local
+        return [*([self._entry] if reads_x else []), *self._within, self._exit]
+
+    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        if gate.key == self._entry.key:
+            self._run.see(self).x = self._kept(tensor)
+            return None
+        if gate.key != self._exit.key:
+            self._run.see(self).values[gate.key] = self._kept(tensor)
+            return None
+        seen = self._run.take(self)
+        if len(seen.values) < len(self._within):
+            raise SiteError(f"{self.name}: {self.missing}")
+        values = tuple(seen.values[gate.key] for gate in self._within)
+        finish = partial(self._finish, values, seen.x, self._kept(tensor))
+        if self.site.is_late:
+            return postpone(self, tensor, finish)
+        with self._run.scope.outside():
+            finish(None)
+        return None
+
+    def _finish(
+        self, values: tuple[Tensor, ...], x: Tensor | None, y: Tensor, v: Tensor | None
+    ) -> None:
+        """Show the centroid; ``v`` is given if it came late."""
+        raise NotImplementedError
+
+
+class MLPReader(ClosedFormReader):
+    """An MLP in closed form (`lch_plugin.mlp`), from the pre-activations the model computes."""
+
+    missing = (
+        "the MLP ran without passing the hook points of its pre-activations, so its centroid is "
+        "unknown."
+    )
 
     def __init__(self, *args: Any, parts: MLPParts, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        gates = parts.input_gate, parts.pre_activation_gates, mlp_gates(parts.component)[1]
+        super().__init__(*args, gates=gates, **kwargs)
         self.parts = parts
-        self._input_gate, self._pre_gates = parts.input_gate, parts.pre_activation_gates
-        self._exit = mlp_gates(parts.component)[1]
         self._checked: tuple[int, int] | None = None
 
     @property
@@ -50,70 +93,45 @@ class MLPReader(Reader):
         """Whether the model's own module says the same, should the closed form be wrong."""
         return True
 
-    @property
-    def gates(self) -> Sequence[Gate]:
-        reads_x = self.site.expert or self.site.is_local
-        return [*([self._input_gate] if reads_x else []), *self._pre_gates, self._exit]
-
     def check(self) -> None:
         """Raise for a fixed cotangent that does not fit, or reads nothing of what is written."""
         v = self._fixed()
         if v is not None:
             self.parts.check_cotangent(None if isinstance(self.site.v, Ones) else v)
 
-    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
-        if gate.key == self._input_gate.key:
-            self._run.see(self).x = tensor.detach()
-            return None
-        if gate.key != self._exit.key:
-            self._run.see(self).values[gate.key] = tensor.detach()
-            return None
-        seen = self._run.take(self)
-        if len(seen.values) < len(self._pre_gates):
-            raise SiteError(
-                f"{self.name}: the MLP ran without passing the hook points of its pre-activations, "
-                "so its centroid is unknown."
-            )
-        pre = tuple(seen.values[gate.key] for gate in self._pre_gates)
-        if self.site.is_late:
-            finish = partial(self._finish, pre, seen.x, tensor.detach())
-            return postpone(self, tensor, finish)
-        with self._run.scope.outside():
-            self._finish(pre, seen.x, tensor.detach(), None)
-        return None
-
     def _finish(
         self, pre: tuple[Tensor, ...], x: Tensor | None, y: Tensor, v: Tensor | None
     ) -> None:
-        """Show the centroid; ``v`` is given if it came late."""
         mlp, dtype = self.mlp, self.site.compute_dtype or at_least_float32(y)
         s = self._reading(mlp, y, v, dtype)
+        options: Any = {"dtype": dtype, "create_graph": self.site.create_graph}
         if self.site.is_local:
             assert x is not None
 
             def mu_at(samples: Tensor) -> Tensor:
-                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, dtype=dtype)
+                return centroid_of_neurons(mlp, mlp.pre_activations(samples), s, **options)
 
             self._show(local_values(self.site, x.to(dtype), mu_at))
         elif not self.site.expert:
-            self._show({"": lambda: centroid_of_neurons(mlp, pre, s, dtype=dtype)})
+            self._show({"": lambda: centroid_of_neurons(mlp, pre, s, **options)})
         else:
             assert x is not None
-            mu = centroid_of_neurons(mlp, pre, s, dtype=dtype)
+            mu = centroid_of_neurons(mlp, pre, s, **options)
             v = self._at(y) if v is None else v
             values = expert_values(mu, x, y, v, mixes_positions=False)
             self._show({**values, "_region": lambda: pre[0] > 0})
 
     def _reading(self, mlp: MLP, y: Tensor, v: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Weight of each neuron in ``v . f(x)``."""
+        options: Any = {"dtype": dtype, "create_graph": self.site.create_graph}
         if v is not None or not is_fixed(self.site.v):
-            return read_direction(mlp, self._at(y) if v is None else v, dtype=dtype)
+            return read_direction(mlp, self._at(y) if v is None else v, **options)
         identity = mlp.W_out.data_ptr(), mlp.W_out._version
         if self._checked != identity:
             self.check()  # Weights may have been processed, trained or moved since.
             self._checked = identity
         ones = isinstance(self.site.v, Ones)
-        return read_direction(mlp, None if ones else self._fixed(), dtype=dtype)
+        return read_direction(mlp, None if ones else self._fixed(), **options)
 
     def _fixed(self) -> Tensor | None:
         """The cotangent, if it is the same in every pass."""
@@ -156,26 +174,24 @@ class NeuronReader(MLPReader):
         return self._at(y) if v is None else read_direction(mlp, v, dtype=dtype)
 
 
-class HeadReader(Reader):
+class HeadReader(ClosedFormReader):
     """Attention heads with the pattern held fixed, in closed form: their detached linearisation.
 
     A head then writes ``y_t = sum_s A_ts x_s W_V W_O``, which is linear in what attention reads:
     ``mu_s = sum_t A_ts (v_t W_O^T) W_V^T``.
     """
 
-    method = "closed form"
+    missing = (
+        "attention ran without passing its pattern through a hook point. Load the model with "
+        'attn_implementation="eager".'
+    )
 
     def __init__(self, *args: Any, attn: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        pattern = PointGate(attn, "hook_pattern", last=True)
+        within = (pattern, heads_values(attn, last=True))
+        gates = attention_input(attn), within, heads_output(attn)
+        super().__init__(*args, gates=gates, **kwargs)
         self.attn = attn
-        self._input_gate, self._exit = attention_input(attn), heads_output(attn)
-        self._pattern_gate = PointGate(attn, "hook_pattern", last=True)
-        self._z_gate = heads_values(attn, last=True)
-
-    @property
-    def gates(self) -> Sequence[Gate]:
-        entry = [self._input_gate] if self.site.expert else []
-        return [*entry, self._pattern_gate, self._z_gate, self._exit]
 
     def check(self) -> None:
         """Raise for heads that do not exist, and for a cotangent that reads nothing of theirs."""
@@ -185,26 +201,6 @@ class HeadReader(Reader):
             v = self._at(W_O.to(at_least_float32(W_O)))
             check_reads(self.name, "these heads", W_O, v, cure=UNPROCESSED)
 
-    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
-        if gate.key == self._input_gate.key:
-            self._run.see(self).x = tensor.detach()
-            return None
-        if gate.key != self._exit.key:
-            self._run.see(self).values[gate.key] = tensor.detach()
-            return None
-        seen = self._run.take(self)
-        if len(seen.values) < 2:
-            raise SiteError(
-                f"{self.name}: attention ran without passing its pattern through a hook point. "
-                'Load the model with attn_implementation="eager".'
-            )
-        pattern, z = seen.values[self._pattern_gate.key], seen.values[self._z_gate.key]
-        if self.site.is_late:
-            return postpone(self, tensor, partial(self._finish, pattern, z, seen.x))
-        with self._run.scope.outside():
-            self._finish(pattern, z, seen.x, None)
-        return None
-
     def centroid(self, pattern: Tensor, v: Tensor) -> Tensor:
         """``mu``, ``(batch, pos, d_model)``, for ``v`` of the same shape."""
         W_V, W_O = (W.to(v.dtype) for W in head_weights(self.attn, self.site.members))
@@ -212,7 +208,10 @@ class HeadReader(Reader):
         u = torch.einsum("btd,hed->bhte", v, W_O)
         return torch.einsum("bhts,bhte,hde->bsd", A, u, W_V)
 
-    def _finish(self, pattern: Tensor, z: Tensor, x: Tensor | None, v: Tensor | None) -> None:
+    def _finish(
+        self, values: tuple[Tensor, ...], x: Tensor | None, _y: Tensor, v: Tensor | None
+    ) -> None:
+        pattern, z = values
         dtype = self.site.compute_dtype or at_least_float32(z)
         y = head_outputs(self.attn, self.site.members, z.to(dtype))
         if v is None:

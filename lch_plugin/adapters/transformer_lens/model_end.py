@@ -119,11 +119,12 @@ class ModelEnd:
         return spread(v.detach(), y, self._runs.current.tokens_at_the_end, positions)
 
     def _finish_logit(self, reader: Reader, waits: Deferred, v: Tensor) -> None:
-        scope, model, part = self._runs.current.scope, self._runs.model, reader.site.of_kind.part
+        scope, model, kind = self._runs.current.scope, self._runs.model, reader.site.of_kind
         norm = None
-        if part is not None:
+        if kind.residual == "adds":
+            assert kind.part is not None
             assert reader.layer is not None
-            norm = post_norm(model.blocks[reader.layer], part)
+            norm = post_norm(model.blocks[reader.layer], kind.part)
         if norm is not None:
             with scope.outside(), torch.enable_grad(), self._runs.silence(model):
                 y = waits.y.detach().requires_grad_()

@@ -19,6 +19,7 @@ from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.hook_points import CentroidPoint
 from lch_plugin.adapters.transformer_lens.runs import Run, Runs
 from lch_plugin.adapters.values import Values
+from lch_plugin.centroids import check_gradients_on
 from lch_plugin.cotangents import Cotangent, evaluate
 from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Site
@@ -130,14 +131,20 @@ class Reader:
         """A cotangent spread over the outputs ``y`` that count."""
         return spread(v, y, self._tokens, self.site.positions)
 
+    def _kept(self, tensor: Tensor) -> Tensor:
+        """A tensor, with its graph only where that is asked for."""
+        return tensor if self.site.create_graph else tensor.detach()
+
     def _show(self, values: Values) -> None:
         """Hand values to whoever listens, computing only those."""
         tokens = self._tokens
         with self._run.scope.outside():
+            if self.site.create_graph:
+                check_gradients_on()
             for ending, value in values.items():
                 point = self.points.get(ending)
                 if point is None or not point.has_listener:
                     continue
-                tensor = blank(value().detach(), tokens)
+                tensor = blank(self._kept(value()), tokens)
                 check_finite(point.name, tensor, f", at layer {self.layer}")
                 point.fire(tensor)

@@ -195,6 +195,7 @@ def _fitting(sites: Mapping[Reader, Site]) -> dict[Reader, Site]:
             cotangent=cotangents[id(site.v)],
             output_positions=None if site.positions is None else -1,
             generator=None,
+            create_graph=False,
             n_samples=2 if site.is_local else site.n_samples,
         )
         for reader, site in sites.items()
@@ -328,7 +329,7 @@ def _check_noise(reader: Reader, v: Tensor, mu: Tensor, typical: Tensor) -> None
     r = reader.weigh(noise(v), v)
     scale = float(v.norm() / r.norm())
     pairs = [(mu, typical)]
-    if reader.site.of_kind.part is None and v.shape == mu.shape:
+    if reader.site.of_kind.residual == "is" and v.shape == mu.shape:
         # The residual stream itself passes a cotangent on as it is.
         pairs.append((mu - v, typical - r))
     for a, b in pairs:

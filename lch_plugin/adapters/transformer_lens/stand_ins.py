@@ -44,7 +44,9 @@ class StandIn:
         setattr(owner, name, self)
 
     def remove(self) -> None:
-        """Give the object its own back."""
+        """Give the object its own back, unless somebody put theirs over ours."""
+        if vars(self._owner).get(self._name) is not self:
+            return
         if self._before is None:
             vars(self._owner).pop(self._name, None)
         else:

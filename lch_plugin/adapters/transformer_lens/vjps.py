@@ -28,7 +28,7 @@ from lch_plugin.adapters.transformer_lens.model_end import postpone
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.runs import Run
 from lch_plugin.adapters.values import expert_values, local_values
-from lch_plugin.centroids import centroid
+from lch_plugin.centroids import centroid, check_gradients_on
 from lch_plugin.cotangents import Metric, Ones, Random
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
@@ -78,7 +78,7 @@ class VJPReader(Reader):
 
     def finish(self, x: Tensor, y: Tensor, mu: Tensor, v: Tensor) -> None:
         """Show a centroid that has been computed."""
-        known = (t.detach() for t in (mu, x, y, v))
+        known = (self._kept(t) for t in (mu, x, y, v))
         self._show(expert_values(*known, mixes_positions=self.site.mixes_positions))
 
     def finish_late(self, x: Tensor, y: Tensor, v: Tensor) -> None:
@@ -93,7 +93,8 @@ class VJPReader(Reader):
         """Equal for readers whose cotangents at the same output are."""
         v = self.site.v
         same = v if isinstance(v, Ones | Random) else id(v)
-        return same, tuple(self.site.positions or ()), self.site.mixes_positions
+        site = self.site
+        return same, tuple(site.positions or ()), site.mixes_positions, site.create_graph
 
     def _at(self, y: Tensor) -> Tensor:
         if not isinstance(self.site.v, Metric):
@@ -183,7 +184,12 @@ def _finish_now(run: Run, readers: Sequence[VJPReader], xs: Any, ys: Any, *, kee
         v = group[0].weighed(y)
         names = str([r.name for r in group])
         inputs = [xs[reader] for reader in group]
-        mus = gradients(names, y, inputs, v, keep=keep or i < len(groups))
+        create_graph = group[0].site.create_graph
+        if create_graph:
+            with run.scope.outside():
+                check_gradients_on()
+        keep_now = keep or i < len(groups)
+        mus = gradients(names, y, inputs, v, keep=keep_now, create_graph=create_graph)
         for reader, mu in zip(group, mus, strict=True):
             reader.finish(xs[reader], y, mu, v)
 
@@ -218,7 +224,7 @@ class LocalReader(Reader):
 
     def at(self, gate: Gate, tensor: Tensor) -> None:
         if gate.key == self._start.key:
-            self._run.see(self).x = tensor.detach()
+            self._run.see(self).x = self._kept(tensor)
             return
         seen = self._run.take(self)
         if seen.x is None or seen.call is None:
@@ -233,7 +239,10 @@ class LocalReader(Reader):
             return output[0] if isinstance(output, tuple) else output
 
         def mu_at(samples: Tensor) -> Tensor:
-            return torch.stack([centroid(run, sample, v) for sample in samples])
+            create_graph = self.site.create_graph
+            return torch.stack(
+                [centroid(run, sample, v, create_graph=create_graph) for sample in samples]
+            )
 
         with self._run.scope.outside():
             with self.runs.silence(self._component):
