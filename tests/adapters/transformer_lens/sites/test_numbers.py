@@ -778,7 +778,7 @@ def test_names_of_all_hook_points_and_of_the_centroids_alone(gpt2: Any) -> None:
 
 
 def relu_model() -> HookedTransformer:
-    from tests.adapters.test_transformer_lens import lens_model
+    from tests.adapters.transformer_lens.test_hook_points import lens_model
 
     model = lens_model(act_fn="relu", normalization_type="LN")
     return model.to(F64)
