@@ -159,6 +159,26 @@ def hooked(
     return lens.to(dtype)
 
 
+def lens_model(**kw: Any) -> HookedTransformer:
+    """A HookedTransformer of any configuration, with random weights."""
+    require_hooked()
+    from transformer_lens import HookedTransformerConfig
+
+    torch.manual_seed(0)
+    defaults = {
+        "n_layers": 2,
+        "d_model": 16,
+        "n_heads": 2,
+        "d_head": 8,
+        "d_mlp": 24,
+        "n_ctx": 8,
+        "d_vocab": 20,
+        "dtype": torch.float64,
+        "device": "cpu",
+    }
+    return HookedTransformer(HookedTransformerConfig(**{**defaults, **kw}))
+
+
 def tokens(batch: int = 2, pos: int = 7, seed: int = 1) -> Tensor:
     """Ids of text: none of them is the token that begins, ends and fills up, 0."""
     generator = torch.Generator().manual_seed(seed)

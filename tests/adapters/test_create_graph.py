@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lch_plugin as lch
 from lch_plugin.cotangents import Random, logit_difference
 from tests import models
-from tests.adapters.test_agreement import NAMES
+from tests.adapters.common import NAMES
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6]])
 LAYER = 1

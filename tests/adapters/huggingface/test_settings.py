@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import lch_plugin as lch
 from lch_plugin.cotangents import Metric, logit_difference
 from tests import models
-from tests.adapters.test_agreement import NAMES, huggingface, in_float64
+from tests.adapters.common import NAMES, huggingface, in_float64
 
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 35, 8, 9, 7, 9]])
 LAYER = 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lch_plugin as lch
 from tests import models
-from tests.adapters.transformer_lens.test_hook_points import BACKENDS
+from tests.adapters.transformer_lens.common import BACKENDS
 from tests.saes.training.test_train import DATA, config
 
 LAYERS = (0, 1)
