@@ -34,9 +34,10 @@ test: $(VENV)/ready check docs
 	$(BIN)/pytest -n auto --dist loadgroup
 	$(MAKE) test-tl4
 
-# What has to do with TransformerLens.
+# What has to do with TransformerLens; the whole suite runs there as well.
 test-tl4: $(LENS4)/ready
-	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -n auto --dist loadgroup tests/adapters \
+	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -n auto --dist loadgroup \
+		--ignore tests/adapters/huggingface --ignore tests/adapters/nnsight tests/adapters \
 		tests/circuits tests/test_documentation.py tests/test_families.py tests/test_imports.py
 
 test-lowest: $(LOWEST)/ready
