@@ -2,10 +2,12 @@
 #
 #   make demo    the demonstration, into demo-report/ (anew each time)
 #   make test    lint, types, documentation and tests: what CI runs
+#   make test-tl4    of these, adapters, circuits and documentation beside TransformerLens 4
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
 #   make faults  kills, flipped bits, full disks: the table of docs/results/faults.md
 #   make docs    the documentation, into site/
 #   make docs-tables   the tables of the documentation that tests write, written anew
+#   make docs-families   the same, of model families, on both versions of TransformerLens
 #   make bench   what centroids, SAEs on them and circuits cost, and circuits beside other methods
 #
 # PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
@@ -16,9 +18,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := $(VENV)/lowest
+# Beside everything else in $(VENV): first on the path, it stands before the TransformerLens there.
+LENS4 := $(VENV)/transformer-lens-4
+LENS4_VERSION := 4.3.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-lowest faults docs docs-tables check format bench clean
+.PHONY: demo test test-tl4 test-lowest faults docs docs-tables docs-families check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -27,6 +32,12 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready check docs
 	$(BIN)/pytest -n auto --dist loadgroup
+	$(MAKE) test-tl4
+
+# What has to do with TransformerLens.
+test-tl4: $(LENS4)/ready
+	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -n auto --dist loadgroup tests/adapters \
+		tests/circuits tests/test_documentation.py tests/test_families.py tests/test_imports.py
 
 test-lowest: $(LOWEST)/ready
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
@@ -40,6 +51,10 @@ docs: $(VENV)/ready
 
 docs-tables: $(VENV)/ready
 	$(BIN)/python -W ignore -m tests.docs
+
+docs-families: $(LENS4)/ready
+	$(BIN)/python -W ignore -m tests.test_families
+	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/python -W ignore -m tests.test_families
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -62,6 +77,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(LENS4)/ready: $(VENV)/ready Makefile
+	rm -rf $(LENS4)
+	$(BIN)/pip install --quiet --no-deps --target $(LENS4) transformer-lens==$(LENS4_VERSION)
 	touch $@
 
 # Of what the package asks for itself the lowest versions, of the rest those that go with them.

@@ -11,8 +11,13 @@ import jaxtyping
 import pytest
 import torch
 
+from tests.toolkits import HAS_SAES
+
 # Tests run in as many processes as there are cores; more threads would only get in their way.
 torch.set_num_threads(1)
+
+# All about SAEs, from their imports on.
+collect_ignore = [] if HAS_SAES else ["cli", "demonstration", "faults", "saes"]
 
 
 @pytest.fixture(autouse=True)

@@ -12,15 +12,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
 )
+
+from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer
+from tests.toolkits import require_hooked, require_saes
 
 N_LAYERS, D_MODEL, D_MLP, D_VOCAB, N_CTX = 3, 32, 48, 50, 16
 
@@ -131,7 +132,11 @@ def hooked(
     seed: int = 0,
     cls: type[HookedTransformer] = HookedTransformer,
 ) -> HookedTransformer:
-    """GPT-2 as a HookedTransformer, unprocessed weights."""
+    """GPT-2 as a HookedTransformer, unprocessed weights. Skips the test where there is none."""
+    require_hooked()
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+
     model = huggingface("gpt2", dtype, seed)
     c = model.config
     cfg = HookedTransformerConfig(
@@ -192,6 +197,24 @@ def autograd_centroids(
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+def sae_bridge(**kw: Any) -> Any:
+    """What SAETransformerBridge.boot_transformers does, for a model in memory."""
+    require_saes()
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    model = bridge("gpt2", **kw)
+    model.__class__ = SAETransformerBridge
+    model._acts_to_saes, model._transcoder_output_hooks = {}, {}
+    return model
+
+
+def hooked_sae_transformer(**kw: Any) -> Any:
+    require_saes()
+    from sae_lens import HookedSAETransformer
+
+    return hooked(cls=HookedSAETransformer, **kw)
 
 
 @cache

@@ -9,14 +9,17 @@ import networkx as nx
 import pytest
 import torch
 from nnsight import NNsight
-from sae_lens import StandardSAE, StandardSAEConfig
-from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor, nn
 
 import lch_plugin as lch
 from lch_plugin import Site, circuits
 from lch_plugin.cotangents import Logit, logit_difference
 from tests import models
+from tests.toolkits import HAS_SAES, needs_saes
+
+if HAS_SAES:
+    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
 
 IDS = models.tokens(2, 6)
 TWINS = models.tokens(2, 6, seed=2)
@@ -86,13 +89,16 @@ def edges(graph: nx.DiGraph) -> Tensor:
 
 
 BATCH = [circuits.Prompts(IDS, circuits.logit_difference([[3]] * 2, [[4]] * 2), TWINS)]
-FEATURES = StandardSAE(
-    StandardSAEConfig(
-        d_in=models.D_MODEL,
-        d_sae=8,
-        metadata=SAEMetadata(hook_name="blocks.1.mlp.hook_centroid"),
-    )
-)
+
+
+def features(model: Any) -> Tensor:
+    metadata = SAEMetadata(hook_name="blocks.1.mlp.hook_centroid")
+    sae = StandardSAE(StandardSAEConfig(d_in=models.D_MODEL, d_sae=8, metadata=metadata))
+    for weight in (sae.W_enc, sae.W_dec):
+        nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+    return circuits.feature_attribution(model, BATCH, sae).values
+
+
 CIRCUITS: dict[str, Callable[[Any], Tensor]] = {
     "nodes": lambda m: circuits.node_attribution(m, BATCH).values,
     "through patterns": lambda m: circuits.node_attribution(m, BATCH, method="patterns").values,
@@ -110,23 +116,25 @@ CIRCUITS: dict[str, Callable[[Any], Tensor]] = {
             m, circuits.Prompts(IDS[:1], circuits.logit_difference([[3]], [[4]]), TWINS[:1])
         )
     ),
-    "features": lambda m: circuits.feature_attribution(m, BATCH, FEATURES).values,
+    "features": features,
     "faithfulness": lambda m: (
         circuits.faithfulness(m, BATCH, circuits.node_attribution(m, BATCH)).recovered
     ),
 }
 
 
-@pytest.mark.parametrize("name", CIRCUITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[needs_saes] * (n == "features")) for n in CIRCUITS]
+)
 def test_circuits(name: str) -> None:
     model = models.bridge("gpt2")
-    nn.init.normal_(FEATURES.W_dec, generator=torch.Generator().manual_seed(0))
     exact = CIRCUITS[name](model)
     with autocast():
         cast = CIRCUITS[name](model)
     assert torch.equal(cast, exact)
 
 
+@needs_saes
 def test_evaluation() -> None:
     sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=8))
     for weight in (sae.W_enc, sae.W_dec):

@@ -8,7 +8,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterator
-from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from typer.main import get_command
 import lch_plugin as lch
 from lch_plugin import cli, demo
 from tests import families
+from tests.toolkits import HAS_SAES, needs_saes, require_saes
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -33,6 +34,8 @@ PAGES = sorted(
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
 #: So few blocks may have that mark.
 MAX_NOT_RUN = 3
+#: In blocks, names and examples that need SAELens.
+NAMES_SAES = re.compile("sae", re.IGNORECASE)
 
 
 def blocks(page: str, language: str) -> Iterator[tuple[str, bool]]:
@@ -47,10 +50,13 @@ PAGES_WITH_PYTHON = [page for page in PAGES if any(run for _, run in blocks(page
 
 @pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
 def test_the_pages_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page are one script."""
-    code = "\n".join(code for code, run in blocks(page, "python") if run)
-    if "sae" in code and int(version("transformer-lens").split(".")[0]) >= 4:
-        pytest.importorskip("sae_lens", exc_type=ImportError)
+    """The blocks of a page are one script: without SAELens, up to the first block of SAEs."""
+    shown = [code for code, run in blocks(page, "python") if run]
+    if not HAS_SAES:
+        shown = list(takewhile(lambda code: not NAMES_SAES.search(code), shown))
+        if not shown:
+            require_saes()
+    code = "\n".join(shown)
     # From a file: nnsight reads the source of what it traces.
     script = tmp_path / "page.py"
     script.write_text(code)
@@ -81,6 +87,8 @@ def test_the_pages_names_exist(page: str) -> None:
         if found := re.match(r"(?:docs|examples|benchmarks|tests|lch_plugin)/[\w/.-]+", code):
             assert (ROOT / found[0]).exists(), code
         if found := re.match(r"(?:lch|lch_plugin)(?:\.[A-Za-z_]\w*)+", code):
+            if not HAS_SAES and NAMES_SAES.search(found[0]):
+                continue
             thing = lch
             for name in found[0].split(".")[1:]:
                 thing = getattr(thing, name, None) or submodule(thing, name)
@@ -89,6 +97,7 @@ def test_the_pages_names_exist(page: str) -> None:
 TOP_LEVEL = [
     name
     for name in lch.__all__
+    if HAS_SAES or name != "saes"
     if callable(fn := getattr(lch, name)) and ">>>" in (fn.__doc__ or "")
 ]
 
@@ -156,11 +165,14 @@ def test_examples_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = {"train_centroid_sae.py": ["sae"], "vision_sae.py": ["--rows", "4096"]}
+    if NAMES_SAES.search(example):
+        require_saes()
     monkeypatch.chdir(tmp_path)
     run_example(example, arguments.get(example, []), monkeypatch)
     assert capsys.readouterr().out.strip()
 
 
+@needs_saes
 def test_the_vision_example_takes_other_models_and_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,8 @@
 The truth is torch's own: a plain forward pass with gradients on, tensors kept at TransformerLens'
 hook points, and `torch.autograd.grad` between them. None of this package's code computes it.
 
-`docs/reference/families.md` is what
-`python -m tests.test_families > docs/reference/families.md` prints.
+`python -m tests.test_families` writes `docs/reference/families.md`, with each TransformerLens its
+own table; with names of families after it, it prints what these have.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
 from tests import families
+from tests.toolkits import HAS_HOOKED
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "families.md"
 HELD = "detached head"
@@ -153,13 +154,18 @@ def _gradients(
     model: TransformerBridge, inputs: dict[str, Any], wanted: list[Component]
 ) -> dict[str, Truth]:
     seen: dict[nn.Module, Tensor] = {}
+    points = {p for c in wanted for p in (c.entry, c.exit) if p is not None}
     hooks = [
         point.register_forward_hook(lambda point, _, output: seen.update({point: output}))
-        for point in {p for c in wanted for p in (c.entry, c.exit) if p is not None}
+        for point in points
     ]
+    for point in points:  # TransformerLens 4 passes some only if it knows of a hook there.
+        point.add_hook(lambda value, hook: None)
     logits = model(**inputs)
     for hook in hooks:
         hook.remove()
+    for point in points:
+        point.remove_hooks()
     found = {}
     for c in wanted:
         x, y = seen.get(c.entry), logits if c.exit is None else seen.get(c.exit)
@@ -386,8 +392,7 @@ INTRODUCTION = """\
 
 What `lch.attach` computes on every family of models that TransformerBridge boots. Each was built
 with small random weights and compared with torch's own gradients, in float64 where the family can.
-The table is generated: `python -m tests.test_families > docs/reference/families.md`, and
-`tests/test_families.py` fails where it no longer holds.
+`make docs-families` writes the tables, and `tests/test_families.py` fails where they no longer hold.
 
 Columns are the kinds of `lch_plugin.Site`, with the Jacobian but for two: `detached head` holds the
 attention pattern, and `detached block` is `Site("block", linearization="detached")`.
@@ -416,6 +421,13 @@ Reasons for refusals:
 - **two inputs**: an encoder-decoder as a whole; use spans of its stacks
 """
 
+NEWER_INTRODUCTION = """
+## On TransformerLens 4
+
+The same families were checked on version 4. Here are those of which it shows more or less; of all
+others the table above is right.
+"""
+
 REFUSED_INTRODUCTION = """
 ## Not tried
 
@@ -423,10 +435,34 @@ Architectures TransformerLens knows that cannot be built, booted and run offline
 """
 
 
-def page(rows: dict[str, dict[str, str]], versions: str) -> str:
+@dataclass
+class Table:
+    """What one version of TransformerLens has: version 4 only where it differs."""
+
+    versions: str
+    rows: dict[str, dict[str, str]]
+
+    @classmethod
+    def read(cls, text: str) -> Table:
+        """That of a part of the page."""
+        found = re.search(r"^Versions: .*$", text, re.MULTILINE)
+        assert found is not None
+        cells = [line.strip("| ").split(" | ") for line in text.splitlines()]
+        rows = {
+            name: dict(zip(COLUMNS, values, strict=True))
+            for name, *values in cells
+            if len(values) == len(COLUMNS) and name not in ("family", "---")
+        }
+        return cls(found[0], rows)
+
+    def lines(self) -> list[str]:
+        rows = [(name, *row.values()) for name, row in self.rows.items()]
+        return [self.versions, "", *_table(("family", *COLUMNS), rows)]
+
+
+def page(older: Table, newer: Table) -> str:
     """`docs/reference/families.md`."""
-    lines = [INTRODUCTION, versions, ""]
-    lines += _table(("family", *COLUMNS), [(name, *r.values()) for name, r in rows.items()])
+    lines = [INTRODUCTION, *older.lines(), NEWER_INTRODUCTION, *newer.lines()]
     lines += [REFUSED_INTRODUCTION]
     lines += _table(("architecture", "reason"), list(families.REFUSED.items()))
     return "\n".join(lines) + "\n"
@@ -436,18 +472,31 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows)]
 
 
-def versions() -> str:
-    packages = ("torch", "transformers", "transformer-lens")
-    return f"Versions: {', '.join(f'{p} {version(p)}' for p in packages)}."
+def on_page() -> tuple[Table, Table]:
+    """Of the older version of TransformerLens, and of the newer."""
+    older, heading, newer = PAGE.read_text().partition(NEWER_INTRODUCTION.splitlines()[1])
+    assert heading
+    return Table.read(older), Table.read(newer)
 
 
 def rows_on_page() -> dict[str, dict[str, str]]:
-    cells = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines()]
-    return {
-        name: dict(zip(COLUMNS, values, strict=True))
-        for name, *values in cells
-        if len(values) == len(COLUMNS) and name not in ("family", "---")
-    }
+    """What the page says of the TransformerLens that is installed."""
+    older, newer = on_page()
+    return older.rows if HAS_HOOKED else older.rows | newer.rows
+
+
+def write_page(rows: dict[str, dict[str, str]]) -> None:
+    """Put what the installed TransformerLens has in its table."""
+    packages = ("torch", "transformers", "transformer-lens")
+    versions = f"Versions: {', '.join(f'{p} {version(p)}' for p in packages)}."
+    older, newer = on_page()
+    if HAS_HOOKED:
+        there = older.rows | newer.rows
+        older = Table(versions, rows)
+    else:
+        there, newer = rows, Table(versions, {})
+    newer.rows = {name: row for name, row in there.items() if row != older.rows.get(name)}
+    PAGE.write_text(page(older, newer))
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -458,17 +507,20 @@ def test_every_site_of_a_family_is_right_and_as_the_page_says(name: str) -> None
 
 
 def test_the_page_is_what_the_code_prints() -> None:
-    text = PAGE.read_text()
-    rows = rows_on_page()
-    assert list(rows) == list(families.FAMILIES)
-    found = re.search(r"^Versions: .*$", text, re.MULTILINE)
-    assert found is not None  # Other versions than these may give the same table.
-    assert text == page(rows, found[0])
+    older, newer = on_page()
+    assert list(older.rows) == list(families.FAMILIES)
+    assert all(older.rows[name] != row for name, row in newer.rows.items())
+    # Other versions than the page's may give the same tables.
+    assert PAGE.read_text() == page(older, newer)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = {name: row(name) for name in families.FAMILIES}
-    sys.stdout.write(page(rows, versions()))
+        rows = {name: row(name) for name in sys.argv[1:] or families.FAMILIES}
+    if sys.argv[1:]:
+        for name, cells in rows.items():
+            print(name, *(f"{kind}: {found}" for kind, found in cells.items()), sep="\n  ")  # noqa: T201
+    else:
+        write_page(rows)

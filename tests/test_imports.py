@@ -13,6 +13,7 @@ import networkx as nx
 import pytest
 
 import lch_plugin
+from tests.toolkits import HAS_SAES, LENS
 
 ROOT = Path(lch_plugin.__file__).parent
 
@@ -176,6 +177,12 @@ def test_no_name_of_a_package_hides_one_of_its_modules(package: str) -> None:
     assert not hidden & MODULES.keys()
 
 
+ASK_FOR_SAES = """\
+try: print(lch.saes.__name__.rpartition(".")[2])
+except lch.LCHError as error: print(error)
+"""
+
+
 def without_saelens(code: str, directory: Path, lens: str = "3.9.0") -> str:
     """What a process says in which SAELens cannot be imported."""
     before = (
@@ -184,15 +191,20 @@ def without_saelens(code: str, directory: Path, lens: str = "3.9.0") -> str:
         "known = importlib.metadata.version\n"
         "importlib.metadata.version = lambda name: "
         f"{lens!r} if name == 'transformer-lens' else known(name)\n"
-        "import lch_plugin as lch\n"
     )
+    return said_by(before + code, directory)
+
+
+def said_by(code: str, directory: Path) -> str:
+    """What a process says, with the toolkits that the tests run with."""
+    path = filter(None, (str(ROOT.parent), os.environ.get("PYTHONPATH")))
     found = subprocess.run(
-        [sys.executable, "-c", before + code],
+        [sys.executable, "-c", "import lch_plugin as lch\n" + code],
         capture_output=True,
         text=True,
         check=False,
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )
     return found.stdout + found.stderr
 
@@ -207,10 +219,19 @@ def without_saelens(code: str, directory: Path, lens: str = "3.9.0") -> str:
 def test_without_saelens_saes_say_in_one_line_what_to_do(
     lens: str, said: str, tmp_path: Path
 ) -> None:
-    code = "try: lch.saes\nexcept lch.LCHError as error: print(error)"
-    found = without_saelens(code, tmp_path, lens)
+    found = without_saelens(ASK_FOR_SAES, tmp_path, lens)
     assert said in found
     assert found.count("\n") == 1
+
+
+def test_saes_are_there_or_say_in_one_line_why_not(tmp_path: Path) -> None:
+    """With the TransformerLens and the SAELens that are installed, whatever these are."""
+    found = said_by(ASK_FOR_SAES, tmp_path)
+    if HAS_SAES:
+        assert found == "saes\n"
+    else:
+        assert f"SAELens, which does not support TransformerLens {LENS} yet: pip install" in found
+        assert found.count("\n") == 1
 
 
 @pytest.mark.parametrize(

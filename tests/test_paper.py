@@ -21,8 +21,11 @@ import lch_plugin as lch
 from lch_plugin.circuits import neuron_attribution
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.demo.tasks import pear_apple
-from lch_plugin.saes.sources.hook_points import provenance
 from tests import models
+from tests.toolkits import HAS_SAES, needs_saes
+
+if HAS_SAES:
+    from lch_plugin.saes.sources.hook_points import provenance
 
 F64 = torch.float64
 RADIUS, SEED = 0.25, 3
@@ -233,6 +236,7 @@ def test_local_centroids_of_images(images: str) -> None:
     close(found, centroids(fn, noisy(x, sigma, 30)).mean(0))
 
 
+@needs_saes
 @pytest.mark.parametrize("name", CASES)
 def test_local_centroids_at_hook_points(name: str) -> None:
     bridge, ids, draws = case(name).bridge, case(name).ids, generator()

@@ -18,15 +18,11 @@ from nnsight import NNsight
 from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import (
-    convert_gemma_weights,
-    convert_gpt2_weights,
-    convert_llama_weights,
-)
 
 import lch_plugin as lch
+from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer
 from tests import families, models
+from tests.toolkits import needs_hooked, require_hooked
 
 F64 = torch.float64
 N_LAYERS = {"gpt2": 3, "llama": 3, "gemma3_text": 3, "vit": 2}
@@ -88,6 +84,14 @@ def exact_constants(module: Any) -> None:
 
 
 def hooked(family: str) -> HookedTransformer:
+    require_hooked()
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import (
+        convert_gemma_weights,
+        convert_gpt2_weights,
+        convert_llama_weights,
+    )
+
     hf = huggingface(family)
     c = hf.config
     shared: dict[str, Any] = {"d_mlp": models.D_MLP, "device": "cpu", "dtype": F64}
@@ -236,6 +240,7 @@ def matrix() -> str:
     return "\n".join(lines)
 
 
+@needs_hooked
 def test_the_page_shows_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     """But for the last bits, which differ between machines."""
     with capsys.disabled():

@@ -28,8 +28,8 @@ from lch_plugin.padding import (
     tokens_in_ids,
     tokens_in_mask,
 )
-from lch_plugin.saes.sources import hook_points
 from tests import models
+from tests.toolkits import needs_saes
 
 F64 = torch.float64
 # The tokenizer of the tests begins, ends and pads with token 0.
@@ -277,6 +277,7 @@ def test_a_lone_prompt_is_not_filled_up() -> None:
         assert mu.any(-1).all()
 
 
+@needs_saes
 def test_rows_that_are_packed_with_text_have_no_padding() -> None:
     """SAEs train on rows in which a token that ends texts may be anywhere, the end included."""
     from datasets import Dataset
@@ -342,6 +343,7 @@ def test_to_tokens_is_the_models_own_again() -> None:
     assert mu[1, -1].any()
 
 
+@needs_saes
 @pytest.mark.parametrize("pad", [0, 1, 2])
 def test_the_models_own_trials_know_no_padding(pad: int) -> None:
     """Attaching runs three tokens, and training asks for a width: any of these ids may fill up."""
@@ -352,6 +354,8 @@ def test_the_models_own_trials_know_no_padding(pad: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", lch.PaddingWarning)
         with lch.attach(model, site=sites) as handle, lch.attach(model, 1, "block"):
+            from lch_plugin.saes.sources import hook_points
+
             found = hook_points.width(model, handle.centroid_names[-1], 4)
     assert found == models.D_MODEL
 
@@ -452,6 +456,7 @@ def test_logits_of_the_last_position_alone() -> None:
 # ---------------------------------------------------------------- what reads batches besides
 
 
+@needs_saes
 def test_rows_for_saes_are_of_tokens() -> None:
     ids, mask = batch([[2, 3, 4], [5, 6]], OWN, "right")
     (rows,) = lch.saes.Rows(plain(OWN), [ids], "transformer.h.1.mlp")
@@ -462,6 +467,7 @@ def test_rows_for_saes_are_of_tokens() -> None:
     assert rows.any(-1).all()
 
 
+@needs_saes
 def test_steering_counts_tokens() -> None:
     """The mean KL of a prompt is that of its own tokens, and the norm that it is measured in."""
     model = lens("bridge", OWN)
@@ -484,12 +490,14 @@ def test_steering_counts_tokens() -> None:
     torch.testing.assert_close(kl([ids]), kl([longer, shorter]))
 
 
+@needs_saes
 def test_responses_are_of_prompts_of_one_length() -> None:
     ids, _ = batch([[2, 3, 4], [5, 6]], OWN, "right")
     with pytest.raises(lch.InputError, match="with padding"):
         lch.saes.CapturedComponent(plain(OWN), [ids], "transformer.h.1.mlp")
 
 
+@needs_saes
 def test_codes_of_given_tokens_leave_padding_out() -> None:
     from sae_lens import StandardSAE, StandardSAEConfig
     from sae_lens.saes.sae import SAEMetadata

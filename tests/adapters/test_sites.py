@@ -15,12 +15,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
 
 import lch_plugin as lch
+from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer
 from lch_plugin.cotangents import Logit, Metric, Random, Vector, decoder_row, logit_difference
 from lch_plugin.sites import Site
 from tests import models
+from tests.toolkits import needs_saes
 
 pytestmark = pytest.mark.filterwarnings("ignore:run_with_hooks")
 
@@ -419,6 +420,7 @@ def test_in_the_last_block_a_logit_and_its_metric_agree() -> None:
     assert_close(mus["hook_centroid_block_2_direct"], mus["hook_centroid_block_2_all_paths"])
 
 
+@needs_saes
 def test_decoder_rows_are_vectors_of_the_output_space() -> None:
     from sae_lens import StandardSAE, StandardSAEConfig
 

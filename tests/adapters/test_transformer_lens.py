@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.hook_points import HookPoint
 
 import lch_plugin as lch
@@ -20,25 +17,22 @@ from lch_plugin.adapters.transformer_lens import (
     closed_forms,
     weight_processing,
 )
+from lch_plugin.adapters.transformer_lens.toolkit import HookedTransformer
 from lch_plugin.mlp import activation_and_derivative
 from tests import models
+from tests.toolkits import HAS_SAES, needs_saes, require_hooked
+
+if HAS_SAES:
+    from sae_lens import StandardSAE, StandardSAEConfig
 
 NAMES = [f"blocks.{layer}.mlp.hook_centroid" for layer in range(models.N_LAYERS)]
 BACKENDS: dict[str, Callable[..., Any]] = {
     "TransformerBridge": lambda **kw: models.bridge("gpt2", **kw),
-    "SAETransformerBridge": lambda **kw: sae_bridge(**kw),
+    "SAETransformerBridge": models.sae_bridge,
     "HookedTransformer": models.hooked,
-    "HookedSAETransformer": lambda **kw: models.hooked(cls=HookedSAETransformer, **kw),
+    "HookedSAETransformer": models.hooked_sae_transformer,
 }
 IDS = models.tokens()
-
-
-def sae_bridge(**kw: Any) -> SAETransformerBridge:
-    """What SAETransformerBridge.boot_transformers does, for a model in memory."""
-    model = models.bridge("gpt2", **kw)
-    model.__class__ = SAETransformerBridge
-    model._acts_to_saes, model._transcoder_output_hooks = {}, {}
-    return model
 
 
 @pytest.fixture(params=BACKENDS)
@@ -407,7 +401,7 @@ def test_attaching_keeps_modes_and_random_state(model: Any) -> None:
 
 
 def test_a_deep_copy_is_attached_on_its_own(model: Any) -> None:
-    if isinstance(model, HookedSAETransformer):
+    if type(model).__name__ == "HookedSAETransformer":
         pytest.skip("SAELens binds the original's MLP.forward into it: no copy of one has hooks")
     with lch.attach(model):
         with torch.no_grad():  # A bridge cannot be copied after a pass with gradients.
@@ -579,6 +573,9 @@ def test_weights_that_are_not_loaded_or_quantised_are_refused() -> None:
 
 
 def lens_model(**kw: Any) -> HookedTransformer:
+    require_hooked()
+    from transformer_lens import HookedTransformerConfig
+
     torch.manual_seed(0)
     defaults = {
         "n_layers": 2,
@@ -629,6 +626,7 @@ def random_sae(name: str) -> StandardSAE:
     return sae
 
 
+@needs_saes
 @pytest.mark.parametrize(
     ("backend", "name"),
     [
@@ -648,6 +646,7 @@ def test_an_sae_within_the_mlp_is_named_and_not_the_mlp_blamed(backend: str, nam
         cached(model)
 
 
+@needs_saes
 @pytest.mark.parametrize("backend", ["SAETransformerBridge", "HookedSAETransformer"])
 def test_saes_attach_to_centroids_and_come_off_again(backend: str) -> None:
     model = BACKENDS[backend]()

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from lch_plugin.demo import DEMO_MODEL_DIR, load_demo_model
@@ -16,6 +14,11 @@ from lch_plugin.demo.evaluate import Score, evaluate, next_token_logits, token_i
 from lch_plugin.demo.tasks import BEHAVIOURS, margin, pear_apple
 from lch_plugin.demo.train import Recipe, pack, save, train
 from lch_plugin.errors import OutputError
+from tests.toolkits import HAS_HOOKED, needs_hooked
+
+if HAS_HOOKED:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
 REQUIRED_ACCURACY = {
     "a_an": 0.95,
@@ -74,6 +77,7 @@ def test_transformer_bridge_gives_the_same_logits(tokens: Tensor, expected: Tens
     assert torch.equal(bridge.to_tokens(pear_apple().prompt), tokens)
 
 
+@needs_hooked
 def test_hooked_transformer_gives_the_same_logits(tokens: Tensor, expected: Tensor) -> None:
     model = hugging_face_model(torch.float64)
     config = HookedTransformerConfig(

@@ -12,6 +12,7 @@ from pkgutil import iter_modules
 import pytest
 
 import lch_plugin as lch
+from tests.toolkits import needs_saes
 
 pytest.importorskip("mkdocs")
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@needs_saes
 def test_every_public_name_is_in_the_api(site: Path) -> None:
     for page, name in API.items():
         module = import_module(name)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lch_plugin.adapters.arguments import input_of
+from lch_plugin.adapters.transformer_lens.toolkit import HookPoint, LensHandle
 
 Wanted = Callable[[], bool]
 # Sees the tensor; returns another to go on with, or None.
@@ -89,6 +90,29 @@ class RootGate(Gate):
         return []
 
 
+class _PointHook:
+    """A hook on a hook point that TransformerLens knows of.
+
+    Version 4 passes a point that shows a scaled value (Granite's embeddings) only if it knows of a
+    hook there, and does not look for those that torch alone knows.
+    """
+
+    def __init__(self, point: nn.Module, hook: Callable[..., Any], *, last: bool) -> None:
+        self._handle = LensHandle(
+            point.register_forward_hook(hook, prepend=not last), is_permanent=True
+        )
+        # An SAE may stand in the point's place.
+        self._point = point if isinstance(point, HookPoint) else None
+        if self._point is not None:
+            self._point.fwd_hooks.append(self._handle)
+
+    def remove(self) -> None:
+        self._handle.hook.remove()
+        # Not there if all hooks were reset within the call.
+        if self._point is not None and self._handle in self._point.fwd_hooks:
+            self._point.fwd_hooks.remove(self._handle)
+
+
 class PointGate(Gate):
     """At a hook point, found by its path from the module ``owner`` within whose call it fires."""
 
@@ -96,7 +120,7 @@ class PointGate(Gate):
         super().__init__()
         self.owner, self._path, self._last = owner, path, last
         # One for each call under way: a user's hook may run the model again.
-        self._calls: list[RemovableHandle | None] = []
+        self._calls: list[_PointHook | None] = []
 
     @property
     def key(self) -> Hashable:
@@ -122,7 +146,7 @@ class PointGate(Gate):
             return
         point = attrgetter(self._path)(self.owner)
         hook = partial(self._pass, len(self._calls))
-        self._calls.append(point.register_forward_hook(hook, prepend=not self._last))
+        self._calls.append(_PointHook(point, hook, last=self._last))
 
     def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
         if self._calls:  # Not if we were removed within the call.

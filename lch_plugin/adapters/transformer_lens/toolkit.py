@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
@@ -39,6 +39,7 @@ __all__ = [
     "HookedGatedMLP",
     "HookedMLP",
     "HookedTransformer",
+    "LensHandle",
     "LensModel",
     "MLPBridge",
     "MoEBridge",

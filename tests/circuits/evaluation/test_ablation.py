@@ -6,19 +6,24 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
-from sae_lens.saes.sae import SAEMetadata
 
 import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import node_points
 from lch_plugin.circuits import Circuit, Node, Prompts, logit_difference
 from lch_plugin.circuits.evaluation.ablation import Ablation, run_circuit
 from tests import models
-from tests.adapters.test_transformer_lens import sae_bridge
+from tests.toolkits import HAS_SAES, needs_saes
+
+if HAS_SAES:
+    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
 
 IDS = models.tokens(batch=3)
-METADATA = SAEMetadata(hook_name="blocks.1.mlp.out.hook_in")
-BACKENDS = {"bridge": lambda: models.bridge("gpt2"), "hooked": models.hooked, "sae": sae_bridge}
+BACKENDS = {
+    "bridge": lambda: models.bridge("gpt2"),
+    "hooked": models.hooked,
+    "sae": models.sae_bridge,
+}
 
 
 def difference(model, answer, foil) -> float:
@@ -69,9 +74,11 @@ def test_random_sets_are_drawn_from_the_other_neurons() -> None:
     assert checks[0].random == pytest.approx([checks[1].ablated] * 3)
 
 
+@needs_saes
 def test_a_hook_point_that_does_not_fire_is_no_null_effect() -> None:
-    model = sae_bridge()
-    model.add_sae(StandardSAE(StandardSAEConfig(d_in=models.D_MLP, d_sae=8, metadata=METADATA)))
+    model = models.sae_bridge()
+    metadata = SAEMetadata(hook_name="blocks.1.mlp.out.hook_in")
+    model.add_sae(StandardSAE(StandardSAEConfig(d_in=models.D_MLP, d_sae=8, metadata=metadata)))
     with pytest.raises(lch.SiteError, match="reset_saes"):
         lch.circuits.ablation_check(model, IDS, 1, 2, {1: [0]})
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.tools.analysis import attribution_patch
 
 import lch_plugin as lch
@@ -44,6 +44,7 @@ from lch_plugin.circuits.scores.attribution import (
 from lch_plugin.cotangents import Metric
 from lch_plugin.linearization import DetachedMode
 from tests import models
+from tests.toolkits import require_hooked
 
 F64 = torch.float64
 Edit = Callable[[Tensor], Tensor]
@@ -383,8 +384,11 @@ def test_on_the_way_of_the_prompt_embeddings_are_between_the_two(backend: str) -
     torch.testing.assert_close(found.values.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def small(**kw: object) -> HookedTransformer:
+def small(**kw: object) -> Any:
     """One of the models that TransformerLens alone knows."""
+    require_hooked()
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
     sizes = {"n_layers": 2, "d_model": 16, "n_heads": 2, "d_head": 8, "d_mlp": 24, "n_ctx": 8}
     config = HookedTransformerConfig(
         **sizes, d_vocab=models.D_VOCAB, seed=0, device="cpu", dtype=F64, **kw

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
-from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -21,8 +19,16 @@ from lch_plugin.circuits.scores.features import active_features, feature_attribu
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
-from lch_plugin.saes.evaluation.steering import edited_input
 from tests import models
+from tests.toolkits import HAS_SAES, needs_saes
+
+if HAS_SAES:
+    from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    from lch_plugin.saes.evaluation.steering import edited_input
+
+pytestmark = needs_saes
 
 BACKENDS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: models.bridge("gpt2", torch.float64),
@@ -51,8 +57,9 @@ def make_sae(hook: str = HOOK, d_in: int = models.D_MODEL) -> StandardSAE:
     return sae
 
 
-SAE = make_sae()
-DIRECTIONS = normalize(SAE.W_dec.detach(), dim=-1)
+if HAS_SAES:
+    SAE = make_sae()
+    DIRECTIONS = normalize(SAE.W_dec.detach(), dim=-1)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
