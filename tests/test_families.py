@@ -392,8 +392,7 @@ INTRODUCTION = """\
 
 What `lch.attach` computes on every family of models that TransformerBridge boots. Each was built
 with small random weights and compared with torch's own gradients, in float64 where the family can.
-`make docs-families` writes the tables, and `tests/test_families.py` fails where they no longer
-hold.
+`make docs-families` writes the tables, and `tests/test_families.py` fails where they do not hold.
 
 Columns are the kinds of `lch_plugin.Site`, with the Jacobian but for two: `detached head` holds the
 attention pattern, and `detached block` is `Site("block", linearization="detached")`.

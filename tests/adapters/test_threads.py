@@ -99,3 +99,26 @@ def test_copies_take_turns_of_their_own() -> None:
                 pass
 
         pool.submit(enter).result(timeout=60)
+
+
+def test_attaching_waits_for_the_passes_of_others() -> None:
+    model = models.bridge("gpt2")
+    site = lch.Site("block", 1, cotangent=lch.cotangents.Random(0))
+    with lch.attach(model, site=site) as handle:
+        wanted = {handle.hook_names[0], "blocks.0.hook_out"}
+
+        def work(_: int) -> set[str]:
+            with torch.no_grad():
+                return set(model.run_with_cache(IDS[0], names_filter=list(wanted))[1])
+
+        def attach_others() -> None:
+            other = lch.Site("attn", cotangent=lch.cotangents.Random(0))
+            for _ in range(4):
+                with lch.attach(model, site=other):
+                    pass
+
+        with ThreadPoolExecutor(2) as pool:
+            attaching = pool.submit(attach_others)
+            found = list(pool.map(work, range(N_PASSES)))
+            attaching.result()
+        assert all(names == wanted for names in found)

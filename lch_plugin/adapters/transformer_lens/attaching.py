@@ -134,16 +134,17 @@ class Handle:
         SAEs attached to these hook points are reset first: their place is about to go.
         """
         model = self._tracker.runs.model
-        points, self.published = self.published, []
-        readers, self._readers = self._readers, []
-        for point in points:
-            point.reset_sae(model)
-        for reader in readers:
-            self._tracker.forget(reader)
-        for point in points:
-            point.withdraw(model)
-        if points:
-            _refresh(model)
+        with self._tracker.runs.turn:
+            points, self.published = self.published, []
+            readers, self._readers = self._readers, []
+            for point in points:
+                point.reset_sae(model)
+            for reader in readers:
+                self._tracker.forget(reader)
+            for point in points:
+                point.withdraw(model)
+            if points:
+                _refresh(model)
 
     def __enter__(self) -> Handle:
         return self
