@@ -174,6 +174,15 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") or hasattr(value, "past_keys")
 
 
+def without_caches(call: Call) -> Call:
+    """A call with None for its caches: an empty one is filled by the model's own call alone."""
+    args, kwargs = call
+    return (
+        tuple(None if is_cache(value) else value for value in args),
+        {name: None if is_cache(value) else value for name, value in kwargs.items()},
+    )
+
+
 def holds_tokens(value: Any, layer: int = 0) -> bool:
     """Whether it is a key-value cache with earlier tokens in it, TransformerLens' too.
 

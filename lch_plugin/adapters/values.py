@@ -6,6 +6,7 @@ By the endings of their names (`lch_plugin.sites.Settings.endings`), each comput
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from lch_plugin.centroids import mean_over_neighbourhood, offset_and_radius
+from lch_plugin.centroids import centroid, mean_over_neighbourhood, offset_and_radius
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Settings
 
@@ -42,6 +43,7 @@ def expert_values(
     """
     mu, x, y, v = (t.to(at_least_float32(t)) for t in (mu, x, y, v))
 
+    @cache
     def numbers() -> tuple[Tensor, ...]:
         if mixes_positions:
             return offset_and_radius(*(t.flatten(1) for t in (mu, x, y, v)))
@@ -80,3 +82,25 @@ def local_values(
         "_variance": lambda: local.variance,
         "_standard_error": lambda: local.standard_error,
     }
+
+
+def local_values_by_running(
+    settings: Settings,
+    x: Float[Tensor, ...],
+    run: Callable[[Tensor], Tensor],
+    v: Float[Tensor, ...],
+) -> Values:
+    """The same of a component with no closed form, run once a sample and one at a time.
+
+    Args:
+        settings: as `local_values`.
+        x: what the component reads.
+        run: the component, as a function of that.
+        v: cotangent, in the shape of what it writes.
+    """
+
+    def mu(samples: Tensor) -> Tensor:
+        create_graph = settings.create_graph
+        return torch.stack([centroid(run, s, v, create_graph=create_graph) for s in samples])
+
+    return local_values(settings, x, mu)

@@ -18,11 +18,11 @@ from lch_plugin.adapters.arguments import (
     caches,
     holds_tokens,
     input_of,
-    is_cache,
     output_of,
     padding_finder,
     token_mask,
     with_output,
+    without_caches,
 )
 from lch_plugin.adapters.checks import (
     AFFINE_TOLERANCE,
@@ -39,8 +39,8 @@ from lch_plugin.adapters.huggingface.names import Target
 from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Alone, Structure
 from lch_plugin.adapters.turns import Turn
-from lch_plugin.adapters.values import Values, expert_values, local_values
-from lch_plugin.centroids import centroid, check_gradients_on
+from lch_plugin.adapters.values import Values, expert_values, local_values, local_values_by_running
+from lch_plugin.centroids import check_gradients_on
 from lch_plugin.cotangents import Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
@@ -390,7 +390,6 @@ class Reader:
                 f"{self.label} is no one module that can be run again, which this takes. Name a "
                 "module that holds all of it."
             )
-        args, kwargs = running.call
         own = {
             vars(module)["layer_idx"] for module in first.modules() if "layer_idx" in vars(module)
         }
@@ -399,12 +398,7 @@ class Reader:
                 f"{self.label} has to be run again for this, which a key-value cache that holds "
                 "earlier tokens does not allow. Run the whole sequence at once, without a cache."
             )
-        # An empty cache is filled by the model's own call, and none of our calls' affair.
-        call = (
-            tuple(None if is_cache(a) else a for a in args),
-            {name: None if is_cache(a) else a for name, a in kwargs.items()},
-        )
-        _, instead = input_of(call, self.label)
+        _, instead = input_of(without_caches(running.call), self.label)
 
         def run(x: Tensor) -> Tensor:
             args, kwargs = instead(x)
@@ -527,12 +521,7 @@ class VJPReader(Reader):
         self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
     ) -> Values:
         assert running.x is not None
-        x = running.x
-
-        create_graph = self.settings.create_graph
-        if create_graph:
-            with self._graph.outside():
-                check_gradients_on()
+        x, create_graph = running.x, self.settings.create_graph
 
         def gradient(v: Tensor) -> Tensor:
             return gradients(self.label, y, [x], v, keep=True, create_graph=create_graph)[0]
@@ -585,13 +574,7 @@ class LocalReader(Reader):
         assert isinstance(own, Cotangent)
         spread_v = spread(evaluate(own, y), y, tokens, self.settings.positions).detach()
 
-        def mu_at(samples: Tensor) -> Tensor:
-            create_graph = self.settings.create_graph
-            return torch.stack(
-                [centroid(run, s, spread_v, create_graph=create_graph) for s in samples]
-            )
-
         with self._graph.outside():
             grad = torch.is_grad_enabled()
             with Alone([self._modules[0]]), torch.set_grad_enabled(grad):
-                return local_values(self.settings, x, mu_at)
+                return local_values_by_running(self.settings, x, run, spread_v)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lch_plugin.adapters.arguments import holds_tokens, input_of, is_cache
+from lch_plugin.adapters.arguments import holds_tokens, input_of, without_caches
 from lch_plugin.adapters.deferred import of_metric
 from lch_plugin.adapters.grad_scope import gradients
 from lch_plugin.adapters.transformer_lens.architecture import (
@@ -27,8 +27,7 @@ from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.model_end import postpone
 from lch_plugin.adapters.transformer_lens.readers import Reader
 from lch_plugin.adapters.transformer_lens.runs import Run
-from lch_plugin.adapters.values import expert_values, local_values
-from lch_plugin.centroids import centroid, check_gradients_on
+from lch_plugin.adapters.values import expert_values, local_values_by_running
 from lch_plugin.cotangents import Metric, Ones, Random
 from lch_plugin.errors import SiteError
 from lch_plugin.linearization import DetachedMode
@@ -185,9 +184,6 @@ def _finish_now(run: Run, readers: Sequence[VJPReader], xs: Any, ys: Any, *, kee
         names = str([r.name for r in group])
         inputs = [xs[reader] for reader in group]
         create_graph = group[0].site.create_graph
-        if create_graph:
-            with run.scope.outside():
-                check_gradients_on()
         keep_now = keep or i < len(groups)
         mus = gradients(names, y, inputs, v, keep=keep_now, create_graph=create_graph)
         for reader, mu in zip(group, mus, strict=True):
@@ -238,15 +234,9 @@ class LocalReader(Reader):
             output = self._component(*args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
-        def mu_at(samples: Tensor) -> Tensor:
-            create_graph = self.site.create_graph
-            return torch.stack(
-                [centroid(run, sample, v, create_graph=create_graph) for sample in samples]
-            )
-
         with self._run.scope.outside():
             with self.runs.silence(self._component):
-                values = local_values(self.site, seen.x, mu_at)
+                values = local_values_by_running(self.site, seen.x, run, v)
             self._show(values)
 
     def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -258,8 +248,4 @@ class LocalReader(Reader):
                 "cache that holds earlier tokens does not allow. Run the whole sequence at once, "
                 "without a cache."
             )
-        # An empty cache is filled by the model's own call, and none of our calls' affair.
-        self._run.see(self).call = (
-            tuple(None if is_cache(a) else a for a in args),
-            {name: None if is_cache(a) else a for name, a in kwargs.items()},
-        )
+        self._run.see(self).call = without_caches((args, kwargs))
