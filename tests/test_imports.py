@@ -35,6 +35,7 @@ ROOMS = {
         "sites",
         "diagnostics",
         "adapters",
+        "steering",
         "loading",
         "figures",
         "report",
@@ -62,6 +63,7 @@ ROOMS = {
         "huggingface",
         "nnsight",
         "transformer_lens",
+        "hooked",
     ),
     "lch_plugin.adapters.transformer_lens": (
         "toolkit",
