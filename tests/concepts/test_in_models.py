@@ -12,8 +12,8 @@ import lch_plugin as lch
 from lch_plugin.concepts import boundary, cav, difference_of_means, inlp, leace
 
 MLP = "blocks.2.mlp"
-TEXT = "{} saw {} {} in the {}."
-NAMES, ANIMALS = ("Tom", "Lily", "Ben", "Mia"), ("dog", "cat", "apple", "egg", "ant", "ball")
+TEXT = "In the {} {} saw {} {}"
+NAMES, THINGS = ("Tom", "Lily", "Ben", "Mia"), ("dog", "cat", "apple", "egg", "ant", "ball")
 PLACES = ("park", "house", "garden", "tree")
 
 
@@ -22,14 +22,17 @@ def rows() -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
     """The demo model, prompts, labels, and what an MLP reads and its centroids at the article."""
     model = lch.load_demo_model()
     texts = [
-        TEXT.format(name, article, animal, place).partition(f" {animal}")[0] + f" {animal}"
+        TEXT.format(place, name, "an" if thing[0] in "aeiou" else "a", thing)
         for name in NAMES
-        for animal in ANIMALS
+        for thing in THINGS
         for place in PLACES
-        for article in ["an" if animal[0] in "aeiou" else "a"]
     ]
-    labels = torch.tensor([int(" an " in text) for text in texts])
-    tokens = model.to_tokens(texts)
+    rows = [model.to_tokens(text)[0] for text in texts]
+    longest = max(map(len, rows))
+    kept = [i for i, row in enumerate(rows) if len(row) == longest]  # No padding.
+    tokens = torch.stack([rows[i] for i in kept])
+    labels = torch.tensor([int(" an " in texts[i]) for i in kept])
+    assert 8 <= int(labels.sum()) <= len(labels) - 8
     with lch.attach(model, layers=2), torch.no_grad():
         names = [f"{MLP}.hook_centroid", f"{MLP}.hook_in"]
         _, cache = model.run_with_cache(tokens, names_filter=names)
