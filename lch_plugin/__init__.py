@@ -37,7 +37,7 @@ from lch_plugin.linearization import detached
 from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
-    from lch_plugin import circuits, diagnostics, saes
+    from lch_plugin import circuits, concepts, diagnostics, saes, steering
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -65,6 +65,7 @@ __all__ = [
     "attach",
     "centroid",
     "circuits",
+    "concepts",
     "cotangents",
     "detached",
     "diagnostics",
@@ -76,6 +77,7 @@ __all__ = [
     "nnsight",
     "saes",
     "sample_neighbourhood",
+    "steering",
 ]
 
 # Importing a toolkit takes seconds; whoever needs the mathematics alone should not wait for it.
@@ -88,10 +90,12 @@ _LAZY_FUNCTIONS = {
 }
 _LAZY_MODULES = {
     "circuits": "lch_plugin.circuits",
+    "concepts": "lch_plugin.concepts",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
     "nnsight": "lch_plugin.adapters.nnsight",
     "saes": "lch_plugin.saes",
+    "steering": "lch_plugin.steering",
 }
 
 
