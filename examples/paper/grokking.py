@@ -42,6 +42,15 @@ class Method:
         return total
 
 
+class Largest:
+    """The largest output of each item, as a cotangent."""
+
+    name = "largest"
+
+    def at(self, y: Tensor) -> Tensor:
+        return nn.functional.one_hot(y.argmax(-1), y.shape[-1]).to(y)
+
+
 @dataclass(frozen=True)
 class Task:
     """A model to train, and what to measure on the way."""
@@ -50,22 +59,27 @@ class Task:
     batches: Iterator[tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     accuracies: Callable[[], dict[str, float]]
-    monitor: lch.alignment.Monitor
+    probe: Tensor
     site: str = ""
     output: Callable[[Any], Tensor] = lambda logits: logits
+    lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
 
 
 def train(task: Task, method: Method, seed: int, steps: int, every: int) -> Records:
     """Measures and accuracies every so many steps, until the test accuracy is reached."""
     optimizer = torch.optim.AdamW(
-        task.model.parameters(), lr=1e-3, betas=task.betas, weight_decay=method.weight_decay
+        task.model.parameters(), lr=task.lr, betas=task.betas, weight_decay=method.weight_decay
     )
     generator = torch.Generator().manual_seed(seed)
+    at = (task.model, task.probe, task.site)
+    ones = lch.alignment.Monitor(*at, output=task.output)
+    largest = lch.alignment.Monitor(*at, output=task.output, cotangent=Largest(), rank=False)
     records: Records = []
     for step in range(steps + 1):
         if step % every == 0:
-            records.append({**task.monitor.update(step), **task.accuracies()})
+            of_largest = {"alignment of largest": largest.update(step)["alignment"]}
+            records.append({**ones.update(step), **of_largest, **task.accuracies()})
             if records[-1]["test"] >= TARGET:
                 break
         inputs, target = next(task.batches)
@@ -97,27 +111,30 @@ def first_step(records: Records, name: str, value: float) -> int | None:
 
 
 def half_way(records: Records, name: str) -> int | None:
-    """The first step half-way from the first value to the largest of the run."""
-    values = [record[name] for record in records]
-    return (
-        first_step(records, name, (values[0] + max(values)) / 2)
-        if max(values) > values[0]
-        else None
-    )
+    """Once the training data are learnt, the first step half-way from there to the largest value.
+
+    None where nothing rises any more.
+    """
+    learnt = first_step(records, "train", 0.99)
+    late = [record for record in records if learnt is not None and record["step"] >= learnt]
+    values = [record[name] for record in late]
+    if not values or max(values) <= values[0]:
+        return None
+    return first_step(late, name, (values[0] + max(values)) / 2)
 
 
 def summary(runs: list[Records]) -> dict[str, Any]:
-    """Of all seeds: steps to the target, and what rises half-way first, alignment or accuracy."""
+    """Of each seed: steps to the target, and when alignments and accuracy had risen."""
     reached = [first_step(records, "test", TARGET) for records in runs]
-    halves = [(half_way(r, "alignment"), half_way(r, "test")) for r in runs]
-    first = [a is not None and t is not None and a < t for a, t in halves]
+    of = ("alignment", "alignment of largest", "test")
+    halves = [{name: half_way(records, name) for name in of} for records in runs]
     found = [step for step in reached if step is not None]
     return {
         "steps_to_target": reached,
         "median_steps": statistics.median(found) if len(found) == len(runs) else None,
         "largest_test_accuracy": [max(r["test"] for r in records) for records in runs],
-        "half_way_alignment_and_test": halves,
-        "alignment_first": sum(first),
+        "alignment": [(records[0]["alignment"], records[-1]["alignment"]) for records in runs],
+        "half_way": halves,
     }
 
 
@@ -128,13 +145,13 @@ def report(found: dict[str, list[Records]], methods: list[Method], out: Path, ab
     out.mkdir(parents=True, exist_ok=True)
     content = {"settings": about, "summary": summaries, "curves": found}
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    names = ("test", "train", "alignment", "effective_rank")
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), layout="constrained")
+    names = ("test", "train", "alignment", "alignment of largest", "effective_rank")
+    figure, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
         for method in methods:
             for i, records in enumerate(found[method.name]):
                 steps, values = [r["step"] + 1 for r in records], [r[name] for r in records]
-                label = method.name if i == 0 else None
+                label = None if i else method.name
                 axis.plot(steps, values, color=method.colour, alpha=0.6, lw=1.2, label=label)
         axis.set(title=name.replace("_", " "), xlabel="step + 1", xscale="log")
         axis.grid(alpha=0.25)
