@@ -38,6 +38,7 @@ from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
     from lch_plugin import circuits, concepts, diagnostics, saes, steering
+    from lch_plugin import alignment, circuits, diagnostics, saes
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -62,6 +63,7 @@ __all__ = [
     "ToolkitError",
     "VanishingCentroidError",
     "affine_expert",
+    "alignment",
     "attach",
     "centroid",
     "circuits",
@@ -89,6 +91,7 @@ _LAZY_FUNCTIONS = {
     "load_demo_vision_model": "lch_plugin.demo.vision",
 }
 _LAZY_MODULES = {
+    "alignment": "lch_plugin.alignment",
     "circuits": "lch_plugin.circuits",
     "concepts": "lch_plugin.concepts",
     "diagnostics": "lch_plugin.diagnostics",
