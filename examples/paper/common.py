@@ -102,12 +102,14 @@ class Vision:
         )
         trainer = SAETrainerConfig(
             total_training_samples=epochs * len(self.train) * per_image,
-            train_batch_size_samples=512,
+            train_batch_size_samples=512 if per_image > 1 else 64,
             lr=lr,
             n_batches_for_norm_estimate=20,
             device=device,
         )
-        rows = self.rows("train", of, positions, seed)
+        rows: Any = self.rows("train", of, positions, seed)
+        if per_image == 1:  # So few rows are kept, and the model runs once.
+            rows = list(rows)
         return train_on(rows, config, trainer, seed=seed)
 
     def codes(self, sae: Any, split: str, of: Any, positions: slice) -> Tensor:

@@ -4,8 +4,8 @@ Published: DINOv2-B, 10 breeds of dogs of ImageNet, CLS token, k = 32, 3 seeds, 
 judged by the patches of DINOv3, Wilcoxon's signed-rank test: about .545 (centroids) and .541
 (activations) at one neighbour. Probes of the breed at k = 64: about 72.3 and 69.1 %.
 
-    python examples/paper/dino_dogs.py --device cuda --out dogs       # published; Imagewoof's breeds
-    python examples/paper/dino_dogs.py --small --out dogs             # digits, judged by raw pixels
+    python examples/paper/dino_dogs.py --device cuda --out dogs    # published, with Imagewoof
+    python examples/paper/dino_dogs.py --small --out dogs          # digits, judged by raw pixels
 
 For each query, a test image, the nearest training image by the cosine of their codes is found; the
 judge says by a cosine of its own how alike the two are. The judge's vectors are centred first.

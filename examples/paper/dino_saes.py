@@ -4,9 +4,9 @@ Published: DINOv2-B and DINOv3-B, Imagenette; TopK with 10 x 768 features, k = 8
 40 epochs, learning rate 5e-4, seed 0. Linear probes of the codes of DINOv2: activations 88.9, 90.8,
 92.4, 93.7 %, centroids 90.2, 92.1, 93.7, 94.7 %; live features at k = 32: 5,885 and 7,453.
 
-    python examples/paper/dino_saes.py --device cuda --out dino_saes            # published: DINOv2-B
+    python examples/paper/dino_saes.py --device cuda --out dino_saes    # published: DINOv2-B
     python examples/paper/dino_saes.py --model facebook/dinov3-vitb16-pretrain-lvd1689m ...
-    python examples/paper/dino_saes.py --small --out dino_saes                  # digits, 2 epochs
+    python examples/paper/dino_saes.py --small --out dino_saes          # digits, 2 epochs
 
 Activations are what the MLP writes, as published, and what it reads, which lies in the same space
 as its centroids. The published script de-normalises its images; here the model's own processor

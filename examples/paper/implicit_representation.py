@@ -13,6 +13,8 @@ all points with the same pattern of active neurons have one and the same centroi
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from common import parse, parser, save
 from matplotlib.path import Path as Polygon
@@ -39,7 +41,7 @@ def trained(seed: int, steps: int) -> nn.Sequential:
     torch.manual_seed(seed)
     widths = [2, 64, 64, 64]
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     network = nn.Sequential(*layers, nn.Linear(64, 1)).double()
     optimiser = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -73,7 +75,7 @@ def main() -> None:
     apart = max(float((m - m[first][region]).abs().max()) for m in (mu, whole))
     accuracy = float(((network(points)[:, 0] > 0) == (inside(points) > 0)).double().mean())
     _, codes = mu.unique(dim=0, return_inverse=True)
-    print(f"accuracy on the grid {accuracy:.2%}, {len(regions)} patterns, ")
+    print(f"accuracy on the grid {accuracy:.2%}, {len(regions)} patterns,")
     print(
         f"{int(codes.max()) + 1} centroids of the tail; within a pattern they differ by {apart:.1e}"
     )

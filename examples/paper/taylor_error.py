@@ -16,11 +16,14 @@ does not count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from circuit_discovery import PROMPT
 from common import EMBEDDED, parse, parser, save
+from datasets import load_dataset
+from scipy.stats import linregress
 from torch import Tensor
 
 import lch_plugin as lch
@@ -53,11 +56,13 @@ def components(
         x = args[0] if args else kwargs["hidden_states"]
         rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")}
 
-        def fn(x: Tensor, module: Any = model.get_submodule(name), rest: Any = rest) -> Tensor:
-            y = module(x, **rest)
-            return y[0] if isinstance(y, tuple) else y
-
+        fn = partial(called, model.get_submodule(name), rest)
         yield KINDS[name.rpartition(".")[2]], name, fn, x.detach()
+
+
+def called(module: Any, kwargs: dict[str, Any], x: Tensor) -> Tensor:
+    y = module(x, **kwargs)
+    return y[0] if isinstance(y, tuple) else y
 
 
 def errors(fn: Callable[[Tensor], Tensor], x: Tensor, generator: torch.Generator) -> list[float]:
@@ -83,27 +88,19 @@ def main() -> None:
         loaded = lch.load(name, dtype="float64", device=args.device)
         loaded.model.set_attn_implementation("eager")
         if loaded.model.main_input_name == "input_ids":
-            inputs = {
-                k: v.to(args.device)
-                for k, v in loaded.processor(PROMPT, return_tensors="pt").items()
-            }
+            inputs = loaded.processor(PROMPT, return_tensors="pt")
         elif name == DEMO_VISION_MODEL_DIR:
             inputs = {"pixel_values": digits("test")[0][:1].double()}
         else:  # One image of Imagenette.
-            from datasets import load_dataset
-
             image = load_dataset("frgfm/imagenette", "320px", split="validation")[0]["image"]
             pixels = loaded.processor(images=image.convert("RGB"), return_tensors="pt")
-            inputs = {"pixel_values": pixels["pixel_values"].double().to(args.device)}
+            inputs = {"pixel_values": pixels["pixel_values"].double()}
+        inputs = {key: value.to(args.device) for key, value in inputs.items()}
         kind_of_model = type(loaded.model).__name__
         for kind, module, fn, x in components(loaded.model, inputs):
             with torch.no_grad():
                 error = errors(fn, x, generator)
-            y = torch.tensor(error).log()
-            slope = float(
-                ((steps - steps.mean()) * (y - y.mean())).sum()
-                / (steps - steps.mean()).square().sum()
-            )
+            slope = float(linregress(steps, torch.tensor(error).log()).slope)
             results[f"{kind_of_model} {module}"] = {"error": error, "slope": slope}
             curves.append((kind_of_model, kind, error))
             print(
