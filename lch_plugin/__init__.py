@@ -37,7 +37,7 @@ from lch_plugin.linearization import detached
 from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
-    from lch_plugin import circuits, diagnostics, saes
+    from lch_plugin import circuits, diagnostics, saes, saliency
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -75,6 +75,7 @@ __all__ = [
     "local_centroid",
     "nnsight",
     "saes",
+    "saliency",
     "sample_neighbourhood",
 ]
 
@@ -92,6 +93,7 @@ _LAZY_MODULES = {
     "huggingface": "lch_plugin.adapters.huggingface",
     "nnsight": "lch_plugin.adapters.nnsight",
     "saes": "lch_plugin.saes",
+    "saliency": "lch_plugin.saliency",
 }
 
 
