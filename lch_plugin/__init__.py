@@ -39,6 +39,7 @@ from lch_plugin.sites import Site
 if TYPE_CHECKING:
     from lch_plugin import circuits, concepts, diagnostics, saes, steering
     from lch_plugin import alignment, circuits, diagnostics, saes
+    from lch_plugin import circuits, diagnostics, saes, saliency
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -78,6 +79,7 @@ __all__ = [
     "local_centroid",
     "nnsight",
     "saes",
+    "saliency",
     "sample_neighbourhood",
     "steering",
 ]
@@ -99,6 +101,7 @@ _LAZY_MODULES = {
     "nnsight": "lch_plugin.adapters.nnsight",
     "saes": "lch_plugin.saes",
     "steering": "lch_plugin.steering",
+    "saliency": "lch_plugin.saliency",
 }
 
 
