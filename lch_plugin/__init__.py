@@ -37,7 +37,7 @@ from lch_plugin.linearization import detached
 from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
-    from lch_plugin import circuits, diagnostics, saes
+    from lch_plugin import circuits, diagnostics, probes, saes
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -74,6 +74,7 @@ __all__ = [
     "load_demo_vision_model",
     "local_centroid",
     "nnsight",
+    "probes",
     "saes",
     "sample_neighbourhood",
 ]
@@ -91,6 +92,7 @@ _LAZY_MODULES = {
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
     "nnsight": "lch_plugin.adapters.nnsight",
+    "probes": "lch_plugin.probes",
     "saes": "lch_plugin.saes",
 }
 
