@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lch_plugin import circuits, concepts, diagnostics, saes, steering
     from lch_plugin import alignment, circuits, diagnostics, saes
     from lch_plugin import circuits, diagnostics, saes, saliency
+    from lch_plugin import circuits, diagnostics, probes, saes
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -78,6 +79,7 @@ __all__ = [
     "load_demo_vision_model",
     "local_centroid",
     "nnsight",
+    "probes",
     "saes",
     "saliency",
     "sample_neighbourhood",
@@ -99,6 +101,7 @@ _LAZY_MODULES = {
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
     "nnsight": "lch_plugin.adapters.nnsight",
+    "probes": "lch_plugin.probes",
     "saes": "lch_plugin.saes",
     "steering": "lch_plugin.steering",
     "saliency": "lch_plugin.saliency",

@@ -1,0 +1,105 @@
+"""The ``lch probe`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lch_plugin.cli.options import COUNT, Device, Dtype, Model, Out, Seed
+from lch_plugin.errors import InputError
+
+
+def probe(
+    train: Annotated[
+        list[Path],
+        typer.Option(help="Statements to train on, a .csv with statement,label. Repeatable."),
+    ],
+    test: Annotated[
+        list[Path] | None, typer.Option(help="Others to test on alone. Repeatable.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks, as 6,12; all by default. -1 is the last.")
+    ] = None,
+    component: Annotated[
+        list[str] | None,
+        typer.Option(help="mlp (the default), attn or block. Repeatable."),
+    ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="mass-mean (the default), mass-mean-covariance, logistic or lda. Repeatable."
+        ),
+    ] = None,
+    token: Annotated[
+        str, typer.Option(help="last, mean over the statement, or how many of the last.")
+    ] = "last",
+    seeds: Annotated[int, typer.Option(help="Splits; at least 3.", min=3, max=1000)] = 3,
+    rows: Annotated[
+        int | None, typer.Option(help="At most so many statements of each set.", **COUNT)
+    ] = None,
+    k: Annotated[
+        str | None, typer.Option(help="Coordinates of sparse probes, as 1,4,16; none by default.")
+    ] = None,
+    model: Model = "",
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    out: Out = Path("probes"),
+) -> None:
+    """Probes of truth: trained on some sets of statements, tested on all."""
+    from lch_plugin import probes
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.files import check_new_directory
+    from lch_plugin.loading import load
+
+    settings: dict[str, Any] = {
+        "components": component or ["mlp"],
+        "probes": probe or ["mass-mean"],
+        "token": token if token in ("last", "mean") else _numbers("token", token)[0],
+        "seeds": seeds,
+        "k": [] if k is None else _numbers("k", k),
+    }
+    blocks = None if layers is None else _numbers("layers", layers)
+    sets = [[probes.read_statements(path) for path in paths] for paths in (train, test or [])]
+    if rows is not None:
+        sets = [[probes.sample(one, rows, seed) for one in some] for some in sets]
+    probes.check(*sets, **settings)
+    check_new_directory(out)
+    loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
+    bridge = loaded.bridge()
+    found = probes.run(
+        bridge,
+        sets[0],
+        out,
+        test=sets[1],
+        layers=blocks,
+        **settings,
+        seed=seed,
+        revision=loaded.revision,
+    )
+    _print(found)
+    typer.echo(f"Open {out / 'report.html'}")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--{name} {text!r} is no list of whole numbers: give such as 6,12."
+        ) from None
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("probe", "site", "layer", "own test", "other sets", "selectivity there")
+    for r in found["results"]:
+        own, others = r["summary"]["own"], r["summary"]["others"]
+        shown = [own["accuracy"], others and others["accuracy"], others and others["selectivity"]]
+        cells = ["-" if one is None else f"{100 * one['mean']:.1f} %" for one in shown]
+        table.add_row(r["probe"], f"{r['component']} {r['part']}", str(r["layer"]), *cells)
+    Console().print(table)
