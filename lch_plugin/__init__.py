@@ -37,10 +37,16 @@ from lch_plugin.linearization import detached
 from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
-    from lch_plugin import circuits, concepts, diagnostics, saes, steering
-    from lch_plugin import alignment, circuits, diagnostics, saes
-    from lch_plugin import circuits, diagnostics, saes, saliency
-    from lch_plugin import circuits, diagnostics, probes, saes
+    from lch_plugin import (
+        alignment,
+        circuits,
+        concepts,
+        diagnostics,
+        probes,
+        saes,
+        saliency,
+        steering,
+    )
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -103,8 +109,8 @@ _LAZY_MODULES = {
     "nnsight": "lch_plugin.adapters.nnsight",
     "probes": "lch_plugin.probes",
     "saes": "lch_plugin.saes",
-    "steering": "lch_plugin.steering",
     "saliency": "lch_plugin.saliency",
+    "steering": "lch_plugin.steering",
 }
 
 
