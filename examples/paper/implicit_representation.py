@@ -74,11 +74,8 @@ def main() -> None:
     )
     apart = max(float((m - m[first][region]).abs().max()) for m in (mu, whole))
     accuracy = float(((network(points)[:, 0] > 0) == (inside(points) > 0)).double().mean())
-    _, codes = mu.unique(dim=0, return_inverse=True)
-    print(f"accuracy on the grid {accuracy:.2%}, {len(regions)} patterns,")
-    print(
-        f"{int(codes.max()) + 1} centroids of the tail; within a pattern they differ by {apart:.1e}"
-    )
+    print(f"accuracy on the grid {accuracy:.2%}; {len(regions)} patterns of active neurons,")
+    print(f"within which centroids differ by at most {apart:.1e}")
     assert apart < 1e-10, "points of one pattern must have one centroid"
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -111,7 +108,7 @@ def main() -> None:
     axes[2].legend(frameon=True, fontsize=8, loc="lower right")
     for axis in axes[:3]:
         axis.plot(*edge.T, color="black", linewidth=1)
-        axis.set_aspect("equal")
+        axis.set(aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
         axis.grid(False)
     within = inside(points[shown]) > 0
     for chosen, c, name in ((within, CENTROIDS, "inside"), (~within, ACTIVATIONS, "outside")):
@@ -121,7 +118,6 @@ def main() -> None:
     results = {
         "accuracy": accuracy,
         "patterns": len(regions),
-        "distinct_centroids": int(codes.max()) + 1,
         "largest_difference_within_a_pattern": apart,
     }
     save(args, results, figure, steps=steps, side=side, site="tail: all after the first layer")
