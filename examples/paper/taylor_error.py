@@ -33,6 +33,7 @@ from lch_plugin.figures import ACTIVATIONS, CENTROIDS, new_figure
 
 STEPS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 KINDS = {"attn": "attention", "attention": "attention", "self_attn": "attention", "mlp": "mlp"}
+COLOURS = {"attention": ACTIVATIONS, "mlp": CENTROIDS}
 N_DIRECTIONS = 8
 
 
@@ -82,7 +83,8 @@ def main() -> None:
     args = parse(parser(__doc__, "gpt2-large"))
     names = (DEMO_MODEL_DIR, DEMO_VISION_MODEL_DIR) if args.model == EMBEDDED else (args.model,)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    results, curves = {}, []
+    results: dict[str, Any] = {}
+    curves: dict[str, list[tuple[str, list[float]]]] = {}
     steps = torch.tensor(STEPS).log()
     for name in names:
         loaded = lch.load(name, dtype="float64", device=args.device)
@@ -96,28 +98,22 @@ def main() -> None:
             pixels = loaded.processor(images=image.convert("RGB"), return_tensors="pt")
             inputs = {"pixel_values": pixels["pixel_values"].double()}
         inputs = {key: value.to(args.device) for key, value in inputs.items()}
-        kind_of_model = type(loaded.model).__name__
+        of = type(loaded.model).__name__
         for kind, module, fn, x in components(loaded.model, inputs):
             with torch.no_grad():
                 error = errors(fn, x, generator)
             slope = float(linregress(steps, torch.tensor(error).log()).slope)
-            results[f"{kind_of_model} {module}"] = {"error": error, "slope": slope}
-            curves.append((kind_of_model, kind, error))
-            print(
-                f"{kind_of_model:>16} {module:28} error at 1e-2 {error[-1]:.2e}  slope {slope:.3f}"
-            )
+            results[f"{of} {module}"] = {"error": error, "slope": slope}
+            curves.setdefault(of, []).append((kind, error))
+            print(f"{of:>16} {module:28} error at 1e-2 {error[-1]:.2e}  slope {slope:.3f}")
 
-    models = sorted({c[0] for c in curves})
-    figure, axes = new_figure(4.4 * len(models), 3.6, columns=len(models))
-    for model, axis in zip(models, axes, strict=True):
-        labelled = set()
-        for of, kind, error in curves:
-            if of == model:
-                label = None if kind in labelled else kind
-                labelled.add(kind)
-                colour = CENTROIDS if kind == "mlp" else ACTIVATIONS
-                axis.loglog(STEPS, error, "o-", color=colour, alpha=0.7, label=label)
-        axis.set(title=model, xlabel="step / norm of the input", ylabel="relative error")
+    figure, axes = new_figure(4.4 * len(curves), 3.6, columns=len(curves))
+    for (of, lines), axis in zip(curves.items(), axes, strict=True):
+        for kind, error in lines:
+            axis.loglog(STEPS, error, "o-", color=COLOURS[kind], alpha=0.7)
+        for kind, colour in COLOURS.items():
+            axis.plot([], [], "o-", color=colour, label=kind)
+        axis.set(title=of, xlabel="step / norm of the input", ylabel="relative error")
         axis.legend(frameon=False)
     save(args, results, figure, steps=STEPS, n_directions=N_DIRECTIONS, dtype="float64")
 
