@@ -3,7 +3,7 @@
 Takes a CSV file with columns ``statement`` and ``label`` (1 true, 0 false), as those of Marks and
 Tegmark, "The Geometry of Truth" (arXiv 2310.06824), and a directory or name of a HuggingFace model:
 
-    python examples/concepts_truth.py cities.csv path/to/SmolLM2-135M-Instruct --layers 12 18 24
+    python examples/paper/concepts_truth.py cities.csv path/to/SmolLM2-135M-Instruct --layers 12 18 24
 
 Half of the statements find directions and erasures, the other half judge them. Prints
 
