@@ -12,8 +12,9 @@ import lch_plugin as lch
 from lch_plugin.concepts import boundary, cav, difference_of_means, inlp, leace
 
 MLP = "blocks.2.mlp"
-TEXT = "In the {} {} saw {} {}"
-NAMES, THINGS = ("Tom", "Lily", "Ben", "Mia"), ("dog", "cat", "apple", "egg", "ant", "ball")
+TEXT = "In the {} Tom {} {} {}"
+VERBS = ("saw", "had", "got")
+THINGS = ("dog", "cat", "ball", "tree", "apple", "egg", "owl", "orange")
 PLACES = ("park", "house", "garden", "tree")
 
 
@@ -22,14 +23,14 @@ def rows() -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
     """The demo model, prompts, labels, and what an MLP reads and its centroids at the article."""
     model = lch.load_demo_model()
     texts = [
-        TEXT.format(place, name, "an" if thing[0] in "aeiou" else "a", thing)
-        for name in NAMES
+        TEXT.format(place, verb, "an" if thing[0] in "aeiou" else "a", thing)
+        for verb in VERBS
         for thing in THINGS
         for place in PLACES
     ]
     rows = [model.to_tokens(text)[0] for text in texts]
-    longest = max(map(len, rows))
-    kept = [i for i, row in enumerate(rows) if len(row) == longest]  # No padding.
+    n_pos = len(rows[0])
+    kept = [i for i, row in enumerate(rows) if len(row) == n_pos]  # No padding.
     tokens = torch.stack([rows[i] for i in kept])
     labels = torch.tensor([int(" an " in texts[i]) for i in kept])
     assert 8 <= int(labels.sum()) <= len(labels) - 8

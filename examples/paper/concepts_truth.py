@@ -3,7 +3,7 @@
 Takes a CSV file with columns ``statement`` and ``label`` (1 true, 0 false), as those of Marks and
 Tegmark, "The Geometry of Truth" (arXiv 2310.06824), and a directory or name of a HuggingFace model:
 
-    python examples/concepts_truth.py cities.csv path/to/SmolLM2-135M-Instruct --layers 12 18 24
+    python examples/paper/concepts_truth.py cities.csv path/to/SmolLM2-135M-Instruct --layers 14 20
 
 Half of the statements find directions and erasures, the other half judge them. Prints
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("csv", type=Path)
     parser.add_argument("model")
-    parser.add_argument("--layers", type=int, nargs="+", default=[12, 18, 24])
+    parser.add_argument("--layers", type=int, nargs="+", default=[14, 20])
     parser.add_argument("--mlps", default="model.layers.{}.mlp", help="names of MLPs")
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--n-random", type=int, default=10)
