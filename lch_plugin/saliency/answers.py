@@ -1,7 +1,7 @@
 """The metric of an answer, as a plain function of a prompt's token embeddings.
 
-The answer is given to the model (teacher forcing), so that one pass reads the probability of each of
-its tokens. Only the prompt's embeddings are the input: those of the answer stay as they are.
+The answer is given to the model (teacher forcing): one pass reads the probability of each of its
+tokens. Only the prompt's embeddings are the input: those of the answer stay as they are.
 """
 
 from __future__ import annotations

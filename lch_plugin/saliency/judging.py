@@ -94,8 +94,8 @@ def randomisation(
         Spearman's correlation after each layer, by its name, from the top.
 
     Example:
-        >>> net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)), torch.ones(3)
-        >>> list(lch.saliency.randomisation(net, lambda: lch.centroid(net, x)))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        >>> list(lch.saliency.randomisation(net, lambda: lch.centroid(net, torch.ones(3))))
         ['1', '0']
     """
     generator = torch.Generator().manual_seed(seed)
