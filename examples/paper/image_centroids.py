@@ -15,11 +15,11 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 import lch_plugin as lch
+from lch_plugin.demo.vision import digits
 
 
 def main() -> None:
@@ -32,9 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.small:
         model, module = lch.load_demo_vision_model(), None
-        generator = torch.Generator().manual_seed(0)
-        shape = (1, model.config.num_channels, model.config.image_size, model.config.image_size)
-        pixels = torch.rand(shape, generator=generator)  # No image: what runs, not what is seen.
+        pixels = digits("test")[0][:1]
     else:
         if args.image is None:
             parser.error("--image FILE, or --small")

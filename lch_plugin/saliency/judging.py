@@ -26,8 +26,8 @@ class Curves:
             Good scores have a low one of deletion and a high one of insertion.
     """
 
-    deletion: Float[Tensor, " n_pos+1"]
-    insertion: Float[Tensor, " n_pos+1"]
+    deletion: Float[Tensor, " step"]
+    insertion: Float[Tensor, " step"]
 
     @property
     def deletion_area(self) -> float:

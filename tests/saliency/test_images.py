@@ -101,3 +101,11 @@ def test_settings_out_of_range_are_refused(
 def test_an_unknown_module_is_refused(net: nn.Sequential, batch: torch.Tensor) -> None:
     with pytest.raises(lch.SiteError, match="no module"):
         images(net, batch, module="nowhere")
+
+
+def test_a_huggingface_model_of_images_has_maps() -> None:
+    model = lch.load_demo_vision_model(dtype=F64)
+    image = torch.rand(1, 1, 32, 32, dtype=F64, generator=torch.Generator().manual_seed(0))
+    x = image.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(model(x).last_hidden_state.sum(), x)
+    assert torch.allclose(images(model, image, sigma=0.0, n_samples=1).centroids, truth)
