@@ -88,7 +88,8 @@ def images(
             found.append(local.mean.view_as(image))
     centroids = torch.stack(found)
     maps = centroids.sum(1).abs()
-    top = maps.flatten(1).float().quantile(percentile / 100, dim=1).to(maps)[:, None, None]
+    wide = maps.flatten(1).to(torch.promote_types(maps.dtype, torch.float32))
+    top = wide.quantile(percentile / 100, dim=1).to(maps)[:, None, None]
     return ImageMaps(centroids, (maps / top.clamp_min(torch.finfo(maps.dtype).tiny)).clamp(max=1))
 
 

@@ -86,8 +86,8 @@ def test_prompts_run_together_as_one_by_one() -> None:
 def test_input_times_detached_centroid_adds_up_to_the_logit(family: str) -> None:
     of = metric(family, quantity="logit")
     found = completeness(of, of.embeddings)
-    assert found.error < 1e-10
-    assert math.isclose(found.value, float(of(of.embeddings[None])))
+    assert found.error < (1e-6 if family == "llama" else 1e-10)  # Its norm is in float32.
+    assert math.isclose(found.value, float(of(of.embeddings[None]).detach()))
     assert abs(float(found.scores.sum())) > 1e-3 * abs(found.value)
     with pytest.raises(lch.InputError, match="not affine"):
         completeness(metric(family), of.embeddings)
