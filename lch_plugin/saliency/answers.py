@@ -123,7 +123,7 @@ class AnswerMetric:
         # Of some models the embedding is more than its table (a scale): so by way of the model.
         ids = torch.arange(len(table), device=self._device)
         total = sum(self._embed(part).double().sum(0) for part in ids.split(8192))
-        return (total / len(table)).to(self.embeddings)  # type: ignore[union-attr, no-any-return]
+        return (total / len(table)).to(self.embeddings)  # type: ignore[union-attr]
 
     def _ids(self, text: str | Sequence[int]) -> list[int]:
         if not isinstance(text, str):

@@ -151,4 +151,4 @@ def _reading(model: nn.Module, name: str | None) -> Iterator[Any]:
 def _tensor(output: Any) -> Tensor:
     output = getattr(output, "logits", output)
     # The first of what a module returns is its hidden states, of tuples and HuggingFace's outputs.
-    return output if isinstance(output, Tensor) else output[0]  # type: ignore[no-any-return]
+    return output if isinstance(output, Tensor) else output[0]

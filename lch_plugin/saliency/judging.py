@@ -99,7 +99,7 @@ def randomisation(
         ['1', '0']
     """
     generator = torch.Generator().manual_seed(seed)
-    layers: dict[str, list[Tensor]] = {}
+    layers: dict[str, list[nn.Parameter]] = {}
     for name, weight in model.named_parameters():
         layers.setdefault(_layer(name), []).append(weight)
     before, found = scores().detach().flatten().cpu(), {}
