@@ -57,9 +57,8 @@ def main() -> None:
     torch.set_num_threads(1)
     source = DEMO_MODEL_DIR if args.small else args.model
     loaded = lch.load(source, dtype="float32")
-    prompts = SMALL or {}
-    if not args.small:
-        prompts = {f"The capital of {c} is": city for c, city in CAPITALS.items()}
+    capitals = {f"The capital of {c} is": city for c, city in CAPITALS.items()}
+    prompts = SMALL if args.small else capitals
     areas: dict[str, dict[str, list[float]]] = {}
     for prompt, answer in prompts.items():
         metric = lch.saliency.AnswerMetric(loaded, prompt, answer)

@@ -1,7 +1,7 @@
 """The metric of an answer, as a plain function of a prompt's token embeddings.
 
-The answer is given to the model (teacher forcing), so that one pass reads the probability of each of
-its tokens. Only the prompt's embeddings are the input: those of the answer stay as they are.
+The answer is given to the model (teacher forcing): one pass reads the probability of each of its
+tokens. Only the prompt's embeddings are the input: those of the answer stay as they are.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ class AnswerMetric:
         if not self._is_bridge:
             logits: Tensor = self._model(inputs_embeds=x, use_cache=False).logits
             return logits
-        from lch_plugin.adapters.transformer_lens import run_edited
+        from lch_plugin.adapters.transformer_lens import HookedTransformer, run_edited
 
         text = torch.cat([self.ids, answer[:-1]]).expand(len(x), -1)
-        return run_edited(self._model, text, {"hook_embed": lambda _: x})
+        # A bridge has its hook points within its modules.
+        is_hooked = isinstance(self._model, HookedTransformer)
+        point = "hook_embed" if is_hooked else "embed.hook_out"
+        return run_edited(self._model, text, {point: lambda _: x})
 
     def _embed(self, ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -120,7 +123,7 @@ class AnswerMetric:
         # Of some models the embedding is more than its table (a scale): so by way of the model.
         ids = torch.arange(len(table), device=self._device)
         total = sum(self._embed(part).double().sum(0) for part in ids.split(8192))
-        return (total / len(table)).to(self.embeddings)  # type: ignore[union-attr, no-any-return]
+        return (total / len(table)).to(self.embeddings)  # type: ignore[union-attr]
 
     def _ids(self, text: str | Sequence[int]) -> list[int]:
         if not isinstance(text, str):
@@ -135,8 +138,12 @@ class AnswerMetric:
     def _continuation(
         self, prompt: str | Sequence[int], ids: list[int], text: str | Sequence[int], role: str
     ) -> list[int]:
-        if not isinstance(text, str) or not isinstance(prompt, str):
-            after = self._ids(text) if not isinstance(text, str) else []
+        if not isinstance(text, str):
+            after = [int(i) for i in text]
+        elif not isinstance(prompt, str):
+            raise InputError(
+                f"the {role} {text!r} is text and the prompt token ids: give both in one form."
+            )
         else:
             whole = self._ids(prompt + text)
             if whole[: len(ids)] != ids:

@@ -30,7 +30,7 @@ def coloured(tokens: Sequence[str], scores: Sequence[float]) -> str:
 
 def token_bars(tokens: Sequence[str], scores: Mapping[str, Sequence[float]]) -> Figure:
     """One panel a method: a bar a token, in shares of the largest magnitude."""
-    figure, axes = new_figure(3 * len(scores), 1.2 + 0.25 * len(tokens), columns=len(scores))
+    figure, axes = new_figure(2.2 * len(scores), 1.2 + 0.25 * len(tokens), columns=len(scores))
     places = range(len(tokens))
     for axis, (name, values) in zip(axes, scores.items(), strict=True):
         top = max(map(abs, values)) or 1.0
@@ -46,7 +46,7 @@ def token_bars(tokens: Sequence[str], scores: Mapping[str, Sequence[float]]) -> 
 
 def curve_figure(judged: Mapping[str, Mapping[str, Any]], unit: str) -> Figure:
     """Deletion and insertion, a line a method."""
-    figure, axes = new_figure(10, 3.8, columns=2)
+    figure, axes = new_figure(10.0, 3.8, columns=2)
     styles = ("-", "--", "-.", ":")
     for axis, kind in zip(axes, ("deletion", "insertion"), strict=True):
         for i, (name, found) in enumerate(judged.items()):

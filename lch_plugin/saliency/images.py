@@ -88,7 +88,8 @@ def images(
             found.append(local.mean.view_as(image))
     centroids = torch.stack(found)
     maps = centroids.sum(1).abs()
-    top = maps.flatten(1).float().quantile(percentile / 100, dim=1).to(maps)[:, None, None]
+    wide = maps.flatten(1).to(torch.promote_types(maps.dtype, torch.float32))
+    top = wide.quantile(percentile / 100, dim=1).to(maps)[:, None, None]
     return ImageMaps(centroids, (maps / top.clamp_min(torch.finfo(maps.dtype).tiny)).clamp(max=1))
 
 
@@ -149,4 +150,5 @@ def _reading(model: nn.Module, name: str | None) -> Iterator[Any]:
 
 def _tensor(output: Any) -> Tensor:
     output = getattr(output, "logits", output)
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    # The first of what a module returns is its hidden states, of tuples and HuggingFace's outputs.
+    return output if isinstance(output, Tensor) else output[0]

@@ -26,8 +26,8 @@ class Curves:
             Good scores have a low one of deletion and a high one of insertion.
     """
 
-    deletion: Float[Tensor, " n_pos+1"]
-    insertion: Float[Tensor, " n_pos+1"]
+    deletion: Float[Tensor, " step"]
+    insertion: Float[Tensor, " step"]
 
     @property
     def deletion_area(self) -> float:
@@ -94,12 +94,12 @@ def randomisation(
         Spearman's correlation after each layer, by its name, from the top.
 
     Example:
-        >>> net, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)), torch.ones(3)
-        >>> list(lch.saliency.randomisation(net, lambda: lch.centroid(net, x)))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        >>> list(lch.saliency.randomisation(net, lambda: lch.centroid(net, torch.ones(3))))
         ['1', '0']
     """
     generator = torch.Generator().manual_seed(seed)
-    layers: dict[str, list[Tensor]] = {}
+    layers: dict[str, list[nn.Parameter]] = {}
     for name, weight in model.named_parameters():
         layers.setdefault(_layer(name), []).append(weight)
     before, found = scores().detach().flatten().cpu(), {}

@@ -104,8 +104,8 @@ def completeness(metric: Metric, x: Float[Tensor, "pos d_model"]) -> Completenes
     """Input times the centroid of the detached linearisation, checked by the frozen map itself.
 
     Attention patterns, norm scales and gates are held at their values, and the metric is affine:
-    ``metric(x) = scores.sum() + offset``. The offset is not what is left over; it is what the frozen
-    map gives at zero embeddings.
+    ``metric(x) = scores.sum() + offset``. The offset is not what is left over: it is what the
+    frozen map gives at zero embeddings.
 
     Args:
         metric: linear in the logits (``quantity="logit"``); a log-probability is not affine.
