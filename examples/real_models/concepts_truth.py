@@ -3,7 +3,7 @@
 Takes a CSV file with columns ``statement`` and ``label`` (1 true, 0 false), as those of Marks and
 Tegmark, "The Geometry of Truth" (arXiv 2310.06824), and a directory or name of a HuggingFace model:
 
-    python examples/real_models/concepts_truth.py cities.csv path/to/SmolLM2-135M-Instruct --layers 14 20
+    python examples/real_models/concepts_truth.py cities.csv SmolLM2-135M-Instruct --layers 14 20
 
 Half of the statements find directions and erasures, the other half judge them. Prints
 

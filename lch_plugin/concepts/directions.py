@@ -110,7 +110,7 @@ def cav(x: Rows, labels: Labels, *, regularization: float = 1.0) -> Concept:
         raise InputError("all rows are the same: no classifier tells the classes apart.")
     fitted, mean, scale = logistic(rows, index, regularization)
     normal = torch.from_numpy(fitted.coef_[0]).to(rows)
-    direction = _unit(normal, x, "the classifier's normal is zero")
+    direction = _unit(normal, normal[None], "the classifier's normal is zero")
     offset = float(fitted.intercept_[0]) * scale / float(normal.norm())
     return _concept(x, rows, index, direction, float(mean @ direction) - offset, "cav")
 

@@ -34,7 +34,7 @@ def matrices(content: dict[str, Any], probe: str) -> Figure:
     picture = None
     for i, (axis, one) in enumerate(zip(axes, found, strict=True)):
         values = 100 * np.array(one["accuracy"]).mean(0)
-        picture = axis.imshow(values, vmin=0, vmax=100, cmap="PuOr")
+        axis.imshow(values, vmin=0, vmax=100, cmap="PuOr")
         axis.grid(False)
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if abs(value - 50) > 35 else "black"

@@ -6,7 +6,7 @@ is its local centroid, `by_method` what Captum has beside it. `curves`, `randomi
 """
 
 from lch_plugin.saliency.answers import AnswerMetric
-from lch_plugin.saliency.images import ImageMaps, images
+from lch_plugin.saliency.image_maps import ImageMaps, images
 from lch_plugin.saliency.judging import Curves, curves, randomisation
 from lch_plugin.saliency.scores import (
     METHODS,
