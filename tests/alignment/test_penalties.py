@@ -132,7 +132,7 @@ def test_training_on_a_penalty_does_what_it_says(kind: str) -> None:
             if kind == "alignment"
             else jacobian_penalty(found, generator=draws)
         )
-        values.append(float(penalty))
+        values.append(penalty.item())
         optimizer.zero_grad()
         penalty.backward()
         optimizer.step()
