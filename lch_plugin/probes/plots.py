@@ -31,10 +31,9 @@ def matrices(content: dict[str, Any], probe: str) -> Figure:
     rows = len(found) // 3
     width, height = 3 * (0.42 * n_test + 0.4) + 2.4, rows * (0.42 * n_train + 0.5) + 1.8
     figure, axes = new_figure(width, height, columns=3, rows=rows)
-    picture = None
     for i, (axis, one) in enumerate(zip(axes, found, strict=True)):
         values = 100 * np.array(one["accuracy"]).mean(0)
-        picture = axis.imshow(values, vmin=0, vmax=100, cmap="PuOr")
+        axis.imshow(values, vmin=0, vmax=100, cmap="PuOr")
         axis.grid(False)
         for (row, column), value in np.ndenumerate(values):
             colour = "white" if abs(value - 50) > 35 else "black"
