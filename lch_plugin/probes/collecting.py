@@ -107,11 +107,14 @@ def collect(
     with attach(model, layers=chosen, site=component, cotangent=cotangent) as handle:
         records = handle.records()
         names = [n for r in records for n in hook_names(component, r["layer"]).values()]
+        # Nothing after the last component is wanted.
+        end = max(r["layer"] for r in records) + 1
+        stop = end if end < model.cfg.n_layers else None
         values = {name: torch.empty(len(ids), model.cfg.d_model) for name in names}
         for rows in track(batches, "reading statements", transient=True):
             tokens = torch.stack([ids[row] for row in rows])
             with torch.no_grad():
-                _, cache = model.run_with_cache(tokens, names_filter=names, return_type=None)
+                _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=stop)
             for name in names:
                 if name not in cache:
                     raise SiteError(

@@ -96,8 +96,9 @@ def generalise(
 
     Example:
         >>> rng = np.random.default_rng(0)
-        >>> labels = {name: np.arange(100) % 2 for name in ("a", "b")}
-        >>> values = {name: rng.normal(size=(100, 4)) + 5 * y[:, None] for name, y in labels.items()}
+        >>> y = np.arange(100) % 2
+        >>> values = {name: rng.normal(size=(100, 4)) + 5 * y[:, None] for name in ("a", "b")}
+        >>> labels = dict.fromkeys(values, y)
         >>> found = lch.probes.generalise(values, labels, lch.probes.make_probe("mass-mean"))
         >>> found.accuracy.shape, float(found.accuracy.min())
         ((3, 2, 2), 1.0)

@@ -31,7 +31,6 @@ def matrices(content: dict[str, Any], probe: str) -> Figure:
     rows = len(found) // 3
     width, height = 3 * (0.42 * n_test + 0.4) + 2.4, rows * (0.42 * n_train + 0.5) + 1.8
     figure, axes = new_figure(width, height, columns=3, rows=rows)
-    picture = None
     for i, (axis, one) in enumerate(zip(axes, found, strict=True)):
         values = 100 * np.array(one["accuracy"]).mean(0)
         axis.imshow(values, vmin=0, vmax=100, cmap="PuOr")

@@ -116,7 +116,7 @@ def check_apart(sets: Sequence[Statements]) -> None:
         if shared := [text for text in one.texts if text in owner]:
             raise InputError(
                 f"{len(shared)} statements of {one.name} are in {owner[shared[0]]} too, such as "
-                f"{_short(shared[0])}: what is trained on cannot be tested on. Take them out of one."
+                f"{_short(shared[0])}: take them out of one."
             )
         owner |= dict.fromkeys(one.texts, one.name)
 

@@ -1,0 +1,76 @@
+"""A statement's values are those of the statement alone, at the places that are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lch_plugin as lch
+from lch_plugin import probes
+
+TEXTS = [
+    "Tom saw an apple.",
+    "Anna picked a pear in the garden.",
+    "Eva saw a pear.",
+    "Peter bought an apple and a pear in the park.",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> lch.adapters.transformer_lens.TransformerBridge:
+    return lch.load_demo_model(dtype=torch.float64)
+
+
+@pytest.mark.parametrize("token", ["last", "mean", 2])
+@pytest.mark.parametrize("component", ["mlp", "attn", "block"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_values_do_not_depend_on_what_a_statement_runs_with(
+    model, token, component, side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "padding_side", side)
+    chosen = {"layers": [1, -1], "component": component, "token": token}
+    together, _ = probes.collect(model, TEXTS, **chosen)
+    for i, text in enumerate(TEXTS):
+        alone, _ = probes.collect(model, [text], **chosen)
+        assert len(alone) == 6
+        for name, values in alone.items():
+            torch.testing.assert_close(together[name][i], values[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [[1], [3]])
+def test_the_three_places_of_an_mlp_are_matched(model, layers: list[int]) -> None:
+    """Its output at its input, and the gradient of the sum of that, by torch alone."""
+    values, (record,) = probes.collect(model, TEXTS[:1], layers=layers)
+    names = probes.hook_names("mlp", record["layer"])
+    x = values[names["input"]].double().requires_grad_()
+    y = model.blocks[layers[0]].mlp(x[None])[0]
+    (mu,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(values[names["output"]], y.detach().float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(values[names["centroid"]], mu.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_the_statements_own(model) -> None:
+    text = TEXTS[1]
+    name = "blocks.2.mlp.hook_in"
+    _, cache = model.run_with_cache(model.to_tokens(text), names_filter=name)
+    rows = cache[name][0].float()
+    before = int(model.to_tokens(text)[0, 0]) == model.tokenizer.bos_token_id
+    expected = {"last": rows[-1], "mean": rows[int(before) :].mean(0), 3: rows[-3:].mean(0)}
+    for token, value in expected.items():
+        found, _ = probes.collect(model, [text], layers=[2], token=token)
+        torch.testing.assert_close(found[name][0], value, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_read_is_refused(model, as_users_run: None) -> None:
+    with pytest.raises(lch.InputError, match=f"more than the model's context of {model.cfg.n_ctx}"):
+        probes.collect(model, ["Tom saw an apple." * 60], layers=[0])
+    with pytest.raises(lch.InputError, match="has no tokens"):
+        probes.collect(model, [""], layers=[0])
+    with pytest.raises(lch.InputError, match="token 'first' is not known"):
+        probes.collect(model, TEXTS, token="first")
+    with pytest.raises(lch.InputError, match="component 'head' is not known"):
+        probes.collect(model, TEXTS, component="head")
+    with pytest.raises(lch.InputError, match="probes read a TransformerBridge, not a Linear"):
+        probes.collect(torch.nn.Linear(2, 2), TEXTS)
+    with pytest.raises(lch.SiteError):
+        probes.collect(model, TEXTS, layers=[9])
