@@ -44,6 +44,8 @@ NEEDED = {
     "demo": [],
     "centroids": ["I picked"],
     "circuit": ["--task", "an"],
+    "probe": ["--train", "statements.csv"],
+    "saliency": ["I picked", "--answer", " an"],
     "sae train": [HOOK],
     "sae cache": [HOOK],
     "sae features": ["dictionary"],

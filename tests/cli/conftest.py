@@ -31,6 +31,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     TopKSAE(TopKSAEConfig(d_in=32, d_sae=16, k=4)).save_model(directory / "dictionary")
     (directory / "file.txt").write_text("I climbed up the pear tree.\n")
     (directory / "empty.json").touch()
+    rows = [f"Statement {i}.,{i % 2}" for i in range(20)]
+    (directory / "statements.csv").write_text("\n".join(["statement,label", *rows]) + "\n")
     os.mkfifo(directory / "pipe")
     return directory
 

@@ -17,7 +17,14 @@ pytestmark = pytest.mark.usefixtures("as_users_run")
 
 NO_INT = ["", "x", "1.5", "nan", "inf", "-inf", "1e3", "9" * 40, "9" * 5000]
 NO_FLOAT = ["", "x", "-1", "nan", "inf", "-inf", "1e999", "-1e999"]
-MAY_BE_ZERO = {"--seed", "--random-cotangent", "--feature", "--skip", "--checkpoints", "--radius"}
+MAY_BE_ZERO = {
+    "--seed",
+    "--random-cotangent",
+    "--feature",
+    "--skip",
+    "--checkpoints",
+    "--radius",
+} | {"--sigma"}
 
 
 def of_type(wanted: type) -> list[Any]:
