@@ -4,6 +4,7 @@
 #   make test    lint, types, documentation and tests: what CI runs
 #   make test-tl4    of these, adapters, circuits and documentation beside TransformerLens 4
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
+#   make test-slow     the scripts of the paper's experiments, small: minutes
 #   make faults  kills, flipped bits, full disks: the table of docs/results/faults.md
 #   make docs    the documentation, into site/
 #   make docs-tables   the tables of the documentation that tests write, written anew
@@ -23,7 +24,7 @@ LENS4 := $(VENV)/transformer-lens-4
 LENS4_VERSION := 4.3.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-tl4 test-lowest faults docs docs-tables docs-families check format bench clean
+.PHONY: demo test test-tl4 test-lowest test-slow faults docs docs-tables docs-families check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -42,6 +43,9 @@ test-tl4: $(LENS4)/ready
 
 test-lowest: $(LOWEST)/ready
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
+
+test-slow: $(VENV)/ready
+	$(BIN)/pytest tests_slow
 
 faults: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.harness

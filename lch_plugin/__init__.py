@@ -37,7 +37,16 @@ from lch_plugin.linearization import detached
 from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
-    from lch_plugin import circuits, diagnostics, probes, saes
+    from lch_plugin import (
+        alignment,
+        circuits,
+        concepts,
+        diagnostics,
+        probes,
+        saes,
+        saliency,
+        steering,
+    )
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
@@ -62,9 +71,11 @@ __all__ = [
     "ToolkitError",
     "VanishingCentroidError",
     "affine_expert",
+    "alignment",
     "attach",
     "centroid",
     "circuits",
+    "concepts",
     "cotangents",
     "detached",
     "diagnostics",
@@ -76,7 +87,9 @@ __all__ = [
     "nnsight",
     "probes",
     "saes",
+    "saliency",
     "sample_neighbourhood",
+    "steering",
 ]
 
 # Importing a toolkit takes seconds; whoever needs the mathematics alone should not wait for it.
@@ -88,12 +101,16 @@ _LAZY_FUNCTIONS = {
     "load_demo_vision_model": "lch_plugin.demo.vision",
 }
 _LAZY_MODULES = {
+    "alignment": "lch_plugin.alignment",
     "circuits": "lch_plugin.circuits",
+    "concepts": "lch_plugin.concepts",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
     "nnsight": "lch_plugin.adapters.nnsight",
     "probes": "lch_plugin.probes",
     "saes": "lch_plugin.saes",
+    "saliency": "lch_plugin.saliency",
+    "steering": "lch_plugin.steering",
 }
 
 

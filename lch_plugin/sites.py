@@ -120,8 +120,9 @@ KINDS: Mapping[Kind, SiteKind] = {
         "after block J",
         residual="is",
         layers="ends",
+        has_local=True,
     ),
-    "model": SiteKind("hook_centroid", "token embeddings", "logits", layers="none"),
+    "model": SiteKind("hook_centroid", "token embeddings", "logits", layers="none", has_local=True),
 }
 """What is known of each kind, by name."""
 
@@ -273,10 +274,9 @@ class Settings:
                 f"{offered[-1]} with the Jacobian. For others use lch_plugin.local_centroid on a "
                 "callable."
             )
-        if self.expert or self.is_late:
+        if self.expert:
             raise InputError(
-                f"{size} goes with neither expert=True nor a cotangent that is known only from the "
-                "logits."
+                f"{size}: a mean over a neighbourhood is no affine expert. Leave out expert=True."
             )
 
     @property

@@ -35,6 +35,7 @@ ROOMS = {
         "sites",
         "diagnostics",
         "adapters",
+        "steering",
         "loading",
         "figures",
         "report",
@@ -62,6 +63,7 @@ ROOMS = {
         "huggingface",
         "nnsight",
         "transformer_lens",
+        "hooked",
     ),
     "lch_plugin.adapters.transformer_lens": (
         "toolkit",
@@ -262,3 +264,13 @@ def test_without_saelens_a_command_for_saes_is_one_line_and_code_1(tmp_path: Pat
     found = without_saelens(code + "cli.entry_point()", tmp_path)
     assert found.startswith("Error: lch_plugin.saes needs SAELens")
     assert found.count("\n") == 1
+
+
+def test_without_saelens_steering_and_concepts_are_there(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(3, 3))\n"
+        "with lch.steering.steering(model, '0', torch.ones(3)): y = model(torch.zeros(3))\n"
+        "print(torch.equal(y, model(torch.ones(3))), lch.concepts.cav.__name__)"
+    )
+    assert "True cav\n" in without_saelens(code, tmp_path)

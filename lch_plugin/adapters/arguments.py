@@ -174,13 +174,20 @@ def is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length") or hasattr(value, "past_keys")
 
 
-def without_caches(call: Call) -> Call:
-    """A call with None for its caches: an empty one is filled by the model's own call alone."""
+def without_caches(call: Call, others: Iterable[Any] = ()) -> Call:
+    """A call with None for its caches: an empty one is filled by the model's own call alone.
+
+    Args:
+        call: as it was made.
+        others: caches of the whole model, which do not look like one.
+    """
     args, kwargs = call
-    return (
-        tuple(None if is_cache(value) else value for value in args),
-        {name: None if is_cache(value) else value for name, value in kwargs.items()},
-    )
+    known = [id(value) for value in others]
+
+    def kept(value: Any) -> Any:
+        return None if is_cache(value) or id(value) in known else value
+
+    return tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
 
 
 def holds_tokens(value: Any, layer: int = 0) -> bool:

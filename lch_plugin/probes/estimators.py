@@ -17,13 +17,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from lch_plugin.errors import InputError
 
 
-class MassMeanProbe(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class MassMeanProbe(ClassifierMixin, BaseEstimator):
     """The difference of the two classes' means, as a classifier in scikit-learn's interface.
 
     ``theta = mean(positive) - mean(negative)``, and a point is positive if it lies on the positive
     side of the midpoint of the means. With ``covariance`` the direction is ``Sigma^-1 theta``,
-    Sigma the covariance within the classes (pseudo-inverted): the linear discriminant for classes
-    that are equally likely. Marks and Tegmark, "The Geometry of Truth" (arXiv 2310.06824), have
+    Sigma the covariance within the classes (pseudo-inverted): the linear discriminant without its
+    prior odds. Marks and Tegmark, "The Geometry of Truth" (arXiv 2310.06824), have
     both; theirs has no intercept, since they centre each data set at its own mean.
 
     Args:

@@ -21,7 +21,6 @@ from lch_plugin.saes.evaluation.functional import (
     predicted_responses,
     reconstructed_centroids,
 )
-from lch_plugin.saes.evaluation.steering import SteeringEffects, steering, steering_effects
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.images import Images
 from lch_plugin.saes.sources.rows import Rows
@@ -30,6 +29,7 @@ from lch_plugin.saes.training.configs import runner_config
 from lch_plugin.saes.training.on_rows import train_on
 from lch_plugin.saes.training.train import train
 from lch_plugin.saes.training.transcoders import train_transcoder
+from lch_plugin.steering import SteeringEffects, steering, steering_effects
 
 __all__ = [
     "Cache",

@@ -36,11 +36,11 @@ def test_the_command_writes_a_report(files: list[Path], tmp_path: Path) -> None:
             means = {k: v["mean"] for k, v in r["summary"][where].items()}
             expected = means["accuracy"] - means["control"]
             assert means["selectivity"] == pytest.approx(expected)
-    # Apples are told from pears by tokens that are in the mean.
-    lda = [
-        r["summary"]["others"]["accuracy"]["mean"] for r in found["results"] if r["probe"] == "lda"
-    ]
-    assert min(lda) > 0.9
+    # Apples are told from pears by tokens that are in the mean; 16 statements are trained on.
+    for r in found["results"]:
+        if r["probe"] == "lda":
+            accuracy, control = (r["summary"]["others"][k]["mean"] for k in ("accuracy", "control"))
+            assert accuracy > control + 0.1
     assert {s["k"] for s in found["sparse"]} == {1, 4}
     page = (out / "report.html").read_text()
     assert "selectivity" in page
@@ -71,7 +71,7 @@ def test_python_takes_two_components_and_one_set(files: list[Path], tmp_path: Pa
     ],
 )
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(
-    options: list[str], said: str, files: list[Path], tmp_path: Path
+    options: list[str], said: str, files: list[Path], tmp_path: Path, as_users_run: None
 ) -> None:
     done = call(
         "--train", files[0], *options, "--model", tmp_path / "none", "--out", tmp_path / "o"

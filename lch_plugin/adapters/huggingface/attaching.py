@@ -220,7 +220,7 @@ class Handle:
 
     # The model's own calls, as `calls.Watcher`.
 
-    def open(self) -> None:
+    def open(self, _call: Call) -> None:
         self._calls.append({})
 
     def begin(self, call: Call) -> Call:
@@ -395,11 +395,6 @@ def make_readers(
         if structure is not None and settings.linearization == "jacobian":
             readers.append(
                 ClosedFormReader(target, modules, settings, graph, structure=structure, **options)
-            )
-        elif first is not last and (settings.is_local or settings.linearization == "detached"):
-            raise SiteError(
-                f"{target.name} is no one module that can be run again, which its local centroid "
-                "and its detached linearisation take. Name a module that holds all of it."
             )
         elif settings.is_local:
             readers.append(LocalReader(target, modules, settings, graph, **options))

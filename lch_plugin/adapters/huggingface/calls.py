@@ -25,7 +25,7 @@ from lch_plugin.adapters.turns import Turn
 class Watcher(Protocol):
     """Sees the calls of up to three modules: a first, a last, and one that encloses both."""
 
-    def open(self) -> None:
+    def open(self, call: Call) -> None:
         """The enclosing module is called."""
 
     def begin(self, call: Call) -> Call:
@@ -77,7 +77,7 @@ class WatchedForward:
         enclosing, starting, ending = [*self.enclosing], [*self.starting], [*self.ending]
         try:
             for watcher in enclosing:
-                watcher.open()
+                watcher.open(call)
             for watcher in starting:
                 call = watcher.begin(call)
             output = self.original(*call[0], **call[1])

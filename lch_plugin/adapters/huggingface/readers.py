@@ -50,6 +50,19 @@ from lch_plugin.sites import Settings
 from lch_plugin.weak_cache import WeakCache
 
 
+@dataclass(frozen=True, eq=False)
+class Around:
+    """One call of the module that encloses a component.
+
+    Attributes:
+        call: what it was called with.
+        is_continued: whether that held earlier tokens; the call itself adds its own to a cache.
+    """
+
+    call: Call
+    is_continued: bool
+
+
 @dataclass(eq=False)
 class Running:
     """One call of a component under way.
@@ -62,6 +75,7 @@ class Running:
         outputs: what its input projections gave.
         between: what its first module returned.
         hooks: registered for this call alone.
+        around: the call of the module that encloses its first and last.
         again: the component as a function of what it reads, where it has to run again.
     """
 
@@ -72,6 +86,7 @@ class Running:
     outputs: list[Tensor] = field(default_factory=list)
     between: Any = None
     hooks: list[RemovableHandle] = field(default_factory=list)
+    around: Around | None = None
     again: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -161,7 +176,7 @@ class ModelCall:
             unwatch(self, model, model, model)
             self._calls.clear()
 
-    def open(self) -> None:
+    def open(self, _call: Call) -> None:
         self._calls.append([])
 
     def begin(self, call: Call) -> Call:
@@ -203,6 +218,8 @@ class Reader:
     method = ""
     #: Whether a graph is built, which what the model returns is not to keep.
     builds_graph = False
+    #: Whether the component is run again, by itself.
+    _runs_again = False
 
     def __init__(
         self,
@@ -222,8 +239,9 @@ class Reader:
         self._modules = modules
         self._graph = graph
         self._model_calls = {model: graph.model_call(model) for model in models}
-        # One for each call of the enclosing module: a model may call itself.
-        self._calls: list[Running | None] = []
+        # For each call of the enclosing module (a model may call itself) that call, and the
+        # component's own within.
+        self._calls: list[tuple[Around, Running | None]] = []
 
     @property
     def name(self) -> str:
@@ -270,27 +288,28 @@ class Reader:
 
     # The calls of its modules, as `calls.Watcher`.
 
-    def open(self) -> None:
-        self._calls.append(None)
+    def open(self, call: Call) -> None:
+        self._calls.append((Around(call, self._runs_again and self._holds_tokens(call)), None))
 
     def begin(self, call: Call) -> Call:
         if not self._calls or not self.is_wanted():
             return call
-        before, running = self._calls[-1], Running(self.label, call)
-        self._calls[-1] = running
+        (around, before), running = self._calls[-1], Running(self.label, call)
+        running.around = around
+        self._calls[-1] = around, running
         if before is not None:  # The first module runs again before the last has.
             self.stop(before)
         return self._start(running)
 
     def pass_on(self, output: Any) -> None:
-        if self._calls and self._calls[-1] is not None:
-            self._calls[-1].between = output
+        if self._calls and (running := self._calls[-1][1]) is not None:
+            running.between = output
 
     def end(self, call: Call, output: Any) -> Any:
-        running = self._calls[-1] if self._calls else None
-        if running is None:
+        around, running = self._calls[-1] if self._calls else (None, None)
+        if around is None or running is None:
             return output
-        self._calls[-1], is_waiting = None, False
+        self._calls[-1], is_waiting = (around, None), False
         try:
             y = output_of(output, self.label)
             self._look(running, call)
@@ -306,7 +325,7 @@ class Reader:
         return self._graph.drop(output, running.caches) if self.builds_graph else output
 
     def close(self) -> None:
-        running = self._calls.pop() if self._calls else None
+        running = self._calls.pop()[1] if self._calls else None
         if running is not None:
             self.stop(running)
 
@@ -378,33 +397,74 @@ class Reader:
         # A last module without a mask, as a norm, has that of the first.
         return running.tokens if tokens is None else tokens
 
+    def _holds_tokens(self, call: Call) -> bool:
+        modules = self._modules[2].modules()
+        layers = {vars(module)["layer_idx"] for module in modules if "layer_idx" in vars(module)}
+        found = list(caches((*call[0], *call[1].values())))
+        return any(holds_tokens(cache, layer) for cache in found for layer in layers or {0})
+
     def _by_itself(self, running: Running) -> Callable[[Tensor], Tensor]:
         """The component as a function of what it reads, that runs it again with no one watching.
 
+        A stretch is run by the module around it. Call it under `Alone` with that module.
+
         Raises:
-            SiteError: it is no single module, or was called with a cache of earlier tokens.
+            SiteError: it was called with a cache of earlier tokens.
         """
         first, last, _ = self._modules
-        if first is not last:
-            raise SiteError(
-                f"{self.label} is no one module that can be run again, which this takes. Name a "
-                "module that holds all of it."
-            )
-        own = {
-            vars(module)["layer_idx"] for module in first.modules() if "layer_idx" in vars(module)
-        }
-        if any(holds_tokens(cache, layer) for cache in running.caches for layer in own or {0}):
+        assert running.around is not None
+        if running.around.is_continued:
             raise SiteError(
                 f"{self.label} has to be run again for this, which a key-value cache that holds "
                 "earlier tokens does not allow. Run the whole sequence at once, without a cache."
             )
-        _, instead = input_of(without_caches(running.call), self.label)
+        call = without_caches(running.call if first is last else running.around.call)
+        if first is not last:
+            return lambda x: _through(self.label, self._modules, call, x)
+        _, instead = input_of(call, self.label)
 
         def run(x: Tensor) -> Tensor:
             args, kwargs = instead(x)
             return output_of(first(*args, **kwargs), self.label)
 
         return run
+
+
+def _through(
+    label: str, modules: tuple[nn.Module, nn.Module, nn.Module], call: Call, x: Tensor
+) -> Tensor:
+    """What the last of some modules writes when the one around it is called and the first reads x.
+
+    Raises:
+        SiteError: the call reaches the first or the last not once, but never or several times.
+    """
+    first, last, around = modules
+    starts, ends = list[Tensor](), list[Tensor]()
+
+    def start(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        read, instead = input_of((args, kwargs), label)
+        starts.append(read)
+        return instead(x)
+
+    def end(_module: nn.Module, _args: Any, output: Any) -> None:
+        ends.append(output_of(output, label))
+
+    hooks = [
+        first.register_forward_pre_hook(start, with_kwargs=True),
+        last.register_forward_hook(end),
+    ]
+    try:
+        around(*call[0], **call[1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(starts) != 1 or len(ends) != 1:
+        raise SiteError(
+            f"{label}: its first module ran {len(starts)} times and its last {len(ends)} times in "
+            "one call of the module around them, so it cannot be run again. Name a module that "
+            "holds all of it."
+        )
+    return ends[0]
 
 
 class ClosedFormReader(Reader):
@@ -501,6 +561,7 @@ class VJPReader(Reader):
         super().__init__(*args, **kwargs)
         self._mixes_positions = mixes_positions
         self._is_checked = False
+        self._runs_again = self._is_detached
 
     def _start(self, running: Running) -> Call:
         x, instead = input_of(running.call, self.label)
@@ -545,7 +606,7 @@ class VJPReader(Reader):
     def _check_affine(self, running: Running, x: Tensor, v: Tensor) -> None:
         """Once, that with its factors held fixed the component is affine."""
         assert running.again is not None
-        with self._graph.outside(), Alone([self._modules[0]]):
+        with self._graph.outside(), Alone([self._modules[2]]):
             off = distance_from_affine(running.again, x, v)
         if not off <= AFFINE_TOLERANCE[x.dtype]:
             raise not_affine(self.label, "component", off)
@@ -554,11 +615,13 @@ class VJPReader(Reader):
 class LocalReader(Reader):
     """Mean centroid over a neighbourhood of a module with no closed form.
 
-    The module runs again, once a sample and one at a time, without anybody's hooks within and in
-    evaluation mode: memory is that of one graph, and nobody's hooks see the samples.
+    The module (of a stretch the one around it) runs again, once a sample and one at a time, without
+    anybody's hooks within and in evaluation mode: memory is that of one graph, and nobody's hooks
+    see the samples.
     """
 
     method = "VJP"
+    _runs_again = True
 
     def _start(self, running: Running) -> Call:
         running.x = self._kept(input_of(running.call, self.label)[0])
@@ -568,13 +631,14 @@ class LocalReader(Reader):
     def _values(
         self, running: Running, y: Tensor, tokens: Tensor | None, v: Tensor | None
     ) -> Values:
-        x, run, own = running.x, running.again, self.settings.v
+        x, run = running.x, running.again
         assert x is not None
         assert run is not None
-        assert isinstance(own, Cotangent)
-        spread_v = spread(evaluate(own, y), y, tokens, self.settings.positions).detach()
-
+        if v is None:
+            own = self.settings.v
+            assert isinstance(own, Cotangent)
+            v = spread(evaluate(own, y), y, tokens, self.settings.positions).detach()
         with self._graph.outside():
             grad = torch.is_grad_enabled()
-            with Alone([self._modules[0]]), torch.set_grad_enabled(grad):
-                return local_values_by_running(self.settings, x, run, spread_v)
+            with Alone([self._modules[2]]), torch.set_grad_enabled(grad):
+                return local_values_by_running(self.settings, x, run, v)

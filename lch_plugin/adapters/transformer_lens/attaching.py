@@ -307,31 +307,28 @@ def _block_reader(runs: Runs, site: Site, stack: str, layer: int) -> Reader:
 def _span_reader(runs: Runs, site: Site, stack: str, first: int, last: int) -> Reader:
     blocks, path = getattr(runs.model, stack), f"{stack}.{last}"
     tail = f"_from_{first}{site.suffix}"
-    return VJPReader(
-        *(site, last, path, _points(runs, site, last, blocks[last], path, tail), runs),
+    points = _points(runs, site, last, blocks[last], path, tail)
+    return _by_vjp(
+        *(site, last, path, points, runs, blocks[first] if first == last else None),
+        (architecture.block_input(blocks[first]), architecture.block_output(blocks[last])),
         input_name=f"{stack}.{first}",
         start=first,
-        start_gate=architecture.block_input(blocks[first]),
-        end_gate=architecture.block_output(blocks[last]),
-        scope=blocks[first] if first == last else None,
     )
 
 
 def _model_reader(runs: Runs, site: Site) -> Reader:
     if hasattr(runs.model, "encoder_blocks"):
         raise SiteError("an encoder-decoder has two inputs: use spans of its stacks.")
-    return VJPReader(
-        *(site, None, "", _points(runs, site, None, runs.model, "", site.suffix), runs),
+    return _by_vjp(
+        *(site, None, "", _points(runs, site, None, runs.model, "", site.suffix), runs, None),
+        (architecture.embedding_output(runs.model), architecture.logits(runs.model)),
         input_name=architecture.embedding_name(runs.model),
-        start_gate=architecture.embedding_output(runs.model),
-        end_gate=architecture.logits(runs.model),
-        scope=None,
     )
 
 
 def _by_vjp(
     site: Site,
-    layer: int,
+    layer: int | None,
     path: str,
     points: dict[str, CentroidPoint],
     runs: Runs,
@@ -339,9 +336,19 @@ def _by_vjp(
     gates: tuple[Gate, Gate],
     *,
     input_name: str,
+    start: int | None = None,
 ) -> Reader:
-    """A reader of a component that is called as a module, by vector-Jacobian products."""
-    shared: Any = {"input_name": input_name, "start_gate": gates[0], "end_gate": gates[1]}
+    """A reader by vector-Jacobian products, of a module or of what lies between two gates.
+
+    Args:
+        component: the module around both gates; None if only the whole model is.
+    """
+    shared: Any = {
+        "input_name": input_name,
+        "start": start,
+        "start_gate": gates[0],
+        "end_gate": gates[1],
+    }
     if site.is_local:
         return LocalReader(site, layer, path, points, runs, component=component, **shared)
     return VJPReader(site, layer, path, points, runs, scope=component, **shared)

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lch_plugin.adapters.checks import check_finite
+from lch_plugin.adapters.deferred import of_metric
 from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.hook_points import CentroidPoint
 from lch_plugin.adapters.transformer_lens.runs import Run, Runs
 from lch_plugin.adapters.values import Values
 from lch_plugin.centroids import check_gradients_on
-from lch_plugin.cotangents import Cotangent, evaluate
+from lch_plugin.cotangents import Cotangent, Metric, evaluate
 from lch_plugin.padding import Finder, blank, spread
 from lch_plugin.sites import Site
 
@@ -119,6 +120,9 @@ class Reader:
     def _at(self, y: Tensor) -> Tensor:
         """A cotangent that is known by now."""
         v = self.site.v
+        if isinstance(v, Metric):  # Of the model itself: its output is the logits.
+            leaf = y.detach().requires_grad_()
+            return of_metric(v, leaf, [leaf], ["the model"], self._tokens)[0]
         assert isinstance(v, Cotangent)
         return evaluate(v, y)
 

@@ -54,7 +54,8 @@ class Run:
     """State of one forward pass.
 
     Attributes:
-        given: what the model was called with, by name.
+        call: what the model was called with.
+        given: the same, by name.
         n_pos: positions that it reads, of a model that makes tokens of what it is given.
         masks: by list of blocks that read padding, which positions are tokens.
         caches: key-value caches that may have seen a graph.
@@ -64,6 +65,7 @@ class Run:
     """
 
     def __init__(self) -> None:
+        self.call: Call = ((), {})
         self.given: dict[str, Any] = {}
         self.n_pos = 0
         self.masks: dict[str, Bool[Tensor, "batch pos"]] = {}
@@ -197,6 +199,8 @@ class Runs:
                 yield
         finally:
             self.paused = before
+            for scores in self._score_gates:
+                _detach_attributes(scores.owner)
 
     # ------------------------------------------------------- the model's ``forward``, as `Passes`
 
@@ -205,6 +209,7 @@ class Runs:
         run = Run()
         self._under_way.append(run)
         root = getattr(self.model, "original_model", self.model)
+        run.call = call
         run.given = arguments_of(type(root).forward, ((root, *call[0]), call[1]))
         run.caches = [run.given.get(name) for name in ("past_kv_cache", "past_key_values")]
         if root is not self.model:  # A HookedTransformer has yet to make tokens of what it reads.
@@ -304,7 +309,7 @@ class Runs:
             self.current.masks.clear()
 
     def _has_padding(self) -> bool:
-        return self.current.scope.is_open and bool(self.current.masks)
+        return (self.current.scope.is_open or self.paused) and bool(self.current.masks)
 
 
 def _guard_masked_rows(scores: Tensor) -> None:

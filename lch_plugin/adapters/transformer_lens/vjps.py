@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lch_plugin.adapters.arguments import holds_tokens, input_of, without_caches
-from lch_plugin.adapters.deferred import of_metric
+from lch_plugin.adapters.arguments import Call, holds_tokens, input_of, without_caches
 from lch_plugin.adapters.grad_scope import gradients
 from lch_plugin.adapters.transformer_lens.architecture import (
     attention_input,
@@ -94,13 +93,6 @@ class VJPReader(Reader):
         same = v if isinstance(v, Ones | Random) else id(v)
         site = self.site
         return same, tuple(site.positions or ()), site.mixes_positions, site.create_graph
-
-    def _at(self, y: Tensor) -> Tensor:
-        if not isinstance(self.site.v, Metric):
-            return super()._at(y)
-        leaf = y.detach().requires_grad_()  # Of the model itself: its output is the logits.
-        (v,) = of_metric(self.site.v, leaf, [leaf], ["the model"], self._tokens)
-        return v
 
 
 class HeadVJPReader(VJPReader):
@@ -200,52 +192,96 @@ class LocalReader(Reader):
 
     The component runs again, once a sample and one at a time, with every hook point within
     silenced: memory is that of one graph, and nobody's hooks see the samples. Interventions within
-    the component are not seen either; those before it are.
+    the component are not seen either; those before it are. A span, and the model itself, are no
+    modules with an input of their own: for them the whole model runs again, with the sample put
+    where they begin.
     """
 
     method = "VJP"
 
     def __init__(
-        self, *args: Any, component: nn.Module, start_gate: Gate, end_gate: Gate, **kwargs: Any
+        self,
+        *args: Any,
+        component: nn.Module | None,
+        start_gate: Gate,
+        end_gate: Gate,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._component, self._start, self._end = component, start_gate, end_gate
+        # While the model runs again: what is to pass its start, and what has passed its end.
+        self._sample: Tensor | None = None
+        self._written: Tensor | None = None
 
     @property
     def gates(self) -> Sequence[Gate]:
         return [self._start, self._end]
 
     def hooks(self) -> list[RemovableHandle]:
+        if self._component is None:
+            return []
         return [self._component.register_forward_pre_hook(self._on_call, with_kwargs=True)]
 
-    def at(self, gate: Gate, tensor: Tensor) -> None:
-        if gate.key == self._start.key:
+    def is_wanted(self) -> bool:
+        return self._sample is not None or super().is_wanted()
+
+    def at(self, gate: Gate, tensor: Tensor) -> Tensor | None:
+        is_start = gate.key == self._start.key
+        if self._sample is not None:
+            if is_start:
+                return self._sample
+            self._written = tensor
+            return tensor.detach()  # What follows needs no graph.
+        if is_start:
+            if self._component is None and self.runs.in_model:  # A lone block is no span.
+                self._run.see(self).call = self._again(self._run.call, self._run.caches)
             self._run.see(self).x = self._kept(tensor)
-            return
+            return None
         seen = self._run.take(self)
         if seen.x is None or seen.call is None:
-            return
-        y = tensor.detach()
-        v = self.weighed(y)
-        _, instead = input_of(seen.call, self.name)
+            return None
+        finish = partial(self._finish, seen.x, seen.call)
+        if self.site.is_late:
+            return postpone(self, tensor, finish)
+        v = self.weighed(tensor.detach())
+        with self._run.scope.outside():
+            finish(v)
+        return None
 
+    def _finish(self, x: Tensor, call: Call, v: Tensor) -> None:
         def run(sample: Tensor) -> Tensor:
+            if self._component is None:
+                return self._run_model(call, sample)
+            _, instead = input_of(call, self.name)
             args, kwargs = instead(sample)
             output = self._component(*args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
-        with self._run.scope.outside():
-            with self.runs.silence(self._component):
-                values = local_values_by_running(self.site, seen.x, run, v)
-            self._show(values)
+        with self.runs.silence(self.runs.model if self._component is None else self._component):
+            values = local_values_by_running(self.site, x, run, v)
+        self._show(values)
+
+    def _run_model(self, call: Call, sample: Tensor) -> Tensor:
+        root = getattr(self.runs.model, "original_model", self.runs.model)
+        self._sample = sample
+        try:
+            root.forward(*call[0], **call[1])
+            assert self._written is not None
+            return self._written
+        finally:
+            self._sample = self._written = None
 
     def _on_call(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.is_wanted():
-            return
-        if any(holds_tokens(c, self.layer or 0) for c in (*args, *kwargs.values())):
+        if self.is_wanted():
+            self._run.see(self).call = self._again((args, kwargs), [])
+
+    def _again(self, call: Call, caches: Sequence[Any]) -> Call:
+        """A call as it is to be made again."""
+        args, kwargs = call
+        if any(holds_tokens(c, self.start or 0) for c in (*args, *kwargs.values())):
             raise SiteError(
                 f"{self.name}: a local centroid runs the {self.site.kind} again, which a key-value "
                 "cache that holds earlier tokens does not allow. Run the whole sequence at once, "
                 "without a cache."
             )
-        self._run.see(self).call = without_caches((args, kwargs))
+        return without_caches(call, caches)

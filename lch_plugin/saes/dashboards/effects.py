@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lch_plugin.adapters.hooked import readers
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.adapters.transformer_lens import LensModel, Reader, locate_mlps
 from lch_plugin.cotangents import AnyCotangent, Cotangent, Ones, evaluate, is_fixed
 from lch_plugin.errors import NotDifferentiableError
 from lch_plugin.mlp import MLP, at_least_float32, read_direction
-from lch_plugin.saes.evaluation.steering import edited_input
-from lch_plugin.saes.sources.hook_points import readers
 from lch_plugin.saes.sources.hooked_model import HookedModel
+from lch_plugin.steering import edited_input
 
 
 def push(

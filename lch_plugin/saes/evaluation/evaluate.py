@@ -2,7 +2,7 @@
 
 Reconstruction and sparsity alone do not say whether a dictionary has found anything: see
 `lch_plugin.saes.evaluation.functional` for what its reconstructions predict of a component's
-behaviour, and `lch_plugin.saes.steering` for what its features do to the model.
+behaviour, and `lch_plugin.steering` for what its features do to the model.
 """
 
 from __future__ import annotations

@@ -18,13 +18,14 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
 from torch import Tensor, nn
 
+from lch_plugin.adapters.hooked import real_tokens
 from lch_plugin.adapters.transformer_lens import LensModel, check_token_ids
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_contents
 from lch_plugin.records import check_record
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.evaluation.sae_inputs import check_dictionary, check_width, heads_joined
-from lch_plugin.saes.sources.hook_points import d_vocab, n_ctx, provenance, real_tokens, width
+from lch_plugin.saes.sources.hook_points import d_vocab, n_ctx, provenance, width
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 

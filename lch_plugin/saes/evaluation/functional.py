@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from lch_plugin.adapters.arguments import Call, input_of, is_cache, output_of
+from lch_plugin.adapters.hooked import real_tokens
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.centroids import centroid, fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
 from lch_plugin.saes.evaluation.sae_inputs import check_rows
-from lch_plugin.saes.sources.hook_points import real_tokens
 from lch_plugin.saes.sources.rows import Rows
 
 Perturbation = Literal["isotropic", "data"]

@@ -15,7 +15,7 @@ from lch_plugin.errors import InputError
 from lch_plugin.figures import CENTROIDS, GREY, new_figure
 from lch_plugin.saes.evaluation.evaluate import DENSE, Evaluation
 from lch_plugin.saes.evaluation.functional import EXACT, MEAN, ResponseFit
-from lch_plugin.saes.evaluation.steering import SteeringEffects
+from lch_plugin.steering import SteeringEffects
 
 _BASELINES: dict[str, Any] = {
     EXACT: {"color": "black", "marker": "s"},

@@ -4,7 +4,7 @@
 2. How well reconstructed centroids predict what the component does
    (`lch_plugin.saes.evaluation.functional`).
 3. What the strongest features do to the predictions, beside random directions
-   (`lch_plugin.saes.steering`).
+   (`lch_plugin.steering`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.progress import track
 from sae_lens import SAE
 from torch import Tensor
 
+from lch_plugin.adapters.hooked import readers
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.cotangents import Cotangent, Ones
@@ -40,13 +41,13 @@ from lch_plugin.saes.evaluation.functional import (
     predicted_responses,
     reconstructed_centroids,
 )
-from lch_plugin.saes.evaluation.steering import (
+from lch_plugin.saes.sources.hook_points import attached, check_model
+from lch_plugin.saes.sources.hooked_model import HookedModel
+from lch_plugin.steering.effects import (
     SteeringEffects,
     check_steering,
     steering_effects,
 )
-from lch_plugin.saes.sources.hook_points import attached, check_model, readers
-from lch_plugin.saes.sources.hooked_model import HookedModel
 
 _PACKAGES = ("lch-plugin", "torch", "transformer-lens", "sae-lens", "transformers")
 _CENTROID, _INPUT = ".hook_centroid", ".hook_in"

@@ -12,12 +12,13 @@ from sae_lens import SAE
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
+from lch_plugin.adapters.hooked import real_tokens
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens
 from lch_plugin.errors import InputError
 from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.evaluation.feature_acts import FeatureActs
-from lch_plugin.saes.sources.hook_points import attached, check_model, real_tokens
+from lch_plugin.saes.sources.hook_points import attached, check_model
 from lch_plugin.saes.sources.hooked_model import HookedModel
 
 

@@ -9,28 +9,24 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
-from torch import Tensor, nn
+from torch import Tensor
 
 from lch_plugin.adapters import huggingface
+from lch_plugin.adapters.hooked import readers
 from lch_plugin.adapters.transformer_lens import (
     HookedTransformer,
     LensModel,
     Reader,
     TransformerBridge,
     attach,
-    attached_readers,
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.padding import Finder, PadToken, mark_tokens
+from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.sites import Site
-from lch_plugin.weak_cache import WeakCache
 
-# What finds padding in inputs that are to be counted, by model.
-_finders: WeakCache[Finder] = WeakCache()
 _CENTROID_HOOK = re.compile(r"blocks\.(\d+)\.(?:(mlp|attn)\.)?hook_centroid")
 
 
@@ -46,13 +42,6 @@ def check_model(model: Any) -> None:
             "HuggingFace model as lch.saes.HookedModel(model, tokenizer), or load it into "
             "TransformerLens: lch.load(...).bridge()."
         )
-
-
-def readers(
-    model: LensModel | HookedModel,
-) -> Mapping[str, Reader | huggingface.Reader]:
-    """What computes the centroids of a model, by hook point."""
-    return model.readers if isinstance(model, HookedModel) else attached_readers(model)
 
 
 def site_of(hook_name: str) -> Site | None:
@@ -92,31 +81,6 @@ def attached(model: LensModel | HookedModel, hook_names: Iterable[str]) -> Itera
         finally:
             for finder, was in before.items():
                 finder.is_packed = was
-
-
-def real_tokens(
-    model: nn.Module, batch: Any, *, packed: bool = False
-) -> Bool[Tensor, "row pos"] | None:
-    """Which positions of a batch of inputs are tokens; None if all are, or nothing says.
-
-    Args:
-        model: what reads it.
-        batch: token ids, the first of several tensors, or a model's arguments by name.
-        packed: whether rows are text from end to end, as `attached` has it.
-    """
-    first = batch[0] if isinstance(batch, tuple | list) else batch
-    named = first if isinstance(first, Mapping) else {"input_ids": first}
-    ids = named.get("input_ids", named.get("input"))
-    original = model.model if isinstance(model, HookedModel) else model
-    config = getattr(getattr(original, "original_model", original), "config", None)
-    tokenizer = getattr(model, "tokenizer", None)
-    if original not in _finders:
-        # Nobody asks here whether the model masks what it does not count.
-        _finders[original] = Finder(PadToken.of(tokenizer, config), is_causal=True)
-    finder = _finders[original]
-    finder.is_packed = packed
-    side = getattr(tokenizer, "padding_side", "right")
-    return finder.tokens(ids, named.get("attention_mask"), side=side, masks_leading=True)
 
 
 def _check_hook(model: LensModel | HookedModel, hook: str) -> None:

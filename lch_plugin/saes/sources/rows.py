@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lch_plugin.adapters.arguments import input_of, output_of
 from lch_plugin.adapters.checks import known_at_once
+from lch_plugin.adapters.hooked import real_tokens
 from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_modules
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
-from lch_plugin.saes.sources.hook_points import real_tokens
 from lch_plugin.sites import Settings
 
 Of = Literal["centroid", "input", "output"]

@@ -19,7 +19,7 @@ from tests.adapters.common import NAMES, huggingface, in_float64
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 35, 8, 9, 7, 9]])
 LAYER = 1
 # By kind: name in TransformerLens, and in a GPT-2 and a Llama of HuggingFace.
-KINDS = ("mlp", "attn", "block")
+KINDS = ("mlp", "attn", "block", "span")
 SETTINGS: dict[str, dict[str, Any]] = {
     "jacobian": {},
     "detached": {"linearization": "detached"},
@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "detached expert": {"linearization": "detached", "expert": True},
     "local": {"radius": 0.5, "n_samples": 8},
     "local with noise": {"sigma": 0.1, "neighbourhood": "gaussian", "n_samples": 4, "centre": True},
+    "local metric": {"cotangent": logit_difference(3, 4), "radius": 0.5, "n_samples": 4},
     "metric": {"cotangent": logit_difference(3, 4)},
     "metric and expert": {"cotangent": logit_difference(3, 4), "expert": True},
     "metric at a position": {"cotangent": logit_difference(3, 4, position=2)},
@@ -35,13 +36,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def module_name(family: str, kind: str) -> str:
     layers, attention, mlp = NAMES[family]
+    if kind == "span":
+        return f"{layers}.{LAYER - 1}:{layers}.{LAYER}"
     part = {"attn": f".{attention}", "mlp": f".{mlp}", "block": ""}[kind]
     return f"{layers}.{LAYER}{part}"
 
 
 def through_transformer_lens(family: str, kind: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
     model = models.boot(copy.deepcopy(huggingface(family)), torch.float64)
-    with lch.attach(model, site=lch.Site(kind, LAYER, **settings)) as handle:
+    layers = (LAYER - 1, LAYER) if kind == "span" else LAYER
+    with lch.attach(model, site=lch.Site(kind, layers, **settings)) as handle:
         name = handle.centroid_names[0]
         wanted = [n for n in handle.hook_names if not n.endswith("_region")]
         with in_float64():
@@ -341,15 +345,40 @@ def test_samples_are_seen_by_nobody() -> None:
 
 def test_what_cannot_run_again_is_refused() -> None:
     model = models.huggingface("gpt2", torch.float64)
-    span = f"{module_name('gpt2', 'block')}:transformer.h.2"
-    for settings in ({"linearization": "detached"}, {"radius": 0.1}):
-        with pytest.raises(lch.SiteError, match="no one module"):
-            lch.huggingface.attach(model, span, **settings)
     with torch.no_grad():
         cache = model(IDS, use_cache=True).past_key_values
-        with lch.huggingface.attach(model, module_name("gpt2", "attn"), radius=0.1):
-            with pytest.raises(lch.SiteError, match="without a cache"):
-                model(IDS[:, :1], past_key_values=cache)
+        for kind in ("attn", "span"):
+            with lch.huggingface.attach(model, module_name("gpt2", kind), radius=0.1):
+                with pytest.raises(lch.SiteError, match="without a cache"):
+                    model(IDS[:, :1], past_key_values=cache)
+
+
+def test_a_stretch_within_a_block_runs_again_although_the_block_has_filled_its_cache() -> None:
+    model, name = (
+        models.huggingface("gpt2", torch.float64),
+        "transformer.h.1.ln_2:transformer.h.1.mlp",
+    )
+    found = []
+    for settings in ({}, {"radius": 0.0, "n_samples": 2}):
+        with lch.huggingface.attach(model, name, **settings) as handle, torch.no_grad():
+            cache = model(IDS, use_cache=True).past_key_values
+        found.append(handle.cache[name])
+        assert cache.get_seq_length() == IDS.shape[1]
+    assert models.relative_error(found[1], found[0]) < 1e-12
+
+
+def test_a_stretch_that_a_call_passes_twice_cannot_run_again() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.b(self.a(x).tanh()))).tanh()
+
+    with lch.huggingface.attach(Twice(), "a:b", radius=0.1) as handle:
+        with pytest.raises(lch.SiteError, match="2 times"):
+            handle.model(torch.randn(2, 3))
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -368,7 +397,7 @@ def test_handles_and_records_say_what_was_asked() -> None:
                 "output_positions": [-1],
             }
         ]
-    with pytest.raises(lch.InputError, match="goes with neither"):
+    with pytest.raises(lch.InputError, match="no affine expert"):
         lch.huggingface.attach(model, name, radius=0.1, expert=True)
     with pytest.raises(lch.InputError, match="not known"):
         lch.huggingface.attach(model, name, linearization="exact")

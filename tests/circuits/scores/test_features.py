@@ -26,7 +26,7 @@ if HAS_SAES:
     from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfig
     from sae_lens.saes.sae import SAEMetadata
 
-    from lch_plugin.saes.evaluation.steering import edited_input
+    from lch_plugin.steering import edited_input
 
 pytestmark = needs_saes
 

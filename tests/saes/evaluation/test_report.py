@@ -21,7 +21,7 @@ from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.evaluation import plots
 from lch_plugin.saes.evaluation.feature_acts import load_sae
 from lch_plugin.saes.evaluation.report import evaluation_report
-from lch_plugin.saes.evaluation.steering import SteeringEffects
+from lch_plugin.steering import SteeringEffects
 from tests import models
 
 TEXTS = list(stories(30, split="test"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,28 +10,44 @@ import torch
 from torch import Tensor
 
 import lch_plugin as lch
+from lch_plugin.cotangents import Logit, logit_difference
 from lch_plugin.sites import Site
 from tests import models
-from tests.adapters.transformer_lens.sites.common import F64, IDS, assert_close, causal_block, read
+from tests.adapters.transformer_lens.sites.common import (
+    BUILDS,
+    F64,
+    IDS,
+    assert_close,
+    built,
+    causal_block,
+    gradient,
+    graph,
+    names,
+    read,
+    tolerance,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:run_with_hooks")
 
 
-@pytest.mark.parametrize("kind", ["mlp", "neuron", "attn", "block"])
+LAYERS: dict[str, Any] = {"span": (0, 1), "model": None}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "neuron", "attn", "block", "span", "model"])
 def test_local_centroids_approach_plain_ones_as_the_radius_shrinks(gpt2: Any, kind: Any) -> None:
-    index = 3 if kind == "neuron" else None
+    index, layers = 3 if kind == "neuron" else None, LAYERS.get(kind, 1)
     radii = (1.0, 1e-2, 1e-4, 0.0)
     local = [
-        Site(kind, 1, index, radius=r, n_samples=6, label=f"r{i}") for i, r in enumerate(radii)
+        Site(kind, layers, index, radius=r, n_samples=6, label=f"r{i}") for i, r in enumerate(radii)
     ]
-    mus = read(gpt2, Site(kind, 1, index), *local)
+    mus = read(gpt2, Site(kind, layers, index), *local)
     (plain,) = (v for n, v in mus.items() if not n.rpartition("_r")[2][0].isdigit())
     errors = [
         models.relative_error(v, plain)
         for n, v in mus.items()
         if n.rpartition("_r")[2] in ("0", "1", "2", "3")
     ]
-    assert errors[0] > 1e-3 > errors[1] > errors[2] > errors[3]
+    assert errors[0] > 1e-2 > errors[1] > errors[2] > errors[3]
     assert errors[3] < 1e-12
 
 
@@ -72,6 +89,85 @@ def test_local_centroids_equal_those_of_a_callable(gpt2: Any, kind: str) -> None
     assert_close(cache[name], truth.mean)
     assert_close(cache[name + "_variance"], truth.variance, 1e-9)
     assert_close(cache[name + "_standard_error"], truth.standard_error, 1e-9)
+
+
+@pytest.mark.parametrize("cotangent", ["ones", "metric"])
+@pytest.mark.parametrize("kind", ["block", "span", "model"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_what_runs_again_has_the_mean_gradient_of_edited_passes(
+    build: str, kind: Any, cotangent: str
+) -> None:
+    """The cotangent is that of the pass itself, and the model runs on from each sample."""
+    model, layers = built(build), LAYERS.get(kind, 1)
+    v: Any = None if cotangent == "ones" else logit_difference(3, 4)
+    point = names(model)
+    first = 1 if kind == "block" else 0
+    entry = point["embed"] if kind == "model" else point["resid_pre"].format(first)
+    values, logits = graph(model)
+    y = logits if kind == "model" else values[point["resid_post"].format(1)]
+    weight = torch.ones_like(y) if v is None else gradient(v.value(logits, None), y)
+    samples = lch.sample_neighbourhood(
+        values[entry].detach(), radius=0.3, n_samples=3, generator=torch.Generator().manual_seed(0)
+    )
+    mus = []
+    for sample in samples:
+        leaf = sample.clone().requires_grad_()
+        found: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, hook: Any, found: dict[str, Tensor] = found) -> None:
+            found[hook.name] = value
+
+        hooks = [(entry, lambda value, hook, leaf=leaf: leaf), (lambda name: True, keep)]
+        with torch.enable_grad():
+            logits = model.run_with_hooks(IDS, fwd_hooks=hooks)
+        out = logits if kind == "model" else found[point["resid_post"].format(1)]
+        mus.append(gradient(out, leaf, weight.detach()))
+    local = read(model, Site(kind, layers, cotangent=v, radius=0.3, n_samples=3))
+    (name,) = [n for n in local if not n.endswith(("_variance", "_standard_error"))]
+    assert_close(local[name], torch.stack(mus).mean(0), tolerance(model))
+    assert_close(local[f"{name}_variance"], torch.stack(mus).var(0), 10 * tolerance(model))
+
+
+def test_of_a_span_to_the_end_a_logit_is_the_metric(gpt2: Any) -> None:
+    v = {"logit": Logit(3, 4, position=-1), "metric": logit_difference(3, 4)}
+    kw: Any = {"layers": (1, 2), "radius": 0.3, "n_samples": 3}
+    sites = [Site("span", cotangent=c, label=label, **kw) for label, c in v.items()]
+    with lch.attach(gpt2, site=sites) as handle, torch.no_grad():
+        _, cache = gpt2.run_with_cache(IDS, names_filter=handle.hook_names)
+    logit, metric = (cache[name] for name in handle.centroid_names)
+    assert_close(logit, metric)
+
+
+@pytest.mark.parametrize("kind", ["span", "model"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_what_runs_again(gpt2: Any, kind: Any, side: str) -> None:
+    ids = IDS.clone()
+    mask = torch.ones_like(ids)
+    mask[0, slice(0, 2) if side == "left" else slice(-2, None)] = 0
+    sites = [
+        Site(kind, LAYERS[kind]),
+        Site(kind, LAYERS[kind], radius=0.0, n_samples=2, label="local"),
+    ]
+    with lch.attach(gpt2, site=sites) as handle, torch.no_grad():
+        _, cache = gpt2.run_with_cache(
+            ids, attention_mask=mask, names_filter=lambda n: n in handle.hook_names
+        )
+    plain, local = (cache[name] for name in handle.centroid_names)
+    assert_close(local, plain)
+    assert not bool(local[mask == 0].any())
+
+
+def test_a_span_that_runs_again_leaves_caches_and_the_model_alone(gpt2: Any) -> None:
+    with torch.no_grad():
+        logits = gpt2(IDS)
+        with lch.attach(gpt2, site=Site("span", (0, 1), radius=0.2, n_samples=2)) as handle:
+            seen: list[Tensor] = []
+            again = gpt2.run_with_hooks(
+                IDS, fwd_hooks=[(handle.centroid_names[0], lambda value, hook: seen.append(value))]
+            )
+    assert torch.equal(logits, again)
+    assert len(seen) == 1
+    copy.deepcopy(gpt2)  # Nothing that has a graph is left on it.
 
 
 def test_the_default_neighbourhood_is_the_ball(gpt2: Any) -> None:

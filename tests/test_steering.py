@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import lch_plugin as lch
-from lch_plugin.saes import CapturedComponent, HookedModel, steering, steering_effects
-from lch_plugin.saes.evaluation.steering import SteeringEffects
+from lch_plugin.steering import SteeringEffects, steering, steering_effects
 from tests import families, models
+from tests.toolkits import needs_saes
 
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: models.bridge("gpt2", torch.float64),
@@ -58,13 +58,14 @@ def written(model: Any, component: str, vector: Tensor) -> Tensor:
     return found[0]
 
 
+@needs_saes
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("component", [MLP, "blocks.1.attn", "blocks.1"])
 def test_the_component_reads_the_sum(name: str, component: str) -> None:
     if (name, component) == ("opt", MLP):
         pytest.skip("OPT's MLP is no module of its own")
     model, d = MODELS[name](), direction()
-    alone = CapturedComponent(model, [models.tokens()], component)
+    alone = lch.saes.CapturedComponent(model, [models.tokens()], component)
     with torch.no_grad():
         torch.testing.assert_close(written(model, component, d), alone(alone.x + d))
     if name in ("gpt2", "HookedTransformer"):  # Others have norms or softmaxes in float32.
@@ -121,6 +122,7 @@ def test_positions(bridge: Any) -> None:
     assert changed.tolist() == [False] * 3 + [True] * 4
 
 
+@needs_saes
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("site", ["mlp", "attn", "block"])
 def test_centroids_are_those_of_the_steered_input(name: str, site: Any) -> None:
@@ -133,12 +135,13 @@ def test_centroids_are_those_of_the_steered_input(name: str, site: Any) -> None:
         (hook,) = handle.hook_names
         with steering(model, hook, d):
             _, cache = model.run_with_cache(models.tokens(), names_filter=[hook])
-    alone = CapturedComponent(model, [models.tokens()], component)
+    alone = lch.saes.CapturedComponent(model, [models.tokens()], component)
     torch.testing.assert_close(
         cache[hook], lch.centroid(alone, alone.x + d, v), rtol=1e-8, atol=1e-10
     )
 
 
+@needs_saes
 def test_names_of_hook_points_stand_for_what_the_component_reads(bridge: Any) -> None:
     def steered(model: Any, component: str) -> Tensor:
         with steering(model, component, direction()):
@@ -149,7 +152,7 @@ def test_names_of_hook_points_stand_for_what_the_component_reads(bridge: Any) ->
     span = steered(bridge, "blocks.2.hook_centroid_from_1")
     assert torch.equal(span, steered(bridge, "blocks.1"))
     model = models.huggingface("gpt2", torch.float64)
-    hooked = HookedModel(model, models.tokenizer(), "transformer.h.1.mlp")
+    hooked = lch.saes.HookedModel(model, models.tokenizer(), "transformer.h.1.mlp")
     by_hook = steered(hooked, "transformer.h.1.mlp.hook_centroid")
     assert torch.equal(by_hook, steered(model, "transformer.h.1.mlp"))
     torch.testing.assert_close(by_hook, steered(bridge, MLP))
@@ -200,12 +203,13 @@ def test_a_centroids_hook_point_is_known_by_what_it_is_of(bridge: Any) -> None:
                 assert torch.isfinite(logits(bridge)).all()
 
 
+@needs_saes
 def test_a_components_input_is_not_its_output_of_the_same_name() -> None:
     """Of SAELens' wrapper a module's name is the hook point of what it writes."""
     model, name = models.huggingface("gpt2", torch.float64), "transformer.h.1.mlp"
     with steering(model, name, direction()):
         expected = logits(model)
-    hooked = HookedModel(model, models.tokenizer(), name, activations=[name])
+    hooked = lch.saes.HookedModel(model, models.tokenizer(), name, activations=[name])
     with steering(hooked, f"{name}.hook_centroid", direction()):
         assert torch.equal(logits(model), expected)
 

@@ -1,21 +1,9 @@
-"""Move what a component reads along a feature, and see what becomes of the model's predictions.
-
-A centroid ``mu = J^T v`` is a vector of the component's *input* space, and so is each decoder row
-of an SAE on centroids. Nothing consumes a centroid, so there is nothing to splice a feature into;
-but adding the row to what the component reads changes what the component does, and with it the
-logits. What an MLP or attention reads lies after the layer norm: the vector is added there, past
-the norm, and reaches nothing but that component. A block reads the residual stream, so what is
-added there also flows by it.
-
-Random directions of the same norm say how much of the effect any direction would have had.
-"""
+"""What moving along directions does to a model's predictions, beside random directions."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,86 +13,13 @@ from scipy.stats import false_discovery_control
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lch_plugin.adapters.arguments import input_of
+from lch_plugin.adapters.hooked import real_tokens, unwrapped
 from lch_plugin.adapters.states import evaluating
-from lch_plugin.adapters.transformer_lens import HookedTransformer, TransformerBridge
-from lch_plugin.adapters.transformer_lens.mlps import is_module
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.saes.sources.hook_points import readers, real_tokens
-from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.statistics import ROUNDING
+from lch_plugin.steering.editing import EVERYWHERE, Positions, edited_input, joined, steering
 
 Batch = Tensor | Mapping[str, Any]
-Positions = slice | Sequence[int]
-_EVERYWHERE = slice(None)
-_HOOKED = (TransformerBridge, HookedTransformer, HookedModel)
-
-
-@contextmanager
-def steering(
-    model: nn.Module | HookedModel,
-    component: str,
-    vector: Float[Tensor, " d_in"],
-    positions: Positions = _EVERYWHERE,
-) -> Iterator[None]:
-    """While open, a vector is added to what a component reads, in every forward pass.
-
-    Generation too: with a key-value cache each step reads one token, which is position 0 and -1.
-    Hooks and centroids within the component see the steered value. Contexts nest, and their vectors
-    add up. Afterwards the model is what it was.
-
-    Args:
-        model: any module, TransformerLens' models and `lch_plugin.saes.HookedModel` included.
-        component: name of a module, which stands for what it reads, as ``blocks.2.mlp``; or of a
-            hook point, as in the metadata of an SAE: of a centroid it stands for what the component
-            reads, of anything else for the value there, with heads joined if the vector is as wide
-            as all of them.
-        vector: for an SAE ``strength * sae.W_dec[feature]``.
-        positions: of the sequence, where to add it.
-
-    Raises:
-        SiteError: there is no such component.
-        InputError: the vector is no vector or not finite; in a pass, it does not fit what is there.
-
-    Example:
-        >>> with lch.saes.steering(model, sae.cfg.metadata.hook_name, 4 * sae.W_dec[17]):
-        ...     print(model.generate("Once upon a time", max_new_tokens=20))
-    """
-    if vector.ndim != 1 or not bool(vector.isfinite().all()):
-        raise InputError(
-            f"the vector has shape {tuple(vector.shape)}, and {int((~vector.isfinite()).sum())} "
-            "of its values are not finite; a finite one of shape (d_in,) is needed."
-        )
-    vector = vector.detach()
-    with edited_input(model, component, lambda x: _add(x, vector, positions, component)):
-        yield
-
-
-@contextmanager
-def edited_input(
-    model: nn.Module | HookedModel, component: str, edit: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """While open, a component reads ``edit`` of what it would have read.
-
-    Args:
-        model, component: as `steering`.
-        edit: gets and returns a tensor, ``(batch, pos, d_in)`` mostly.
-
-    Raises:
-        SiteError: there is no such component.
-    """
-    entry = _entry(model, component)
-
-    def on_call(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        x, instead = input_of((args, kwargs), component)
-        return instead(edit(x))
-
-    # First of all, so that whatever else looks at the input sees the edited one.
-    handle = entry.register_forward_pre_hook(on_call, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +91,13 @@ class SteeringEffects:
 
 
 def steering_effects(
-    model: nn.Module | HookedModel,
+    model: nn.Module,
     batches: Iterable[Batch],
     component: str,
     directions: Float[Tensor, "n_directions d_in"],
     *,
     strengths: Sequence[float] = (0.1, 0.3, 1.0),
-    positions: Positions = _EVERYWHERE,
+    positions: Positions = EVERYWHERE,
     n_random: int = 20,
     generator: torch.Generator | None = None,
 ) -> SteeringEffects:
@@ -213,7 +128,7 @@ def steering_effects(
         SiteError: there is no such component, or the model does not call it.
 
     Example:
-        >>> effects = lch.saes.steering_effects(
+        >>> effects = lch.steering.steering_effects(
         ...     model, tokens.split(16), "blocks.2.mlp", sae.W_dec[[3, 17]]
         ... )
         >>> model.to_string(effects.promoted(0))
@@ -226,7 +141,7 @@ def steering_effects(
     noise = torch.randn(n_random, directions.shape[-1], generator=generator, dtype=torch.float64)
     n, moved = len(directions), torch.cat([directions, normalize(noise, dim=-1)])
     kls, changes, shift = [], [], torch.zeros(())
-    with torch.no_grad(), evaluating(_root(model)):
+    with torch.no_grad(), evaluating(unwrapped(model)):
         input_norm = _mean_norm(model, batches, component, positions, directions.shape[-1])
         lengths = torch.tensor(strengths, dtype=torch.float64) * input_norm
         vectors = (moved[:, None] * lengths[:, None]).flatten(0, 1)
@@ -265,7 +180,7 @@ def check_steering(strengths: Sequence[float], n_random: int) -> None:
 
 
 def _effects_on(
-    model: nn.Module | HookedModel,
+    model: nn.Module,
     batch: Batch,
     component: str,
     vectors: Sequence[Float[Tensor, " d_in"]] | Float[Tensor, "n_vectors d_in"],
@@ -282,7 +197,7 @@ def _effects_on(
     """
     clean = _logits(model, batch)
     # Of a classifier there is one prediction, wherever it is steered.
-    counts = _counts(model, batch, clean, positions if clean.shape[1] > 1 else _EVERYWHERE)
+    counts = _counts(model, batch, clean, positions if clean.shape[1] > 1 else EVERYWHERE)
     weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
     kls, changes = [], []
     shifts: list[Tensor] = []
@@ -313,7 +228,7 @@ def _kl(
 
 
 def _mean_norm(
-    model: nn.Module | HookedModel,
+    model: nn.Module,
     batches: Sequence[Batch],
     component: str,
     positions: Positions,
@@ -324,7 +239,7 @@ def _mean_norm(
     seen: list[Tensor] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(_joined(x, d_in))
+        seen.append(joined(x, d_in))
         return x
 
     for batch in batches:
@@ -345,7 +260,7 @@ def _mean_norm(
 
 
 def _counts(
-    model: nn.Module | HookedModel, batch: Batch, values: Tensor, positions: Positions
+    model: nn.Module, batch: Batch, values: Tensor, positions: Positions
 ) -> Float[Tensor, "batch pos"]:
     """1 at the tokens that count, 0 at others and at padding."""
     counts = torch.zeros(values.shape[:-1], dtype=torch.float64, device=values.device)
@@ -366,7 +281,7 @@ def _counts(
     return counts
 
 
-def _logits(model: nn.Module | HookedModel, batch: Batch) -> Float[Tensor, "batch pos d_vocab"]:
+def _logits(model: nn.Module, batch: Batch) -> Float[Tensor, "batch pos d_vocab"]:
     output = _run(model, batch)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
@@ -378,69 +293,12 @@ def _logits(model: nn.Module | HookedModel, batch: Batch) -> Float[Tensor, "batc
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _run(model: nn.Module | HookedModel, batch: Batch) -> Any:
-    root = _root(model)
+def _run(model: nn.Module, batch: Batch) -> Any:
+    root = unwrapped(model)
     device = next((p.device for p in root.parameters()), None)
     if isinstance(batch, Mapping):
         return root(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     return root(batch.to(device))
-
-
-def _root(model: nn.Module | HookedModel) -> nn.Module:
-    root: nn.Module = model.model if isinstance(model, HookedModel) else model
-    return root
-
-
-def _entry(model: nn.Module | HookedModel, component: str) -> nn.Module:
-    """The module whose input a component reads, or the hook point of what it reads."""
-    points: Mapping[str, nn.Module] = getattr(model, "hook_dict", {})
-    reader = readers(model).get(component) if isinstance(model, _HOOKED) else None
-    if component in points and reader is None:  # Under any of its names.
-        return points[component]
-    if reader is not None:
-        name = reader.input_name
-    else:  # A module, or a centroid's hook point that is not attached.
-        name, _, rest = component.partition(".hook_centroid")
-        if span := re.match(r"_from_(\d+)", rest):
-            name = f"{name.rpartition('.')[0]}.{span[1]}"
-        name = name.partition(":")[0]  # A stretch begins with its first module.
-    try:
-        if not name or name.startswith("hook_centroid"):
-            raise AttributeError("it names no module.")
-        module = _root(model).get_submodule(name)
-    except AttributeError as error:
-        raise SiteError(
-            f"{component!r} is no component of this {type(_root(model)).__name__}: {error} Give "
-            "the name of a module or hook point as in model.named_modules(), or of a centroid's "
-            "hook point, as 'blocks.2.mlp.hook_centroid'."
-        ) from error
-    entry: nn.Module = module if is_module(module) else getattr(module, "in")
-    return entry
-
-
-def _joined(x: Tensor, d_in: int) -> Tensor:
-    """With heads joined, as SAELens does, where ``d_in`` is the width of all of them together."""
-    return x.flatten(2) if x.ndim == 4 and x.shape[-1] != d_in == x[0, 0].numel() else x
-
-
-def _add(x: Tensor, vector: Tensor, positions: Positions, component: str) -> Tensor:
-    joined = _joined(x, len(vector))
-    if joined.shape[-1] != len(vector) or (x.ndim < 3 and positions != _EVERYWHERE):
-        raise InputError(
-            f"{component} reads a tensor of shape {tuple(x.shape)}: a vector of {len(vector)} "
-            f"values at positions {positions!r} cannot be added to it. Vectors have to have as "
-            "many values as its last dimension, and positions are of (batch, pos, d_in)."
-        )
-    if positions == _EVERYWHERE:
-        return (joined + vector.to(x)).view_as(x)
-    joined = joined.clone()
-    try:
-        joined[:, positions] += vector.to(x)
-    except IndexError as error:
-        raise InputError(
-            f"positions={positions!r} do not exist in sequences of {x.shape[1]} tokens."
-        ) from error
-    return joined.view_as(x)
 
 
 def _unit(directions: Tensor) -> Float[Tensor, "n_directions d_in"]:
