@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
 import lch_plugin as lch
@@ -87,6 +88,13 @@ def main() -> None:
         print()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=2))
+    figure = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")
+    for column, kind in enumerate(("deletion", "insertion")):
+        axis = figure.add_subplot(1, 2, column + 1)
+        axis.barh(list(areas), [np.mean(kinds[kind]) for kinds in areas.values()])
+        axis.invert_yaxis()
+        axis.set_title(f"{kind} area, nats")
+    figure.savefig(args.out / "areas.png")
 
 
 if __name__ == "__main__":
