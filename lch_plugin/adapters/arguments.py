@@ -161,6 +161,12 @@ def caches(values: Iterable[Any]) -> Iterator[Any]:
             yield from caches(vars(value).values())
 
 
+def caches_of(call: Call) -> list[Any]:
+    """Key-value caches that a module is called with."""
+    args, kwargs = call
+    return list(caches((*args, *kwargs.values())))
+
+
 def is_causal(config: Any) -> bool:
     """Whether no position of a transformers model reads those after it, by its configuration."""
     kind = getattr(config, "model_type", None)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lch_plugin.adapters.arguments import output_of
 from lch_plugin.centroids import centroid, mean_over_neighbourhood
 from lch_plugin.errors import InputError, SiteError
 
@@ -122,7 +123,7 @@ class _Reached(Exception):
 def _reading(model: nn.Module, name: str | None) -> Iterator[Any]:
     """A function from images to a module's output."""
     if name is None:
-        yield lambda x: _tensor(model(x))
+        yield lambda x: output_of(model(x), "the model")
         return
     module = dict(model.named_modules()).get(name)
     if module is None:
@@ -138,7 +139,7 @@ def _reading(model: nn.Module, name: str | None) -> Iterator[Any]:
         try:
             model(x)
         except _Reached:
-            return _tensor(outputs[0])
+            return output_of(outputs[0], f"module {name!r}")
         raise SiteError(f"the module {name!r} was not called.")
 
     hook = module.register_forward_hook(keep)
@@ -146,9 +147,3 @@ def _reading(model: nn.Module, name: str | None) -> Iterator[Any]:
         yield read
     finally:
         hook.remove()
-
-
-def _tensor(output: Any) -> Tensor:
-    output = getattr(output, "logits", output)
-    # The first of what a module returns is its hidden states, of tuples and HuggingFace's outputs.
-    return output if isinstance(output, Tensor) else output[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
-from lch_plugin.adapters.arguments import Call, caches, output_of
+from lch_plugin.adapters.arguments import Call, caches_of, output_of
 from lch_plugin.adapters.checks import check_loaded
 from lch_plugin.adapters.deferred import of_metric
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
@@ -240,7 +240,7 @@ class Handle:
         # Attention patterns and hidden states from within come out here too.
         if not has_waited and not any(reader.builds_graph for reader in self._readers):
             return output
-        return self._graph.drop(output, list(caches((*call[0], *call[1].values()))))
+        return self._graph.drop(output, caches_of(call))
 
     def close(self) -> None:
         if self._calls:

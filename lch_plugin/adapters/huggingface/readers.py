@@ -16,6 +16,7 @@ from lch_plugin.adapters.arguments import (
     Call,
     arguments_of,
     caches,
+    caches_of,
     holds_tokens,
     input_of,
     output_of,
@@ -75,7 +76,6 @@ class Running:
         outputs: what its input projections gave.
         between: what its first module returned.
         hooks: registered for this call alone.
-        around: the call of the module that encloses its first and last.
         again: the component as a function of what it reads, where it has to run again.
     """
 
@@ -86,13 +86,12 @@ class Running:
     outputs: list[Tensor] = field(default_factory=list)
     between: Any = None
     hooks: list[RemovableHandle] = field(default_factory=list)
-    around: Around | None = None
     again: Callable[[Tensor], Tensor] | None = None
 
     @property
     def caches(self) -> list[Any]:
         """Key-value caches it was called with."""
-        return list(caches((*self.call[0], *self.call[1].values())))
+        return caches_of(self.call)
 
     def __str__(self) -> str:
         return self.name
@@ -218,8 +217,6 @@ class Reader:
     method = ""
     #: Whether a graph is built, which what the model returns is not to keep.
     builds_graph = False
-    #: Whether the component is run again, by itself.
-    _runs_again = False
 
     def __init__(
         self,
@@ -247,6 +244,11 @@ class Reader:
     def name(self) -> str:
         """Of the component."""
         return self.target.name
+
+    @property
+    def _runs_again(self) -> bool:
+        """Whether the component is to be run again in the next call, by itself."""
+        return False
 
     @property
     def input_name(self) -> str:
@@ -295,7 +297,6 @@ class Reader:
         if not self._calls or not self.is_wanted():
             return call
         (around, before), running = self._calls[-1], Running(self.label, call)
-        running.around = around
         self._calls[-1] = around, running
         if before is not None:  # The first module runs again before the last has.
             self.stop(before)
@@ -400,8 +401,9 @@ class Reader:
     def _holds_tokens(self, call: Call) -> bool:
         modules = self._modules[2].modules()
         layers = {vars(module)["layer_idx"] for module in modules if "layer_idx" in vars(module)}
-        found = list(caches((*call[0], *call[1].values())))
-        return any(holds_tokens(cache, layer) for cache in found for layer in layers or {0})
+        return any(
+            holds_tokens(cache, layer) for cache in caches_of(call) for layer in layers or {0}
+        )
 
     def _by_itself(self, running: Running) -> Callable[[Tensor], Tensor]:
         """The component as a function of what it reads, that runs it again with no one watching.
@@ -412,13 +414,13 @@ class Reader:
             SiteError: it was called with a cache of earlier tokens.
         """
         first, last, _ = self._modules
-        assert running.around is not None
-        if running.around.is_continued:
+        around, _ = self._calls[-1]
+        if around.is_continued:
             raise SiteError(
                 f"{self.label} has to be run again for this, which a key-value cache that holds "
                 "earlier tokens does not allow. Run the whole sequence at once, without a cache."
             )
-        call = without_caches(running.call if first is last else running.around.call)
+        call = without_caches(running.call if first is last else around.call)
         if first is not last:
             return lambda x: _through(self.label, self._modules, call, x)
         _, instead = input_of(call, self.label)
@@ -561,7 +563,6 @@ class VJPReader(Reader):
         super().__init__(*args, **kwargs)
         self._mixes_positions = mixes_positions
         self._is_checked = False
-        self._runs_again = self._is_detached
 
     def _start(self, running: Running) -> Call:
         x, instead = input_of(running.call, self.label)
@@ -569,10 +570,14 @@ class VJPReader(Reader):
         # A tensor of the component's own: paths from x that lead around the component do not count.
         own = x.clone() if x.requires_grad or x.is_inference() else x.detach()
         running.x, passed_on = self._graph.variable(own.requires_grad_())
-        if self._is_detached and not self._is_checked:
+        if self._runs_again:
             running.again = self._by_itself(running)
         running.tokens = token_mask(running.call, x.shape[1]) if x.ndim == 3 else None
         return instead(passed_on)
+
+    @property
+    def _runs_again(self) -> bool:
+        return self._is_detached and not self._is_checked
 
     @property
     def _is_detached(self) -> bool:
@@ -621,7 +626,10 @@ class LocalReader(Reader):
     """
 
     method = "VJP"
-    _runs_again = True
+
+    @property
+    def _runs_again(self) -> bool:
+        return True
 
     def _start(self, running: Running) -> Call:
         running.x = self._kept(input_of(running.call, self.label)[0])

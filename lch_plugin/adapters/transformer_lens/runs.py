@@ -127,6 +127,11 @@ class Runs:
         )
 
     @property
+    def root(self) -> Any:
+        """The module whose ``forward`` is every pass: of a bridge the model within."""
+        return getattr(self.model, "original_model", self.model)
+
+    @property
     def current(self) -> Run:
         """The innermost pass."""
         return self._under_way[-1]
@@ -143,10 +148,9 @@ class Runs:
         # A bridge's run_with_cache and generation by HuggingFace call the original model alone.
         model = self.model
         hooked = isinstance(model, HookedTransformer)
-        root = model if hooked else model.original_model
         taking_turns = ("run_with_cache", "run_with_hooks", *(() if hooked else ("forward",)))
         self._stand_ins = [
-            Forward(self, root),
+            Forward(self, self.root),
             ToTokens(model),
             *(Turns(self.turn, model, name) for name in taking_turns),
         ]
@@ -199,8 +203,7 @@ class Runs:
                 yield
         finally:
             self.paused = before
-            for scores in self._score_gates:
-                _detach_attributes(scores.owner)
+            self._detach_patterns()
 
     # ------------------------------------------------------- the model's ``forward``, as `Passes`
 
@@ -208,7 +211,7 @@ class Runs:
         """A pass of the whole model begins."""
         run = Run()
         self._under_way.append(run)
-        root = getattr(self.model, "original_model", self.model)
+        root = self.root
         run.call = call
         run.given = arguments_of(type(root).forward, ((root, *call[0]), call[1]))
         run.caches = [run.given.get(name) for name in ("past_kv_cache", "past_key_values")]
@@ -247,11 +250,14 @@ class Runs:
             return output
         for cache in (*run.caches, getattr(output, "past_key_values", None)):
             detach_cache(cache)
-        for scores in self._score_gates:
-            _detach_attributes(scores.owner)
+        self._detach_patterns()
         if isinstance(error, StopAtLayerException):  # On its way to become the return value.
             error.layer_output = without_graph(error.layer_output)
         return without_graph(output)
+
+    def _detach_patterns(self) -> None:
+        for scores in self._score_gates:
+            _detach_attributes(scores.owner)
 
     def _root_gates(self) -> list[RootGate]:
         return [gate for gate in self._gates if isinstance(gate, RootGate)]

@@ -262,10 +262,9 @@ class LocalReader(Reader):
         self._show(values)
 
     def _run_model(self, call: Call, sample: Tensor) -> Tensor:
-        root = getattr(self.runs.model, "original_model", self.runs.model)
         self._sample = sample
         try:
-            root.forward(*call[0], **call[1])
+            self.runs.root.forward(*call[0], **call[1])
             assert self._written is not None
             return self._written
         finally:
