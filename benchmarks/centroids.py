@@ -3,7 +3,8 @@
     make bench
 
 Tasks take turns, round after round in one process, so that what slows the machine slows all of
-them; a ratio is the median of the rounds' ratios. Random weights: time does not depend on them.
+them; a ratio is the median of the rounds' ratios. Weights are random, since time does not depend on
+them, or those of ``--model DIR``.
 
 Every MLP of a model:
 
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHAPES, Shape, Task, in_turn, machine, ratio, table
+from common import SHAPES, Saved, Shape, Task, in_turn, machine, ratio, table
 from nnsight import NNsight
 from rich.console import Console
 from torch import Tensor
@@ -44,7 +45,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import lch_plugin as lch
 
 
-def listening(shape: Shape, site: str | lch.Site = "mlp") -> TransformerBridge:
+def listening(shape: Shape | Saved, site: str | lch.Site = "mlp") -> TransformerBridge:
     """A model with listeners that keep nothing, so that the centroids alone are timed.
 
     They are added once: adding hooks by name takes TransformerLens longer than a small model runs.
@@ -98,7 +99,7 @@ def peak_bytes(task: Task) -> int:
     return peak
 
 
-def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
+def every_mlp(label: str, shape: Shape | Saved, rounds: int) -> list[str]:
     bare, attached, listened = shape.build(), shape.build(), listening(shape)
     lch.attach(attached)
     x = shape.input()
@@ -135,7 +136,7 @@ def every_mlp(label: str, shape: Shape, rounds: int) -> list[str]:
     ]
 
 
-def other_adapters(label: str, shape: Shape, rounds: int) -> list[str]:
+def other_adapters(label: str, shape: Shape | Saved, rounds: int) -> list[str]:
     bare, attached = shape.huggingface(), shape.huggingface()
     names = lch.huggingface.mlp_names(bare)
     lch.huggingface.attach(attached, names)
@@ -184,7 +185,7 @@ def other_adapters(label: str, shape: Shape, rounds: int) -> list[str]:
     ]
 
 
-def span(label: str, shape: Shape, rounds: int) -> list[str]:
+def span(label: str, shape: Shape | Saved, rounds: int) -> list[str]:
     bare, differentiated = shape.build(), shape.build()
     last = len(bare.blocks) - 1
     listened = listening(shape, lch.Site("span", (0, last)))
@@ -222,7 +223,7 @@ def span(label: str, shape: Shape, rounds: int) -> list[str]:
     ]
 
 
-def local(label: str, shape: Shape, rounds: int, n_samples: int = 16) -> list[str]:
+def local(label: str, shape: Shape | Saved, rounds: int, n_samples: int = 16) -> list[str]:
     bare = shape.build()
     listened = listening(shape, lch.Site("mlp", 6, radius=0.25, n_samples=n_samples))
     x = shape.input()
@@ -279,16 +280,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=["mlps", "adapters", "idle", "spans", "local"])
+    parser.add_argument(
+        "--model", action="append", help="real weights in place of these shapes; repeatable"
+    )
     options = parser.parse_args()
+    shapes = {Path(m).name: Saved(m) for m in options.model} if options.model else SHAPES
     console = Console(width=140)
     console.print(
         f"{machine('transformers')}; "
-        + ", ".join(f"{label}: {s.batch} x {s.pos} tokens" for label, s in SHAPES.items())
+        + ", ".join(f"{label}: {s.batch} x {s.pos} tokens" for label, s in shapes.items())
     )
 
-    def measured(measure: Callable[[str, Shape, int], list[str]]) -> list[list[str]]:
+    def measured(measure: Callable[[str, Shape | Saved, int], list[str]]) -> list[list[str]]:
         with torch.no_grad():
-            return [measure(label, shape, options.rounds) for label, shape in SHAPES.items()]
+            return [measure(label, shape, options.rounds) for label, shape in shapes.items()]
 
     if options.only in (None, "mlps"):
         columns = ["model", "forward, s", "idle", "limit", "centroids", "recipe"]

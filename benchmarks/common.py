@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import lch_plugin as lch
 from lch_plugin.demo import DEMO_MODEL_DIR
 
 Task = Callable[[], object]
@@ -63,7 +64,28 @@ class Shape:
             )
 
 
-SHAPES = {
+@dataclass(frozen=True)
+class Saved:
+    """A model with its weights, from a directory or wherever else `lch.load` finds it."""
+
+    source: str
+    batch: int = 4
+    pos: int = 128
+
+    def input(self) -> Tensor:
+        config = AutoConfig.from_pretrained(self.source).get_text_config()
+        return torch.randint(0, config.vocab_size, (self.batch, self.pos))
+
+    def huggingface(self) -> PreTrainedModel:
+        model = lch.load(self.source, dtype="float32").model
+        model.set_attn_implementation("eager")
+        return model
+
+    def build(self) -> TransformerBridge:
+        return lch.load(self.source, dtype="float32").bridge()
+
+
+SHAPES: dict[str, Shape | Saved] = {
     "GPT-2 small": Shape("gpt2", {"vocab_size": 5000}, 4, 128),
     "gated, 12 x 768": Shape(
         "llama",
