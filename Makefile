@@ -5,6 +5,7 @@
 #   make test-tl4    of these, adapters, circuits and documentation beside TransformerLens 4
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
 #   make test-slow     the scripts of the paper's experiments, small: minutes
+#   make real     the three uses on SmolLM2-135M and Gemma 3 270M: half an hour; TRUTH=DIR for probes
 #   make faults  kills, flipped bits, full disks: the table of docs/results/faults.md
 #   make docs    the documentation, into site/
 #   make docs-tables   the tables of the documentation that tests write, written anew
@@ -24,7 +25,7 @@ LENS4 := $(VENV)/transformer-lens-4
 LENS4_VERSION := 4.3.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-tl4 test-lowest test-slow faults docs docs-tables docs-families check format bench clean
+.PHONY: demo test test-tl4 test-lowest test-slow real faults docs docs-tables docs-families check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -46,6 +47,11 @@ test-lowest: $(LOWEST)/ready
 
 test-slow: $(VENV)/ready
 	$(BIN)/pytest tests_slow
+
+real: $(VENV)/ready
+	$(BIN)/python -W ignore examples/real_models/weights.py real/weights
+	$(BIN)/python -W ignore examples/real_models/run.py real/weights --out real/results \
+		$(if $(TRUTH),--truth "$(TRUTH)")
 
 faults: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.harness
@@ -72,6 +78,7 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -W ignore benchmarks/centroids.py
+	$(BIN)/python -W ignore benchmarks/scaling.py
 	$(BIN)/python -W ignore benchmarks/saes.py
 	$(BIN)/python -W ignore benchmarks/attribution.py
 	$(BIN)/python -W ignore benchmarks/graphs.py

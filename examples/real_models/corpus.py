@@ -1,4 +1,4 @@
-"""English text that every installation has: what Python and installed packages say about themselves.
+"""English text that every installation has: what installed packages say about themselves.
 
     python examples/real_models/corpus.py corpus
 

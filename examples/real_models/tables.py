@@ -1,1 +1,136 @@
-def write_tables(out, names): ...
+"""The results of `run.py` as tables in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Found = dict[str, Any]
+Rows = Iterator[list[str]]
+
+
+def write_tables(out: Path, models: Sequence[str]) -> None:
+    """``tables.md``: of each model what its steps found, and what they took."""
+    parts = [_costs(out, models)]
+    for kind, (title, columns, rows) in TABLES.items():
+        lines = [
+            [model, *row]
+            for model in models
+            for step in sorted((out / model).glob(f"{kind}*/results.json"))
+            for row in rows(json.loads(step.read_text(encoding="utf-8")))
+        ]
+        if lines:
+            parts.append(_table(title, ["model", *columns], lines))
+    (out / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(f"wrote {out / 'tables.md'}")
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join([f"## {title}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _costs(out: Path, models: Sequence[str]) -> str:
+    steps = [
+        (model, json.loads(path.read_text(encoding="utf-8")))
+        for model in models
+        for path in sorted((out / model).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    ]
+    rows = [
+        [model, s["step"], f"{s['seconds']:.0f}", f"{s['peak_bytes'] / 2**30:.1f}"]
+        for model, s in steps
+    ]
+    whole = sum(s["seconds"] for _, s in steps)
+    rows.append(["", "all", f"{whole:.0f}", ""])
+    return _table("Time and memory", ["model", "step", "seconds", "peak, GiB"], rows)
+
+
+def _exactness(found: Found) -> Rows:
+    for row in found["rows"]:
+        yield [row["site"], row["adapter"], str(row["layers"]), f"{row['error']:.1e}"]
+
+
+def _evaluation(found: Found) -> Rows:
+    of, run = found["evaluation"], found["run"]
+    r_squared = {
+        (fit["perturbation"], fit["size"]): fit["r_squared"]["reconstruction"]
+        for fit in found["responses"] or []
+    }
+    yield [
+        run["hook_name"],
+        f"{of['explained_variance']:.3f}",
+        f"{of['n_fired']} / {run['sae']['d_sae']}",
+        *(
+            f"{r_squared[kind, None]:.3f}" if (kind, None) in r_squared else "–"
+            for kind in ("data", "isotropic")
+        ),
+    ]
+
+
+def _circuit(found: Found) -> Rows:
+    run, of = found["run"], found["circuit"]
+    low, high = of["interval"]
+    yield [
+        run["task"],
+        f"{of['n_nodes']:,} of {run['n_heads'] + run['n_neurons']:,}",
+        f"{of['recovered']:.1%} [{low:.1%}, {high:.1%}]",
+        f"{sum(of['random']) / len(of['random']):.1%}",
+        f"{found['by_size']['cpr']:.3f}",
+        f"{found['by_size']['cmd']:.3f}",
+    ]
+
+
+def _probe(found: Found) -> Rows:
+    for one in found["results"]:
+        own, others = (one["summary"][where] for where in ("own", "others"))
+        yield [
+            one["probe"],
+            one["hook"],
+            *(
+                f"{100 * where['accuracy']['mean']:.1f}" if where else "–"
+                for where in (own, others)
+            ),
+        ]
+
+
+def _saliency(found: Found) -> Rows:
+    for method, of in found["methods"].items():
+        yield [method, f"{of['deletion_area']:.2f}", f"{of['insertion_area']:.2f}"]
+
+
+#: By the beginning of a step's name: title, columns, and the rows of its results.
+TABLES: dict[str, tuple[str, list[str], Callable[[Found], Rows]]] = {
+    "exactness": (
+        "Centroids beside autograd in float64",
+        ["site", "adapter", "layers", "largest relative error"],
+        _exactness,
+    ),
+    "evaluate": (
+        "SAEs",
+        [
+            "trained on",
+            "variance explained",
+            "features that fire",
+            "R² of responses, towards other inputs",
+            "R², random directions",
+        ],
+        _evaluation,
+    ),
+    "circuit": (
+        "Circuits",
+        ["task", "nodes", "recovered [95 %]", "random circuits", "CPR", "CMD"],
+        _circuit,
+    ),
+    "probe": (
+        "Probes of truth, accuracy in %",
+        ["probe", "at", "own test set", "other sets"],
+        _probe,
+    ),
+    "saliency": (
+        "Saliency: areas under deletion (lower is better) and insertion (higher is better)",
+        ["method", "deletion", "insertion"],
+        _saliency,
+    ),
+}
