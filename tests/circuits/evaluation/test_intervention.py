@@ -44,7 +44,7 @@ ALONE = replace(PAIR, corrupt=None)
 def graph_of(backend: str, linearization: str, twins: bool = True) -> nx.DiGraph:
     prompt = PAIR if twins else ALONE
     return attribution_graph(
-        models.float64(backend), prompt, max_nodes=60, linearization=linearization
+        models.float64(backend), prompt, max_nodes=30, linearization=linearization
     )
 
 
