@@ -176,6 +176,31 @@ def test_local_centroid_is_the_mean_over_its_samples_whatever_the_chunks() -> No
     torch.testing.assert_close(local, expected)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e30])
+def test_alignment_does_not_depend_on_the_size_of_a_centroid(size: float) -> None:
+    torch.manual_seed(0)
+    fn, x = nn.Linear(5, 3), torch.randn(4, 5)
+    expected = lch.affine_expert(fn, x).alignment
+    found = lch.affine_expert(lambda x: size * fn(x), x).alignment
+    torch.testing.assert_close(found, expected)
+    assert not lch.affine_expert(lambda x: 0 * fn(x), x).alignment.any()
+
+
+def test_an_expert_in_half_precision_has_its_numbers_in_float32() -> None:
+    torch.manual_seed(0)
+    fn = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).bfloat16()
+    x = 3 * torch.randn(16, 64).bfloat16()
+    expert = lch.affine_expert(fn, x)
+    y, mu, wide = fn(x).double().detach(), expert.centroid.double(), x.double()
+    offset = y.sum(-1) - (mu * wide).sum(-1)
+    assert expert.centroid.dtype == torch.bfloat16
+    torch.testing.assert_close(expert.offset.double(), offset, atol=1e-4, rtol=0)
+    radius = mu.square().sum(-1) + 2 * offset
+    torch.testing.assert_close(expert.radius.double(), radius, atol=1e-4, rtol=0)
+    aligned = torch.nn.functional.cosine_similarity(mu, wide)
+    torch.testing.assert_close(expert.alignment.double(), aligned, atol=1e-6, rtol=0)
+
+
 def test_local_centroids_in_half_precision_do_not_drift() -> None:
     fn, x = nn.Linear(16, 3).bfloat16(), torch.randn(4096, 16).bfloat16()  # A sample a chunk.
     local = lch.local_centroid(fn, x, radius=0.1, n_samples=600)

@@ -19,11 +19,14 @@ from lch_plugin.concepts.rows import (
     logistic,
 )
 from lch_plugin.errors import InputError, ToolkitError
+from lch_plugin.mlp import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
 class Erasure:
     """An affine map that takes a concept out: ``x -> x - (x - mean) removed``.
+
+    Computed in at least float32, and returned in the type of what it is called with.
 
     Called with rows, or with whatever a component reads, ``(batch, pos, d_in)``: it is an edit for
     `lch_plugin.steering.edited_input`.
@@ -46,7 +49,8 @@ class Erasure:
                 f"values of shape {tuple(x.shape)} for an erasure of {len(self.mean)} dimensions: "
                 "give what the component reads that it was fitted at."
             )
-        return x - (x - self.mean.to(x)) @ self.removed.to(x)
+        wide = x.to(at_least_float32(x))
+        return (wide - (wide - self.mean.to(wide)) @ self.removed.to(wide)).to(x)
 
 
 def leace(x: Rows, labels: Labels) -> Erasure:
@@ -91,7 +95,7 @@ def leace(x: Rows, labels: Labels) -> Erasure:
     )
     left, right = fitter.eraser.proj_left, fitter.eraser.proj_right
     rank = int((left.norm(dim=0) > 0).sum())
-    return Erasure((left @ right).mT.to(x), rows.mean(0).to(x), rank, "leace")
+    return _erasure(x, (left @ right).mT, rows, rank, "leace")
 
 
 def inlp(x: Rows, labels: Labels, *, n_rounds: int = 8, regularization: float = 1.0) -> Erasure:
@@ -106,7 +110,8 @@ def inlp(x: Rows, labels: Labels, *, n_rounds: int = 8, regularization: float = 
         regularization: as `lch_plugin.concepts.cav`.
 
     Raises:
-        InputError: as `leace`; ``n_rounds`` below 1 or a regularization that is not positive.
+        InputError: as `lch_plugin.concepts.difference_of_means`; no classifier finds anything,
+            ``n_rounds`` below 1, or a regularization that is not positive.
     """
     check_regularization(regularization)
     if n_rounds < 1:
@@ -128,9 +133,16 @@ def inlp(x: Rows, labels: Labels, *, n_rounds: int = 8, regularization: float = 
         normals = torch.cat([normals, right[sizes > 1e-6]])
         if not bool((sizes > 1e-6).any()):
             break
+    if not len(normals):
+        raise InputError("no classifier tells the classes apart: there is nothing to erase.")
     # Orthonormal up to rounding by construction; now in one step.
     normals = torch.linalg.qr(normals.T)[0].T
-    return Erasure((normals.T @ normals).to(x), rows.mean(0).to(x), len(normals), "inlp")
+    return _erasure(x, normals.T @ normals, rows, len(normals), "inlp")
+
+
+def _erasure(x: Tensor, removed: Tensor, rows: Tensor, rank: int, method: str) -> Erasure:
+    kept, mean = (t.to(x.device, at_least_float32(x)) for t in (removed, rows.mean(0)))
+    return Erasure(kept, mean, rank, method)
 
 
 @dataclass(frozen=True)

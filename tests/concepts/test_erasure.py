@@ -105,6 +105,16 @@ def test_maps_go_over_positions_and_keep_the_type() -> None:
     torch.testing.assert_close(erasure(values)[1, 3], erasure(values[1, 3]))
 
 
+@pytest.mark.parametrize("method", [leace, inlp])
+def test_rows_in_half_precision_are_erased_in_float32(method: Any) -> None:
+    x, labels, _, _ = gaussians(300)
+    x = x.bfloat16()
+    erasure, exact = method(x, labels), method(x.double(), labels)
+    assert erasure(x).dtype == torch.bfloat16
+    torch.testing.assert_close(erasure(x.double()), exact(x.double()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(erasure(x), exact(x.double()).bfloat16(), atol=1e-5, rtol=2**-7)
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
     x, labels, _, _ = gaussians(20)
@@ -117,6 +127,7 @@ def test_bad_input_is_refused() -> None:
         (lambda: leace(x / 0, labels), "not finite"),
         (lambda: inlp(x, labels[1:]), r"\(19,\)"),
         (lambda: leace(*same), "nothing to erase"),
+        (lambda: inlp(*same), "nothing to erase"),
         (lambda: inlp(torch.ones(20, D), labels), "nothing to erase"),
         (lambda: inlp(x, labels, n_rounds=0), "n_rounds=0"),
         (lambda: inlp(x, labels, regularization=-1.0), "regularization"),
