@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
-    path for path in (ROOT / "examples/paper").glob("*.py") if path.name != "common.py"
+    path for path in (ROOT / "examples/paper").glob("*.py") if "__main__" in path.read_text()
 )
 
 

@@ -21,16 +21,21 @@ EMBEDDED = "embedded"
 VERSIONS = ("lch-plugin", "torch", "transformers", "transformer-lens", "scikit-learn")
 
 
-def parser(doc: str | None, model: str) -> argparse.ArgumentParser:
-    """The options of every script; ``model`` is the one of the published setting."""
+def parser(doc: str | None, model: str | None) -> argparse.ArgumentParser:
+    """The options of every script.
+
+    ``model`` is the one of the published setting; None where a script trains a network of its own,
+    which is then neither chosen nor moved.
+    """
     options = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--small", action="store_true", help="minutes on 2 cores, offline")
-    options.add_argument("--model", help=f"hub name or directory; published: {model}")
     options.add_argument("--out", type=Path, required=True, help="directory of results")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", default="cpu")
+    if model is not None:
+        options.add_argument("--model", help=f"hub name or directory; published: {model}")
+        options.add_argument("--device", default="cpu")
     options.set_defaults(published=model)
     return options
 
@@ -38,7 +43,8 @@ def parser(doc: str | None, model: str) -> argparse.ArgumentParser:
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     """``args.model`` becomes a name: what was asked for, the embedded one, or the published."""
     args = options.parse_args()
-    args.model = args.model or (EMBEDDED if args.small else args.published)
+    if args.published is not None:
+        args.model = args.model or (EMBEDDED if args.small else args.published)
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 

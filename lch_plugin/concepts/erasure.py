@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,9 @@ def leace(x: Rows, labels: Labels) -> Erasure:
     LEACE, by the package concept-erasure: Belrose et al., "LEACE: Perfect linear concept erasure in
     closed form" (arXiv 2306.03819). On the rows it is fitted on all classes then have the same
     mean, and every linear classifier is at chance; on others as far as means and covariances are
-    the same there, so that it needs more rows than dimensions, or is checked by `refit`.
+    the same there. Fewer rows than dimensions, of which a warning is given, have a covariance of
+    lower rank than that of the others, and shrinkage, which concept-erasure has on, does not make
+    up for it: check with `refit`.
 
     Args:
         x: centroids or activations of a component.
@@ -81,6 +84,14 @@ def leace(x: Rows, labels: Labels) -> Erasure:
         raise ToolkitError(
             "leace needs concept-erasure: pip install 'lch-plugin[concepts]'. inlp does without."
         ) from error
+    n, d_in = rows.shape
+    if n <= d_in:
+        warnings.warn(
+            f"leace of {n} rows in {d_in} dimensions: their covariance is not that of other rows, "
+            "in which a probe may find the labels still. Give more rows than dimensions, and check "
+            "with lch.concepts.refit on rows held out.",
+            stacklevel=2,
+        )
     means = torch.stack([rows[index == i].mean(0) for i in index.unique()])
     if is_rounding(means - means.mean(0), x):
         raise InputError("the means of all classes are the same: there is nothing to erase.")

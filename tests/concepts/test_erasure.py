@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -66,6 +67,26 @@ def test_a_probe_refitted_on_held_out_rows_is_at_chance(method: Any) -> None:
     kept = refit(nothing, x[900:], labels[900:])
     assert kept.after == kept.before
     assert kept.p_value < 1e-6
+
+
+def test_fewer_rows_than_dimensions_erase_their_own_rows_alone() -> None:
+    """A covariance of lower rank than that of other rows; and it says so."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(440) % 2
+    x = torch.randn(440, 60, dtype=torch.float64, generator=g)
+    x[:, :3] += 1.5 * labels[:, None]
+    with pytest.warns(UserWarning, match=r"leace of 40 rows in 60 dimensions.*refit"):
+        erasure = leace(x[:40], labels[:40])
+    erased, own_and_others = erasure(x), (slice(40), slice(40, None))
+    gaps = [
+        erased[s][labels[s] == 1].mean(0) - erased[s][labels[s] == 0].mean(0)
+        for s in own_and_others
+    ]
+    assert float(gaps[0].norm()) < 1e-9
+    assert float(gaps[1].norm()) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leace(x[:61], labels[:61])
 
 
 def test_inlp_takes_out_the_normals_of_classifiers_one_after_another() -> None:
