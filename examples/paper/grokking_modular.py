@@ -96,7 +96,8 @@ def main() -> None:
     chosen = methods(1.0, 1e-3, 0.3)
     seeds = range(args.seed, args.seed + args.seeds)
     found = experiment(maker(settings), chosen, seeds, steps, every)
-    report(args, found, chosen, **(settings | {"steps": steps, "model": "GPT-2 with ReLUs, trained here"}))
+    about = settings | {"steps": steps, "model": "GPT-2 with ReLUs, trained here"}
+    report(args, found, chosen, **about)
 
 
 if __name__ == "__main__":
