@@ -362,10 +362,12 @@ def mean_over_neighbourhood(
         total += at_samples.sum(0, dtype=total.dtype)
         spread.update(at_samples.to(total.dtype))
     variance = spread.squares / max(1, n_samples - 1)
+    # Where nothing varies, as within a region of a ReLU network, the root has no gradient.
+    error = (torch.where(variance == 0, 1, variance) / n_samples).sqrt()
     return LocalCentroid(
         mean=(total / n_samples).to(x.dtype),
         variance=variance,
-        standard_error=(variance / n_samples).sqrt(),
+        standard_error=torch.where(variance == 0, 0, error),
     )
 
 

@@ -201,6 +201,20 @@ def test_an_expert_in_half_precision_has_its_numbers_in_float32() -> None:
     torch.testing.assert_close(expert.alignment.double(), aligned, atol=1e-6, rtol=0)
 
 
+def test_a_standard_error_has_a_gradient_where_nothing_varies() -> None:
+    """As within a region of a ReLU network; else one such coordinate would spoil all weights."""
+    torch.manual_seed(0)
+    fn = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        fn[0].weight[:, 1] = 0
+    x = torch.randn(2, 3, dtype=torch.float64)
+    local = lch.local_centroid(fn, x, radius=0.5, n_samples=4, statistics=True, create_graph=True)
+    assert not local.standard_error[:, 1].any()
+    local.standard_error.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in fn.parameters() if p.grad is not None)
+    assert bool(fn[0].weight.grad[:, 0].any())
+
+
 def test_local_centroids_in_half_precision_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(centroids, "MAX_ROWS", 1)  # A sample a chunk.
     fn, x = nn.Linear(16, 3).bfloat16(), torch.randn(2, 16).bfloat16()

@@ -69,24 +69,42 @@ def test_a_probe_refitted_on_held_out_rows_is_at_chance(method: Any) -> None:
     assert kept.p_value < 1e-6
 
 
-def test_fewer_rows_than_dimensions_erase_their_own_rows_alone() -> None:
-    """A covariance of lower rank than that of other rows; and it says so."""
-    g = torch.Generator().manual_seed(0)
-    labels = torch.arange(440) % 2
-    x = torch.randn(440, 60, dtype=torch.float64, generator=g)
-    x[:, :3] += 1.5 * labels[:, None]
-    with pytest.warns(UserWarning, match=r"leace of 40 rows in 60 dimensions.*refit"):
-        erasure = leace(x[:40], labels[:40])
-    erased, own_and_others = erasure(x), (slice(40), slice(40, None))
-    gaps = [
-        erased[s][labels[s] == 1].mean(0) - erased[s][labels[s] == 0].mean(0)
-        for s in own_and_others
-    ]
-    assert float(gaps[0].norm()) < 1e-9
-    assert float(gaps[1].norm()) > 1
+@pytest.mark.parametrize("rows_per_dimension", [1.5, 100])
+def test_what_is_left_for_other_rows_depends_on_rows_over_dimensions(
+    rows_per_dimension: float,
+) -> None:
+    """``4 d / n`` is the noise of the difference that is taken out, in units of the covariance."""
+    d, n_draws = 20, 8
+    n = int(rows_per_dimension * d)
+    gap = torch.zeros(d, dtype=torch.float64)
+    gap[0] = 2.0  # In 84 % a probe is right.
+    left = 0.0
+    for seed in range(n_draws):
+        g = torch.Generator().manual_seed(seed)
+        labels = torch.arange(n) % 2
+        x = torch.randn(n, d, dtype=torch.float64, generator=g) + labels[:, None] * gap
+        kept = torch.eye(d).double() - leace(x, labels).removed
+        # Of other rows: their difference of means after the erasure, by their covariance.
+        inverse = torch.linalg.pinv(kept.T @ kept, rtol=1e-8)
+        left += float(gap @ kept @ inverse @ kept.T @ gap) / n_draws
+    noise = 4 * d / n
+    assert left == pytest.approx(4 * noise / (4 + noise), rel=0.35)
+
+
+def test_fewer_rows_than_dimensions_are_warned_of() -> None:
+    x, labels, _, _ = gaussians(40)
+    with pytest.warns(UserWarning, match=r"leace of 6 rows in 6 dimensions.*refit") as found:
+        leace(x[:6], labels[:6])
+    assert "\n" not in str(found[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        leace(x[:61], labels[:61])
+        leace(x, labels)
+
+
+def test_a_probe_of_the_rows_it_was_fitted_on_is_below_chance() -> None:
+    """The means of folds cancel, as those of all are the same: no sign of an erasure."""
+    x, labels, _, _ = gaussians(60)
+    assert refit(leace(x, labels), x, labels).after < 0.4
 
 
 def test_inlp_takes_out_the_normals_of_classifiers_one_after_another() -> None:
