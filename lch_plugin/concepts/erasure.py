@@ -188,8 +188,8 @@ def refit(
     """Fit a new linear probe after an erasure, on rows that the erasure has not seen.
 
     On the rows that LEACE was fitted on a probe is at chance by construction, and a cross-validated
-    one below it, as the means of folds cancel; held-out rows are the test. The probe is fitted on all
-    folds of them but one and judged on that one.
+    one below it, as the means of folds cancel; held-out rows are the test. The probe is fitted on
+    all folds of them but one and judged on that one.
 
     Args:
         erasure: as `leace` or `inlp` returns it.
