@@ -158,7 +158,7 @@ def report(
     for name, numbers in summaries.items():
         print(name, json.dumps(numbers))
     names = ("test", "train", "alignment", "alignment of largest", "effective_rank")
-    figure, axes = new_figure(18, 3.4, columns=5)
+    figure, axes = new_figure(18.0, 3.4, columns=5)
     for axis, name in zip(axes, names, strict=True):
         for method in methods:
             for i, records in enumerate(found[method.name]):
