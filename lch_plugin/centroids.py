@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lch_plugin.cotangents import Cotangent, evaluate
 from lch_plugin.errors import InputError, NotDifferentiableError
+from lch_plugin.mlp import at_least_float32
 
 Neighbourhood = Literal["ball", "gaussian"]
 
@@ -37,8 +38,11 @@ MAX_ROWS = 4096
 class AffineExpert:
     """The affine map a component applies at each row of ``x``, read through a cotangent.
 
+    The numbers beside the centroid are in at least float32: differences of long sums are rounding
+    in half precision.
+
     Attributes:
-        centroid: ``mu = J^T v``, shape of ``x``.
+        centroid: ``mu = J^T v``, shape and dtype of ``x``.
         offset: ``v . (f(x) - J x)``, one number a row; what the expert adds.
         radius: squared-norm weight of the power-diagram cell, ``|mu|^2 + 2 offset``.
         alignment: cosine of ``mu`` and ``x``.
@@ -158,7 +162,7 @@ def affine_expert(
         centroid=mu,
         offset=offset,
         radius=radius,
-        alignment=torch.nn.functional.cosine_similarity(mu, x, dim=-1),
+        alignment=cosine(mu, x),
     )
 
 
@@ -175,9 +179,36 @@ def offset_and_radius(
         x: input.
         y: output.
         v: cotangent.
+
+    Returns:
+        Both in at least float32.
     """
+    mu, x, y, v = (t.to(at_least_float32(t)) for t in (mu, x, y, v))
     offset = (v * y).sum(-1) - (mu * x).sum(-1)
     return offset, mu.square().sum(-1) + 2 * offset
+
+
+def cosine(
+    mu: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_in"]
+) -> Float[Tensor, "*batch"]:
+    """Cosine of each centroid and its input, of any size; 0, without a gradient, where one is zero.
+
+    torch's own is a different number for vectors shorter than 1e-8, as centroids may well be.
+
+    Args:
+        mu: centroid.
+        x: input.
+
+    Returns:
+        In at least float32, differentiable in both.
+    """
+
+    def scaled(rows: Tensor) -> Tensor:
+        rows = rows.to(at_least_float32(rows))
+        size = rows.detach().abs().amax(-1, keepdim=True)
+        return torch.where(size == 0, rows.detach(), rows) / torch.where(size == 0, 1, size)
+
+    return torch.nn.functional.cosine_similarity(scaled(mu), scaled(x), dim=-1)
 
 
 @overload
@@ -331,10 +362,12 @@ def mean_over_neighbourhood(
         total += at_samples.sum(0, dtype=total.dtype)
         spread.update(at_samples.to(total.dtype))
     variance = spread.squares / max(1, n_samples - 1)
+    # Where nothing varies, as within a region of a ReLU network, the root has no gradient.
+    error = (torch.where(variance == 0, 1, variance) / n_samples).sqrt()
     return LocalCentroid(
         mean=(total / n_samples).to(x.dtype),
         variance=variance,
-        standard_error=(variance / n_samples).sqrt(),
+        standard_error=torch.where(variance == 0, 0, error),
     )
 
 

@@ -6,9 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 #: Rounding of a value, in units of the spacing of its type: a mean of tens of terms has less.
 ROUNDING = 32
+# The same in half precision: sums are kept in float32 there and rounded once, and 32 spacings of
+# bfloat16 are a quarter of the value.
+_ROUNDING_OF_HALVES = 4
 
 
 def varies(values: np.ndarray, size: float | None = None) -> Any:
@@ -24,6 +30,21 @@ def varies(values: np.ndarray, size: float | None = None) -> Any:
     """
     largest = np.abs(values).max(0) if size is None else size
     return np.ptp(values, axis=0) > ROUNDING * np.finfo(values.dtype).eps * largest
+
+
+def is_rounding(
+    difference: Float[Tensor, ...], size: Float[Tensor, ...] | float, dtype: torch.dtype
+) -> bool:
+    """Whether all of a difference is no more than rounding.
+
+    Args:
+        difference: in any type.
+        size: of the numbers that it was computed from, one or one for each coordinate.
+        dtype: of these numbers.
+    """
+    spacing = torch.finfo(dtype).eps
+    bound = _ROUNDING_OF_HALVES if spacing > torch.finfo(torch.float32).eps else ROUNDING
+    return bool((difference.abs() <= bound * spacing * size).all())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

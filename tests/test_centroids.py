@@ -176,8 +176,48 @@ def test_local_centroid_is_the_mean_over_its_samples_whatever_the_chunks() -> No
     torch.testing.assert_close(local, expected)
 
 
-def test_local_centroids_in_half_precision_do_not_drift() -> None:
-    fn, x = nn.Linear(16, 3).bfloat16(), torch.randn(4096, 16).bfloat16()  # A sample a chunk.
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1.0, 1e30])
+def test_alignment_does_not_depend_on_the_size_of_a_centroid(size: float) -> None:
+    torch.manual_seed(0)
+    fn, x = nn.Linear(5, 3), torch.randn(4, 5)
+    expected = lch.affine_expert(fn, x).alignment
+    found = lch.affine_expert(lambda x: size * fn(x), x).alignment
+    torch.testing.assert_close(found, expected)
+    assert not lch.affine_expert(lambda x: 0 * fn(x), x).alignment.any()
+
+
+def test_an_expert_in_half_precision_has_its_numbers_in_float32() -> None:
+    torch.manual_seed(0)
+    fn = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).bfloat16()
+    x = 3 * torch.randn(16, 64).bfloat16()
+    expert = lch.affine_expert(fn, x)
+    y, mu, wide = fn(x).double().detach(), expert.centroid.double(), x.double()
+    offset = y.sum(-1) - (mu * wide).sum(-1)
+    assert expert.centroid.dtype == torch.bfloat16
+    torch.testing.assert_close(expert.offset.double(), offset, atol=1e-4, rtol=0)
+    radius = mu.square().sum(-1) + 2 * offset
+    torch.testing.assert_close(expert.radius.double(), radius, atol=1e-4, rtol=0)
+    aligned = torch.nn.functional.cosine_similarity(mu, wide)
+    torch.testing.assert_close(expert.alignment.double(), aligned, atol=1e-6, rtol=0)
+
+
+def test_a_standard_error_has_a_gradient_where_nothing_varies() -> None:
+    """As within a region of a ReLU network; else one such coordinate would spoil all weights."""
+    torch.manual_seed(0)
+    fn = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        fn[0].weight[:, 1] = 0
+    x = torch.randn(2, 3, dtype=torch.float64)
+    local = lch.local_centroid(fn, x, radius=0.5, n_samples=4, statistics=True, create_graph=True)
+    assert not local.standard_error[:, 1].any()
+    local.standard_error.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in fn.parameters() if p.grad is not None)
+    assert bool(fn[0].weight.grad[:, 0].any())
+
+
+def test_local_centroids_in_half_precision_do_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(centroids, "MAX_ROWS", 1)  # A sample a chunk.
+    fn, x = nn.Linear(16, 3).bfloat16(), torch.randn(2, 16).bfloat16()
     local = lch.local_centroid(fn, x, radius=0.1, n_samples=600)
     assert local.dtype == torch.bfloat16
     torch.testing.assert_close(local, lch.centroid(fn, x), rtol=0.02, atol=0.02)
@@ -251,7 +291,7 @@ def test_variance_in_float32_survives_a_large_mean(
     x = torch.zeros(1, 3)
     generator = torch.Generator().manual_seed(0)
     local = lch.local_centroid(
-        fn, x, radius=0.5, n_samples=2000, generator=generator, statistics=True
+        fn, x, radius=0.5, n_samples=500, generator=generator, statistics=True
     )
     expected = torch.cat(seen).double().var(0)
     torch.testing.assert_close(local.variance.double(), expected, rtol=1e-5, atol=0)

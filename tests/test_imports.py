@@ -55,6 +55,7 @@ ROOMS = {
         "turns",
         "arguments",
         "states",
+        "passes",
         "checks",
         "structure",
         "grad_scope",

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
-    path for path in (ROOT / "examples/paper").glob("*.py") if path.name != "common.py"
+    path for path in (ROOT / "examples/paper").glob("*.py") if "__main__" in path.read_text()
 )
 
 
@@ -76,6 +76,30 @@ def dino_dogs(found: dict[str, Any]) -> None:
     assert all(0 <= p <= 1 for p in found["wilcoxon_p"].values())
 
 
+def spurious_features(found: dict[str, Any]) -> None:
+    # The centroid of a linear head is the prediction: a probe reads no more off it.
+    for seeds in found["runs"]:
+        mean = {key: sum(run[key] for run in seeds) / len(seeds) for key in seeds[0]}
+        assert mean["same, head's centroid"] == pytest.approx(
+            mean["same, prediction alone"], abs=0.02
+        )
+        assert mean["same, head's input"] >= mean["same, head's centroid"]
+
+
+def grokking_digits(found: dict[str, Any]) -> None:
+    steps = {name: numbers["median_steps"] for name, numbers in found["summary"].items()}
+    assert steps["none"] is None
+    assert steps["weight decay"] < steps["Jacobian"]
+    start, end = found["summary"]["alignment"]["alignment"][0]
+    assert start < 0.1 < 0.5 < end
+
+
+def grokking_modular(found: dict[str, Any]) -> None:
+    steps = {name: numbers["median_steps"] for name, numbers in found["summary"].items()}
+    assert [name for name, step in steps.items() if step is not None] == ["weight decay"]
+    assert found["summary"]["alignment"]["alignment"][0][1] > 0.9
+
+
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     check.__name__: check
     for check in (
@@ -86,6 +110,9 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
         dino_saes,
         dictionary_similarity,
         dino_dogs,
+        spurious_features,
+        grokking_digits,
+        grokking_modular,
     )
 }
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
@@ -15,22 +15,29 @@ from torch import Tensor
 
 import lch_plugin as lch
 from lch_plugin.demo.vision import digits
-from lch_plugin.saes import Images, Rows, train_on
+
+if TYPE_CHECKING:
+    from lch_plugin.saes import Rows
 
 EMBEDDED = "embedded"
 VERSIONS = ("lch-plugin", "torch", "transformers", "transformer-lens", "scikit-learn")
 
 
-def parser(doc: str | None, model: str) -> argparse.ArgumentParser:
-    """The options of every script; ``model`` is the one of the published setting."""
+def parser(doc: str | None, model: str | None) -> argparse.ArgumentParser:
+    """The options of every script.
+
+    ``model`` is the one of the published setting; None where a script trains a network of its own,
+    which is then neither chosen nor moved.
+    """
     options = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--small", action="store_true", help="minutes on 2 cores, offline")
-    options.add_argument("--model", help=f"hub name or directory; published: {model}")
     options.add_argument("--out", type=Path, required=True, help="directory of results")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--device", default="cpu")
+    if model is not None:
+        options.add_argument("--model", help=f"hub name or directory; published: {model}")
+        options.add_argument("--device", default="cpu")
     options.set_defaults(published=model)
     return options
 
@@ -38,7 +45,8 @@ def parser(doc: str | None, model: str) -> argparse.ArgumentParser:
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     """``args.model`` becomes a name: what was asked for, the embedded one, or the published."""
     args = options.parse_args()
-    args.model = args.model or (EMBEDDED if args.small else args.published)
+    if args.published is not None:
+        args.model = args.model or (EMBEDDED if args.small else args.published)
     args.out.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -71,10 +79,14 @@ class Vision:
     test: Any
     test_labels: Tensor
 
+    def images(self, split: str, seed: int | None = None) -> Any:
+        """Images as the model takes them; in random order with a seed."""
+        return lch.saes.Images(getattr(self, split), self.processor, seed=seed)
+
     def rows(self, split: str, of: Any, positions: slice, seed: int | None = None) -> Rows:
         """Centroids, inputs or outputs of the component, one row a token."""
-        images = Images(getattr(self, split), self.processor, seed=seed)
-        return Rows(self.model, images, self.module, of=of, positions=positions)
+        images = self.images(split, seed)
+        return lch.saes.Rows(self.model, images, self.module, of=of, positions=positions)
 
     def sae(
         self,
@@ -110,7 +122,7 @@ class Vision:
         rows: Any = self.rows("train", of, positions, seed)
         if per_image == 1:  # So few rows are kept, and the model runs once.
             rows = list(rows)
-        return train_on(rows, config, trainer, seed=seed)
+        return lch.saes.train_on(rows, config, trainer, seed=seed)
 
     def codes(self, sae: Any, split: str, of: Any, positions: slice) -> Tensor:
         """Features of each image, averaged over its tokens, ``(n_images, d_sae)``."""
@@ -124,7 +136,7 @@ class Vision:
 
     def shape(self, of: Any, positions: slice) -> tuple[int, int]:
         """Width of a row, and rows of an image."""
-        images = next(iter(Images(self.test, self.processor)))
+        images = next(iter(self.images("test")))
         rows = next(iter(self.rows("test", of, positions)))
         return rows.shape[1], len(rows) // len(images["pixel_values"])
 

@@ -7,15 +7,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from common import parse, parser, save
 from torch import Tensor, nn
 
 import lch_plugin as lch
+from lch_plugin.figures import ACTIVATIONS, CENTROIDS, GREY, new_figure
 
 TARGET = 0.85
 Records = list[dict[str, Any]]
@@ -40,6 +40,16 @@ class Method:
         if self.alignment:
             total = total + lch.alignment.alignment_loss(run, weight=self.alignment)
         return total
+
+
+def methods(weight_decay: float, jacobian: float, alignment: float) -> list[Method]:
+    """Each method alone."""
+    return [
+        Method("none", GREY),
+        Method("weight decay", ACTIVATIONS, weight_decay=weight_decay),
+        Method("Jacobian", CENTROIDS, jacobian=jacobian),
+        Method("alignment", "#15803d", alignment=alignment),
+    ]
 
 
 class Largest:
@@ -92,10 +102,10 @@ def train(task: Task, method: Method, seed: int, steps: int, every: int) -> Reco
 
 
 def experiment(
-    make: Callable[[int], Task], methods: list[Method], seeds: int, steps: int, every: int
+    make: Callable[[int], Task], methods: list[Method], seeds: range, steps: int, every: int
 ) -> dict[str, list[Records]]:
     found: dict[str, list[Records]] = {method.name: [] for method in methods}
-    for seed in range(seeds):
+    for seed in seeds:
         for method in methods:
             start = time.perf_counter()
             records = train(make(seed), method, seed, steps, every)
@@ -138,15 +148,17 @@ def summary(runs: list[Records]) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, list[Records]], methods: list[Method], out: Path, about: Any) -> None:
+def report(
+    args: argparse.Namespace,
+    found: dict[str, list[Records]],
+    methods: list[Method],
+    **settings: Any,
+) -> None:
     summaries = {name: summary(runs) for name, runs in found.items()}
     for name, numbers in summaries.items():
         print(name, json.dumps(numbers))
-    out.mkdir(parents=True, exist_ok=True)
-    content = {"settings": about, "summary": summaries, "curves": found}
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     names = ("test", "train", "alignment", "alignment of largest", "effective_rank")
-    figure, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained")
+    figure, axes = new_figure(18.0, 3.4, columns=5)
     for axis, name in zip(axes, names, strict=True):
         for method in methods:
             for i, records in enumerate(found[method.name]):
@@ -154,19 +166,16 @@ def report(found: dict[str, list[Records]], methods: list[Method], out: Path, ab
                 label = None if i else method.name
                 axis.plot(steps, values, color=method.colour, alpha=0.6, lw=1.2, label=label)
         axis.set(title=name.replace("_", " "), xlabel="step + 1", xscale="log")
-        axis.grid(alpha=0.25)
-    axes[0].axhline(TARGET, color="#9ca3af", ls="--", lw=1)
+    axes[0].axhline(TARGET, color=GREY, ls="--", lw=1)
     axes[0].legend(fontsize=8)
-    figure.savefig(out / "curves.png", dpi=150)
-    print(f"curves and results.json are in {out}")
+    about = [asdict(method) for method in methods]
+    save(args, {"summary": summaries, "curves": found}, figure, methods=about, **settings)
 
 
-def arguments(description: str | None, steps: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--small", action="store_true", help="a few minutes on one core")
-    parser.add_argument("--seeds", type=int, help="5, or 1 with --small")
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--out", type=Path, default=Path("grokking"))
-    options = parser.parse_args()
-    options.seeds = options.seeds or (1 if options.small else 5)
-    return options
+def arguments(doc: str | None, steps: int) -> argparse.Namespace:
+    options = parser(doc, None)
+    options.add_argument("--seeds", type=int, help="how many; 5, or 1 with --small")
+    options.add_argument("--steps", type=int, default=steps)
+    args = parse(options)
+    args.seeds = args.seeds or (1 if args.small else 5)
+    return args

@@ -5,21 +5,21 @@ norms, AdamW (lr 1e-3, betas 0.9 and 0.98, weight decay 1), all pairs in one bat
 GrokAlign adds 1e-3 times the Frobenius norm of the Jacobian from the embeddings to the logits of
 the last position, from one random projection.
 Here: the same of a GPT-2 (so with norms) in a TransformerBridge, from the input of its block, each
-method alone. --small: mod 23, 60 % of pairs, d_model 32, 128 neurons, lr 3e-3, 1,200 steps.
+method alone. The weight of the alignment loss was chosen on seed 0 of the small setting.
+--small: mod 23, 60 % of pairs, d_model 32, 128 neurons, lr 3e-3, 1,200 steps.
 
-    python examples/paper/grokking_modular.py --small   # minutes on one core
-    python examples/paper/grokking_modular.py           # for a GPU
+    python examples/paper/grokking_modular.py --small --out modular   # minutes on one core
+    python examples/paper/grokking_modular.py --out modular           # for a GPU
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import repeat
 from typing import Any
 
 import torch
-from grokking import Method, Task, arguments, experiment, report
+from grokking import Task, arguments, experiment, methods, report
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -28,15 +28,6 @@ from lch_plugin.demo import DEMO_MODEL_DIR
 
 PUBLISHED = {"modulus": 113, "share": 0.3, "d_model": 128, "d_mlp": 512, "lr": 1e-3}
 SMALL = {"modulus": 23, "share": 0.6, "d_model": 32, "d_mlp": 128, "lr": 3e-3}
-
-
-def methods(jacobian: float, alignment: float) -> list[Method]:
-    return [
-        Method("none", "#6b7280"),
-        Method("weight decay", "#1d4ed8", weight_decay=1.0),
-        Method("Jacobian", "#c2410c", jacobian=jacobian),
-        Method("alignment", "#15803d", alignment=alignment),
-    ]
 
 
 def last(logits: Tensor) -> Tensor:
@@ -99,13 +90,14 @@ def maker(settings: dict[str, Any]) -> Callable[[int], Task]:
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=48_000)
-    settings = SMALL if options.small else PUBLISHED
-    steps, every = (min(options.steps, 1200), 50) if options.small else (options.steps, 500)
-    chosen = methods(1e-3, 0.3)
-    found = experiment(maker(settings), chosen, options.seeds, steps, every)
-    about = {"steps": steps, "seeds": options.seeds, "methods": [asdict(m) for m in chosen]}
-    report(found, chosen, options.out, {**settings, **about})
+    args = arguments(__doc__, steps=48_000)
+    settings = SMALL if args.small else PUBLISHED
+    steps, every = (min(args.steps, 1200), 50) if args.small else (args.steps, 500)
+    chosen = methods(1.0, 1e-3, 0.3)
+    seeds = range(args.seed, args.seed + args.seeds)
+    found = experiment(maker(settings), chosen, seeds, steps, every)
+    about = settings | {"steps": steps, "model": "GPT-2 with ReLUs, trained here"}
+    report(args, found, chosen, **about)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def trained(seed: int, steps: int) -> nn.Sequential:
 
 
 def main() -> None:
-    args = parse(parser(__doc__, "a network of 3 x 64 ReLUs, trained here"))
+    args = parse(parser(__doc__, None))
     args.model = "3 x 64 ReLU network"
     side, steps = (120, 2000) if args.small else (400, 10_000)
     network = trained(args.seed, steps)

@@ -20,14 +20,11 @@ colour.
 
 from __future__ import annotations
 
-import argparse
-import json
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import parse, parser, save
 from matplotlib.colors import hsv_to_rgb
 from scipy.stats import t as student
 from sklearn.datasets import load_digits
@@ -98,12 +95,10 @@ def one_seed(x: Tensor, y: Tensor, rho: float, seed: int, epochs: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5, help="2 or more")
-    parser.add_argument("--rho", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    options = parser(__doc__, None)
+    options.add_argument("--seeds", type=int, default=5, help="how many; 2 or more")
+    options.add_argument("--rho", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    args = parse(options)
     if args.small:
         x, y = load_digits(return_X_y=True)
     else:
@@ -113,7 +108,10 @@ def main() -> None:
     side = int(x.shape[1] ** 0.5)
     images, labels = torch.from_numpy(x / x.max()).float().view(-1, 1, side, side), torch.tensor(y)
     runs = [
-        [one_seed(images, labels, rho, i, 12 if args.small else 5) for i in range(args.seeds)]
+        [
+            one_seed(images, labels, rho, args.seed + i, 12 if args.small else 5)
+            for i in range(args.seeds)
+        ]
         for rho in args.rho
     ]
     t = student.ppf(0.975, args.seeds - 1) / args.seeds**0.5
@@ -132,11 +130,7 @@ def main() -> None:
     axes[1].legend(fontsize=8)
     digits = [f"{100 * np.mean([run['digits'] for run in seeds]):5.1f}" for seeds in runs]
     print(f"{'digits':22}", *digits)
-    args.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out / "spurious_features.png")
-    versions = {name: version(name) for name in ("lch-plugin", "torch", "scikit-learn")}
-    record = {"settings": vars(args) | {"out": str(args.out)}, "versions": versions, "runs": runs}
-    (args.out / "results.json").write_text(json.dumps(record, indent=1))
+    save(args, {"runs": runs}, figure, model="CNN with ReLUs, trained here")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from typing import TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from lch_plugin.centroids import centroid, mean_over_neighbourhood, offset_and_radius
+from lch_plugin.centroids import centroid, cosine, mean_over_neighbourhood, offset_and_radius
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Settings
 
@@ -41,7 +40,7 @@ def expert_values(
         v: cotangent, in the shape of ``y``.
         mixes_positions: whether outputs at one position depend on inputs at others.
     """
-    mu, x, y, v = (t.to(at_least_float32(t)) for t in (mu, x, y, v))
+    mu = mu.to(at_least_float32(mu))
 
     @cache
     def numbers() -> tuple[Tensor, ...]:
@@ -53,7 +52,7 @@ def expert_values(
         "": lambda: mu,
         "_offset": lambda: numbers()[0],
         "_radius": lambda: numbers()[1],
-        "_alignment": lambda: cosine_similarity(mu, x, dim=-1)[..., None],
+        "_alignment": lambda: cosine(mu, x)[..., None],
     }
 
 

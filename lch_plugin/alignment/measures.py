@@ -21,10 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.alignment.runs import Inputs, Model, Run, run
+from lch_plugin.centroids import cosine
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.statistics import ROUNDING
+from lch_plugin.statistics import is_rounding
 
 # A Jacobian takes a backward pass a row.
 MAX_OUTPUTS = 1024
@@ -113,19 +114,14 @@ def centroid_alignment(
         )
     _check_finite("centroids", mu)
     _check_finite("inputs", x)
-    mu, x = (t.to(at_least_float32(t)).reshape(len(t), -1) for t in (mu, x))
-    # The largest magnitude is taken out, or the squares of small values would vanish.
-    size = x.detach().abs().amax(1, keepdim=True)
-    zeros = (size == 0).flatten().nonzero().flatten().tolist()
+    mu, x = (t.reshape(len(t), -1) for t in (mu, x))
+    zeros = (~x.any(1)).nonzero().flatten().tolist()
     if zeros:
         raise InputError(
             f"items {zeros[:3]} (of {len(zeros)} such) are all zeros, and the cosine with a "
             "vector of zeros is undefined. Leave them out, or shift the inputs."
         )
-    scale = mu.detach().abs().amax(1, keepdim=True)
-    # At a centroid of zero the cosine has no gradient either.
-    mu = torch.where(scale == 0, mu.detach(), mu) / torch.where(scale == 0, 1, scale)
-    return torch.nn.functional.cosine_similarity(mu, x / size, dim=1)
+    return cosine(mu, x)
 
 
 def first_component_share(mu: Float[Tensor, "batch ..."]) -> float:
@@ -194,9 +190,11 @@ def effective_rank(J: Float[Tensor, "*batch d_out d_in"]) -> Float[Tensor, "*bat
 
 
 def _are_equal(mu: Tensor) -> bool:
-    """Whether rows differ by rounding alone, as those of an affine component do."""
-    rounding = ROUNDING * torch.finfo(mu.dtype).eps * float(mu.abs().max())
-    return float((mu - mu[:1]).abs().max()) <= rounding
+    """Whether rows differ by rounding alone, as those of an affine component do.
+
+    Of the largest coordinate: all of them are sums over the same weights.
+    """
+    return is_rounding(mu - mu[:1], float(mu.abs().max()), mu.dtype)
 
 
 def _check_rows(n_rows: int) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lch_plugin.adapters.arguments import Call, input_of, output_of
 from lch_plugin.adapters.grad_scope import gradients
 from lch_plugin.adapters.huggingface import Target, resolve_modules
+from lch_plugin.adapters.passes import through
 from lch_plugin.centroids import fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
@@ -127,26 +128,25 @@ def run(
     target = find_component(model, site)
     call: Call = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
     label = f"site {site!r}" if site else "the model"
+    xs: list[Tensor] = []
+
+    def enter(own: Call) -> Call:
+        read, instead = input_of(own, label)
+        xs.append(_variable(read, label))
+        # What passes by the component is another tensor, and writes in place go to the copy.
+        return instead(xs[-1].clone())
+
     with torch.inference_mode(False), torch.enable_grad():
-        watch = _Watch(label)
         if target is None:
-            call = watch.enter(None, *call)
-            returned = model(*call[0], **call[1])
-            written = returned
+            args, kwargs = enter(call)
+            returned = written = model(*args, **kwargs)
         else:
             assert isinstance(model, nn.Module)
             first, last = (model.get_submodule(name) for name in (target.first, target.last))
-            hooks = [
-                first.register_forward_pre_hook(watch.enter, with_kwargs=True),
-                last.register_forward_hook(watch.leave),
-            ]
-            try:
-                returned = model(*call[0], **call[1])
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            written = watch.written
-        x = watch.only_input()
+            returned, written = through(
+                label, first, last, enter, lambda: model(*call[0], **call[1])
+            )
+        x = xs[0]
         y = output_of(written, label) if output is None else output(written)
     if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != len(x):
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -177,35 +177,12 @@ def find_component(model: Model, site: str) -> Target | None:
     return targets[0]
 
 
-class _Watch:
-    """Sees one pass: makes the component's input a variable, and keeps what it returned."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._inputs: list[Tensor] = []
-        self.written: Any = None
-
-    def enter(self, _: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        x, instead = input_of((args, kwargs), self._label)
-        if x.ndim == 0 or x.numel() == 0:
-            raise InputError(f"{self._label} reads {tuple(x.shape)}: pass one item or more.")
-        if not bool(x.isfinite().all()):
-            raise InputError(f"{self._label} reads values that are not finite (NaN or infinite).")
-        # Through a clone the way back to the model's own weights stays open.
-        x = x.clone() if x.requires_grad or x.is_inference() else x.detach()
-        x = x if x.requires_grad else x.requires_grad_()
-        self._inputs.append(x)
-        # What passes by the component is another tensor, and writes in place go to the copy.
-        return instead(x.clone())
-
-    def leave(self, _: nn.Module, __: Any, output: Any) -> None:
-        self.written = output
-
-    def only_input(self) -> Tensor:
-        n_calls = len(self._inputs)
-        if n_calls != 1:
-            raise SiteError(
-                f"{self._label} was called {n_calls} times in this pass; it has to be once. Name "
-                "a module that is, such as one around it."
-            )
-        return self._inputs[0]
+def _variable(x: Tensor, label: str) -> Tensor:
+    """What a component reads, as something to differentiate by."""
+    if x.ndim == 0 or x.numel() == 0:
+        raise InputError(f"{label} reads {tuple(x.shape)}: pass one item or more.")
+    if not bool(x.isfinite().all()):
+        raise InputError(f"{label} reads values that are not finite (NaN or infinite).")
+    # Through a clone the way back to the model's own weights stays open.
+    x = x.clone() if x.requires_grad or x.is_inference() else x.detach()
+    return x if x.requires_grad else x.requires_grad_()

@@ -17,6 +17,7 @@ from lch_plugin.concepts.rows import (
     logistic,
 )
 from lch_plugin.errors import InputError
+from lch_plugin.mlp import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +38,16 @@ class Concept:
     method: str
 
     def scores(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch"]:
-        """Coordinate along the direction past the threshold: positive with the concept."""
+        """Coordinate along the direction past the threshold: positive with the concept.
+
+        In at least float32.
+        """
         if x.shape[-1:] != self.direction.shape:
             raise InputError(
                 f"rows of shape {tuple(x.shape)} for a direction of {len(self.direction)} values: "
                 "give values of the component that the concept was found at."
             )
+        x = x.to(at_least_float32(x))
         return x @ self.direction.to(x) - self.threshold
 
     def accuracy(self, x: Rows, labels: Labels) -> float:
@@ -81,8 +86,7 @@ def difference_of_means(x: Rows, labels: Labels) -> Concept:
     rows, index = checked(x, labels)
     means = _means(rows, index)
     direction = _unit(means[1] - means[0], x, "the means of both classes are the same")
-    threshold = float(means.mean(0) @ direction)
-    return _concept(x, rows, index, direction, threshold, "difference of means")
+    return _concept(x, rows, index, direction, means.mean(0), "difference of means")
 
 
 def cav(x: Rows, labels: Labels, *, regularization: float = 1.0) -> Concept:
@@ -112,7 +116,7 @@ def cav(x: Rows, labels: Labels, *, regularization: float = 1.0) -> Concept:
     normal = torch.from_numpy(fitted.coef_[0]).to(rows)
     direction = _unit(normal, normal[None], "the classifier's normal is zero")
     offset = float(fitted.intercept_[0]) * scale / float(normal.norm())
-    return _concept(x, rows, index, direction, float(mean @ direction) - offset, "cav")
+    return _concept(x, rows, index, direction, mean - offset * direction, "cav")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +180,7 @@ def boundary(x: Rows, labels: Labels, *, n_pairs: int | None = None) -> Boundary
     normals = gaps / gaps.norm(dim=1, keepdim=True)
     mean = normals.mean(0)
     direction = _unit(mean, normals, "the normals cancel")
-    middle = float(rows[pairs].mean((0, 1)) @ direction)
+    middle = rows[pairs].mean((0, 1))
     return Boundary(
         concept=_concept(x, rows, index, direction, middle, "boundary"),
         pairs=pairs,
@@ -197,7 +201,11 @@ def _unit(vector: Tensor, x: Tensor, reason: str) -> Float[Tensor, " d_in"]:
 
 
 def _concept(
-    x: Tensor, rows: Tensor, index: Tensor, direction: Tensor, threshold: float, method: str
+    x: Tensor, rows: Tensor, index: Tensor, direction: Tensor, middle: Tensor, method: str
 ) -> Concept:
+    """The concept whose threshold is where a point between the classes lies."""
+    shown = direction.to(x)
+    # Where the direction of x's type puts them: it may be rounded, and rows far from the origin.
+    direction = shown.to(rows)
     along = _means(rows, index) @ direction
-    return Concept(direction.to(x), threshold, float(along[1] - along[0]), method)
+    return Concept(shown, float(middle @ direction), float(along[1] - along[0]), method)

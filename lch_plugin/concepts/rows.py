@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from lch_plugin import statistics
 from lch_plugin.errors import InputError
-
-# Of values that differ by rounding alone: computed in batches of different shapes.
-_SPACINGS = 4
 
 Rows = Float[Tensor, "n d_in"]
 Labels = Int[Tensor, " n"] | Bool[Tensor, " n"]
@@ -76,8 +73,8 @@ def is_rounding(difference: Tensor, x: Rows) -> bool:
 
     Coordinate by coordinate: a large one, as residual streams have, says nothing of the others.
     """
-    units = torch.finfo(x.dtype).eps * x.detach().double().cpu().abs().amax(0)
-    return bool((difference.abs() <= _SPACINGS * units).all())
+    size = x.detach().double().cpu().abs().amax(0)
+    return statistics.is_rounding(difference, size, x.dtype)
 
 
 def logistic(

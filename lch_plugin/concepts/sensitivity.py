@@ -27,7 +27,7 @@ class TCAV:
         concept: the direction.
         classes: names of the classes.
         n_examples: of each class.
-        scores: share of a class's examples whose logit rises along the concept.
+        scores: share of a class's examples whose logit rises along the concept, as `tcav_score`.
         random_scores: of directions found in the same way after labels were shuffled.
     """
 
@@ -45,7 +45,7 @@ class TCAV:
         because a direction and its opposite are equally likely of no concept.
         """
         n = torch.tensor(self.n_examples, dtype=torch.float64)
-        # Whole numbers of examples: what is as far is as far.
+        # Examples that rise less those that fall, whole numbers: what is as far is as far.
         own, others = (((2 * s - 1) * n).round().abs() for s in (self.scores, self.random_scores))
         p = (1 + (others >= own).sum(0).double()) / (1 + len(others))
         return dict(zip(self.classes, p.tolist(), strict=True))
@@ -59,6 +59,9 @@ class TCAV:
 
 def tcav_score(mu: Float[Tensor, "n d_in"], direction: Float[Tensor, " d_in"]) -> Float[Tensor, ""]:
     """Share of examples whose logit rises along a direction: Kim et al., equation 2.
+
+    An example whose logit neither rises nor falls, as where a ReLU is off, counts half: so the
+    opposite direction has one less the score. In the paper it counts as falling.
 
     Args:
         mu: centroids ``J^T e_k`` at the layer, one example a row.
@@ -80,7 +83,7 @@ def tcav_score(mu: Float[Tensor, "n d_in"], direction: Float[Tensor, " d_in"]) -
     if not bool(direction.any()):
         raise InputError("the direction is zero: nothing rises or falls along it.")
     along = mu.detach().double().cpu() @ direction.detach().double().cpu()
-    return (along > 0).double().mean()
+    return (1 + along.sign()).mean() / 2
 
 
 def tcav(

@@ -101,6 +101,25 @@ def test_an_affine_network_has_equal_centroids_and_so_no_first_component() -> No
     assert measure(nn.Linear(3, 2), torch.randn(4, 3)).first_component is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_centroids_are_equal_if_they_differ_by_the_rounding_of_their_type(
+    dtype: torch.dtype,
+) -> None:
+    """A tenth is no rounding in half precision either."""
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))).to(dtype)
+    x = torch.randn(33, 64).to(dtype)
+    assert measure(deep, x, rank=False).first_component is None
+    curved = nn.Sequential(nn.Linear(4, 4), nn.Softplus()).to(dtype)
+    with torch.no_grad():
+        for parameter in curved.parameters():
+            parameter.fill_(0.05)
+    mu = run(curved, (x[:, :4] / 2)).centroid()
+    spread = float((mu - mu[:1]).abs().max() / mu.abs().max())
+    assert 0.05 < spread < 0.2
+    assert measure(curved, x[:, :4] / 2, rank=False).first_component == pytest.approx(1, abs=0.01)
+
+
 def test_bad_values_are_refused_in_one_line() -> None:
     x, model = torch.randn(4, 3), nn.Sequential(nn.Linear(3, 8), nn.ReLU())
     zero = x.clone()

@@ -119,11 +119,14 @@ def test_hooks_are_gone_afterwards_also_when_the_pass_fails() -> None:
 def test_bad_passes_are_refused_in_one_line() -> None:
     model, x = network()
     shared = nn.Sequential(*[model.first] * 2)
-    unused = nn.Sequential(nn.Linear(4, 4))
-    unused.extra = nn.Linear(4, 4)
+    again = nn.Sequential(model.first, model.second, model.second)
+    unused = Residual().double()
+    unused.extra = nn.Linear(4, 4).double()
     cases: list[tuple[type[Exception], str, Any]] = [
         (SiteError, "no module and has no sites", lambda: run(model.forward, x, "second")),
-        (SiteError, "called 2 times", lambda: run(shared, x, "0")),
+        (SiteError, "first module ran 2 times", lambda: run(shared, x, "0")),
+        (SiteError, "first module ran 1 times and its last 2", lambda: run(again, x, "0:1")),
+        (SiteError, "its last 0 times", lambda: run(unused, x, "first:extra")),
         (InputError, "not finite", lambda: run(model, x * torch.nan)),
         (InputError, "one item or more", lambda: run(model, x[:0])),
         (InputError, "no floating-point tensor", lambda: run(model, {"x": x.long()})),

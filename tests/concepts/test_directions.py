@@ -173,6 +173,23 @@ def test_bad_settings_are_refused() -> None:
         difference_of_means(X, Y).scores(X[:, :5])
 
 
+def test_half_precision_judges_rows_as_well_as_they_are_kept() -> None:
+    """Where one coordinate is a thousand times the others, as in residual streams."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    x = torch.randn(400, 64, generator=g)
+    x[:, 1:9] += 1.5 * labels[:, None]
+    x[:, 0] += 3000
+    kept = x.bfloat16()
+    for estimator in ESTIMATORS:
+        found = estimator(kept, labels)
+        exact = estimator(kept.double(), labels).accuracy(kept.double(), labels)
+        assert found.accuracy(kept, labels) == pytest.approx(exact, abs=0.01)
+        assert found.scores(kept).dtype == torch.float32
+        shown = ((found.scores(kept) > 0) == (labels == 1)).double().mean()
+        assert float(shown) == pytest.approx(exact, abs=0.01)
+
+
 def test_results_have_the_type_of_the_rows() -> None:
     for estimator in ESTIMATORS:
         assert estimator(X, Y).direction.dtype == torch.float32

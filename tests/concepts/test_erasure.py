@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -68,6 +69,44 @@ def test_a_probe_refitted_on_held_out_rows_is_at_chance(method: Any) -> None:
     assert kept.p_value < 1e-6
 
 
+@pytest.mark.parametrize("rows_per_dimension", [1.5, 100])
+def test_what_is_left_for_other_rows_depends_on_rows_over_dimensions(
+    rows_per_dimension: float,
+) -> None:
+    """``4 d / n`` is the noise of the difference that is taken out, in units of the covariance."""
+    d, n_draws = 20, 8
+    n = int(rows_per_dimension * d)
+    gap = torch.zeros(d, dtype=torch.float64)
+    gap[0] = 2.0  # In 84 % a probe is right.
+    left = 0.0
+    for seed in range(n_draws):
+        g = torch.Generator().manual_seed(seed)
+        labels = torch.arange(n) % 2
+        x = torch.randn(n, d, dtype=torch.float64, generator=g) + labels[:, None] * gap
+        kept = torch.eye(d).double() - leace(x, labels).removed
+        # Of other rows: their difference of means after the erasure, by their covariance.
+        inverse = torch.linalg.pinv(kept.T @ kept, rtol=1e-8)
+        left += float(gap @ kept @ inverse @ kept.T @ gap) / n_draws
+    noise = 4 * d / n
+    assert left == pytest.approx(4 * noise / (4 + noise), rel=0.35)
+
+
+def test_fewer_rows_than_dimensions_are_warned_of() -> None:
+    x, labels, _, _ = gaussians(40)
+    with pytest.warns(UserWarning, match=r"leace of 6 rows in 6 dimensions.*refit") as found:
+        leace(x[:6], labels[:6])
+    assert "\n" not in str(found[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leace(x, labels)
+
+
+def test_a_probe_of_the_rows_it_was_fitted_on_is_below_chance() -> None:
+    """The means of folds cancel, as those of all are the same: no sign of an erasure."""
+    x, labels, _, _ = gaussians(60)
+    assert refit(leace(x, labels), x, labels).after < 0.4
+
+
 def test_inlp_takes_out_the_normals_of_classifiers_one_after_another() -> None:
     x, labels, _, _ = gaussians(400)
     once, thrice = inlp(x, labels, n_rounds=1), inlp(x, labels, n_rounds=3)
@@ -105,6 +144,16 @@ def test_maps_go_over_positions_and_keep_the_type() -> None:
     torch.testing.assert_close(erasure(values)[1, 3], erasure(values[1, 3]))
 
 
+@pytest.mark.parametrize("method", [leace, inlp])
+def test_rows_in_half_precision_are_erased_in_float32(method: Any) -> None:
+    x, labels, _, _ = gaussians(300)
+    x = x.bfloat16()
+    erasure, exact = method(x, labels), method(x.double(), labels)
+    assert erasure(x).dtype == torch.bfloat16
+    torch.testing.assert_close(erasure(x.double()), exact(x.double()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(erasure(x), exact(x.double()).bfloat16(), atol=1e-5, rtol=2**-7)
+
+
 @pytest.mark.usefixtures("as_users_run")
 def test_bad_input_is_refused() -> None:
     x, labels, _, _ = gaussians(20)
@@ -117,6 +166,7 @@ def test_bad_input_is_refused() -> None:
         (lambda: leace(x / 0, labels), "not finite"),
         (lambda: inlp(x, labels[1:]), r"\(19,\)"),
         (lambda: leace(*same), "nothing to erase"),
+        (lambda: inlp(*same), "nothing to erase"),
         (lambda: inlp(torch.ones(20, D), labels), "nothing to erase"),
         (lambda: inlp(x, labels, n_rounds=0), "n_rounds=0"),
         (lambda: inlp(x, labels, regularization=-1.0), "regularization"),

@@ -67,6 +67,7 @@ def test_adding_a_direction_raises_the_concepts_score(rows: Any, estimator: Any,
         assert expected > 0
 
 
+@pytest.mark.filterwarnings("ignore:leace of")  # The rows it was fitted on are looked at.
 @pytest.mark.parametrize("method", [leace, inlp])
 def test_an_erasure_is_an_edit_of_what_the_mlp_reads(rows: Any, method: Any) -> None:
     model, tokens, labels, x, _ = rows

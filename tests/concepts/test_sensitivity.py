@@ -66,11 +66,34 @@ def test_p_values_hold_where_there_is_no_concept() -> None:
     x = torch.randn(40, D, dtype=torch.float64, generator=g)
     mu = {"any": torch.randn(50, D, dtype=torch.float64, generator=g) + 0.3}
     small = 0
+
+    def between_means(x: Tensor, index: Tensor) -> Concept:  # A quick one.
+        return Concept((2 * index - 1).double() @ x, 0.0, 1.0, "difference of means")
+
     for _ in range(150):
         labels = (torch.randperm(40, generator=g) % 2).long()
-        found = tcav(mu, x, labels, estimator=difference_of_means, n_random=19, generator=g)
+        found = tcav(mu, x, labels, estimator=between_means, n_random=19, generator=g)
         small += found.p_values["any"] <= 0.1
     assert 2 <= small <= 28  # 15 on average; 3.5 standard deviations.
+
+
+def test_examples_that_neither_rise_nor_fall_say_nothing() -> None:
+    """As where a ReLU is off. Counted as falling they would hide a concept that all others have."""
+    x, labels, mu = planted()
+    rising = mu["rises"][mu["rises"] @ difference_of_means(x, labels).direction > 0]
+    mixed = torch.cat([rising, torch.zeros_like(rising)])
+    assert tcav_score(mixed, torch.ones(D)) + tcav_score(mixed, -torch.ones(D)) == 1
+    found = tcav(
+        {"mixed": mixed, "off": torch.zeros_like(mixed)},
+        x,
+        labels,
+        estimator=difference_of_means,
+        n_random=99,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert found.scores.tolist() == [0.75, 0.5]
+    assert found.p_values["mixed"] < 0.1
+    assert found.p_values["off"] == 1
 
 
 def test_centroids_that_are_all_the_same_make_no_concept_significant() -> None:

@@ -37,6 +37,7 @@ from lch_plugin.adapters.deferred import Deferred
 from lch_plugin.adapters.grad_scope import GradScope, gradients
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target
+from lch_plugin.adapters.passes import through
 from lch_plugin.adapters.states import detach_cache, without_graph
 from lch_plugin.adapters.structure import Alone, Structure
 from lch_plugin.adapters.turns import Turn
@@ -422,7 +423,7 @@ class Reader:
             )
         call = without_caches(running.call if first is last else around.call)
         if first is not last:
-            return lambda x: _through(self.label, self._modules, call, x)
+            return lambda x: self._through(call, x)
         _, instead = input_of(call, self.label)
 
         def run(x: Tensor) -> Tensor:
@@ -431,42 +432,17 @@ class Reader:
 
         return run
 
-
-def _through(
-    label: str, modules: tuple[nn.Module, nn.Module, nn.Module], call: Call, x: Tensor
-) -> Tensor:
-    """What the last of some modules writes when the one around it is called and the first reads x.
-
-    Raises:
-        SiteError: the call reaches the first or the last not once, but never or several times.
-    """
-    first, last, around = modules
-    starts, ends = list[Tensor](), list[Tensor]()
-
-    def start(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        read, instead = input_of((args, kwargs), label)
-        starts.append(read)
-        return instead(x)
-
-    def end(_module: nn.Module, _args: Any, output: Any) -> None:
-        ends.append(output_of(output, label))
-
-    hooks = [
-        first.register_forward_pre_hook(start, with_kwargs=True),
-        last.register_forward_hook(end),
-    ]
-    try:
-        around(*call[0], **call[1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if len(starts) != 1 or len(ends) != 1:
-        raise SiteError(
-            f"{label}: its first module ran {len(starts)} times and its last {len(ends)} times in "
-            "one call of the module around them, so it cannot be run again. Name a module that "
-            "holds all of it."
+    def _through(self, call: Call, x: Tensor) -> Tensor:
+        """What the last module writes when the one around it is called and the first reads x."""
+        first, last, around = self._modules
+        _, y = through(
+            self.label,
+            first,
+            last,
+            lambda own: input_of(own, self.label)[1](x),
+            lambda: around(*call[0], **call[1]),
         )
-    return ends[0]
+        return output_of(y, self.label)
 
 
 class ClosedFormReader(Reader):
