@@ -120,7 +120,7 @@ def _check_weights(origin: Origin) -> None:
     """Every file of weights is there and whole. Only their headers are read."""
     name, path = origin.name, origin.path
     try:
-        for file in _weight_files(origin):
+        for file in weight_files(name, path):
             if not (path / file).is_file():
                 raise InputError(
                     f"{name} lacks {file}, a part of its weights, in {path}. Copy or download it "
@@ -135,8 +135,12 @@ def _check_weights(origin: Origin) -> None:
         ) from error
 
 
-def _weight_files(origin: Origin) -> list[str]:
-    name, path = origin.name, origin.path
+def weight_files(name: str, path: Path) -> list[str]:
+    """The files of weights in a model's directory, whether or not all of them are there.
+
+    Raises:
+        InputError: there is none that is read here.
+    """
     if (path / _WEIGHTS).is_file():
         return [_WEIGHTS]
     if (path / _INDEX).is_file():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +37,26 @@ def load_gguf(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel
         InputError: the file is not whole, the architecture is unknown to that reader, or the reader
             would make a model of it that computes something else.
     """
-    file = _read(origin.path)
+    if find_spec("gguf") is None:
+        raise InputError(
+            f"{origin.path} needs the gguf package, which is not installed. Install it: "
+            "pip install 'lch-plugin[gguf]'."
+        )
+    from lch_plugin.loading.gguf_reader import read_once
+
+    with ExitStack() as stack:
+        try:
+            file = _read(stack.enter_context(read_once(origin.path)))
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise InputError(
+                f"{origin.path} is no whole .gguf file: {error}. Copy or download it again."
+            ) from error
+        return _load(origin, dtype, file)
+
+
+def _load(
+    origin: Origin, dtype: torch.dtype | str, file: _File
+) -> tuple[PreTrainedModel, Any]:
     _check_rotation(origin.name, file)
     config = origin.read(AutoConfig.from_pretrained, "metadata")
     _complete_config(config, file.stated)
@@ -67,31 +86,18 @@ class _File:
     tokenizer: bool
 
 
-def _read(path: Path) -> _File:
-    """Read what the file says, and see that all of it is there."""
-    if find_spec("gguf") is None:
-        raise InputError(
-            f"{path} needs the gguf package, which is not installed. Install it: "
-            "pip install 'lch-plugin[gguf]'."
-        )
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        prefix = reader.fields["general.architecture"].contents() + "."
-        return _File(
-            stated={
-                key.removeprefix(prefix): field.contents()
-                for key, field in reader.fields.items()
-                if key.startswith(prefix)
-            },
-            elements={tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
-            tokenizer="tokenizer.ggml.tokens" in reader.fields,
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            f"{path} is no whole .gguf file: {error}. Copy or download it again."
-        ) from error
+def _read(reader: Any) -> _File:
+    """What the file says, in so far as it is looked at here."""
+    prefix = reader.fields["general.architecture"].contents() + "."
+    return _File(
+        stated={
+            key.removeprefix(prefix): field.contents()
+            for key, field in reader.fields.items()
+            if key.startswith(prefix)
+        },
+        elements={tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
+        tokenizer="tokenizer.ggml.tokens" in reader.fields,
+    )
 
 
 def _check_rotation(name: str, file: _File) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import shlex
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lch_plugin.devices import check_device
 from lch_plugin.errors import InputError
+from lch_plugin.loading.conversions import Conversion, read_conversion, write_conversion
 from lch_plugin.loading.directories import load_directory
 from lch_plugin.loading.gguf import load_gguf
 from lch_plugin.loading.origins import find_origin
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens import TransformerBridge
 
 
+_log = logging.getLogger("lch_plugin.loading")
 # Where transformers imports code that comes with a checkpoint.
 _OWN_CODE = "transformers_modules."
 
@@ -35,6 +40,7 @@ class LoadedModel:
         name: the name on the hub, or the path, as it was given.
         path: the directory or .gguf file on this machine that the model came from.
         revision: commit on the hub; None for a path.
+        conversion: what `save` or ``lch convert`` made the directory of; None of any other.
     """
 
     model: PreTrainedModel
@@ -42,6 +48,34 @@ class LoadedModel:
     name: str
     path: Path
     revision: str | None
+    conversion: Conversion | None = None
+
+    def __repr__(self) -> str:
+        n = self.model.num_parameters()
+        unit, digits = next((u, d) for u, d in (("B", 1e9), ("M", 1e6), ("", 1.0)) if n >= d)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"LoadedModel({self.name}: {type(self.model).__name__}, {n / digits:.4g}{unit} "
+            f"parameters, {dtype}, {self.model.device})"
+        )
+
+    def save(self, path: str | Path) -> Conversion:
+        """Write model and processor to a new directory, which `load` reads in a second.
+
+        ``conversion.json`` in it says what they were made of: the source, its revision or the hash
+        of its files, the dtype and versions. Call it before `bridge`.
+
+        Args:
+            path: an absent or empty directory.
+
+        Returns:
+            The record.
+
+        Raises:
+            InputError: a bridge was made of the model.
+            OutputError: the path holds something, cannot be written, or has no room.
+        """
+        return write_conversion(self, path)
 
     def bridge(self) -> TransformerBridge:
         """Boot the model into TransformerLens.
@@ -149,9 +183,27 @@ def load(
     """
     dtype, device = _dtype(dtype), check_device(device)
     origin = find_origin(source, revision, trust_remote_code)
-    read = load_directory if origin.path.is_dir() else load_gguf
-    model, processor = read(origin, dtype)
-    return LoadedModel(model.to(device), processor, origin.name, origin.path, origin.revision)
+    conversion = None
+    if origin.path.is_dir():
+        conversion = read_conversion(origin.path)
+        model, processor = load_directory(origin, dtype)
+    else:
+        model, processor = load_gguf(origin, dtype)
+        _tell(origin.path)
+    return LoadedModel(
+        model.to(device), processor, origin.name, origin.path, origin.revision, conversion
+    )
+
+
+@functools.cache
+def _tell(path: Path) -> None:
+    """Once for each file."""
+    _log.warning(
+        "%s is unpacked anew each time. Convert it once and it loads in a second: lch convert %s %s",
+        path.name,
+        shlex.quote(str(path)),
+        shlex.quote(str(path.with_suffix(""))),
+    )
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:

@@ -1,0 +1,105 @@
+"""A loaded model as a directory of its own, which loads in a second and says where it came from."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from lch_plugin.errors import InputError, OutputError
+from lch_plugin.files import FileRecord, claimed, hash_file, portable, write_directory
+from lch_plugin.loading.directories import weight_files
+from lch_plugin.records import FileName, Record, read_record
+
+if TYPE_CHECKING:
+    from lch_plugin.loading.models import LoadedModel
+
+#: In a directory that was converted, what it was made of.
+CONVERSION = "conversion.json"
+
+
+class Conversion(Record):
+    """What a directory of weights was made of.
+
+    Attributes:
+        source: name on the hub, or path, as it was given.
+        revision: commit on the hub; None of a path.
+        weights: the files of weights that were read, by name.
+        dtype: of the weights that were written.
+        versions: of the packages that did it.
+    """
+
+    source: str
+    revision: str | None
+    weights: dict[FileName, FileRecord]
+    dtype: str
+    versions: dict[str, str]
+
+
+def read_conversion(directory: Path) -> Conversion | None:
+    """What a directory was converted from; None if it was not converted here.
+
+    Raises:
+        InputError: its record is damaged.
+    """
+    path = directory / CONVERSION
+    return read_record(path, Conversion, "Convert it again.") if path.is_file() else None
+
+
+def write_conversion(loaded: LoadedModel, path: str | Path) -> Conversion:
+    """Write a model and its processor to a new directory, which `lch_plugin.load` reads.
+
+    Args:
+        loaded: as it was loaded; no bridge may have been made of it.
+        path: an absent or empty directory.
+
+    Raises:
+        InputError: the model was handed to TransformerLens, which puts modules of its own into it.
+        OutputError: the path holds something, cannot be written, or has no room.
+    """
+    model = loaded.model
+    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise InputError(
+            f"{loaded.name} was made a bridge, which puts modules of TransformerLens' into it. "
+            "Load it again, and save it before."
+        )
+    with claimed(path) as path:
+        needed = sum(p.nbytes for p in {*model.parameters(), *model.buffers()})
+        free = shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise OutputError(
+                f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the disk are "
+                "free. Make room, choose another path, or give a dtype of fewer bytes."
+            )
+        record = _record(loaded)
+
+        def write(directory: Path) -> None:
+            try:
+                model.save_pretrained(directory)
+            except SafetensorError as error:  # A disk that is full comes as this.
+                raise OSError(None, str(error)) from error
+            if loaded.processor is not None:
+                loaded.processor.save_pretrained(directory)
+            (directory / CONVERSION).write_text(record.model_dump_json(indent=2), encoding="utf-8")
+
+        write_directory(path, write)
+    return record
+
+
+def _record(loaded: LoadedModel) -> Conversion:
+    path = loaded.path
+    files = [path / name for name in weight_files(loaded.name, path)] if path.is_dir() else [path]
+    packages = ("lch-plugin", "torch", "transformers", *(() if path.is_dir() else ("gguf",)))
+    return Conversion(
+        source=portable(loaded.name),
+        revision=loaded.revision,
+        weights={
+            file.name: FileRecord(n_bytes=file.stat().st_size, xxh3=hash_file(file))
+            for file in files
+        },
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        versions={name: version(name) for name in packages},
+    )
