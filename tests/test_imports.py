@@ -83,6 +83,7 @@ ROOMS = {
         "inputs",
         "nodes",
         "residual",
+        "unprocessed",
     ),
     "lch_plugin.saes": (
         "toolkit",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from torch import nn
 
 from lch_plugin.errors import InputError, OutputError
 from lch_plugin.files import FileRecord, claimed, hash_file, portable, write_directory
@@ -61,11 +62,7 @@ def write_conversion(loaded: LoadedModel, path: str | Path) -> Conversion:
         OutputError: the path holds something, cannot be written, or has no room.
     """
     model = loaded.model
-    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
-        raise InputError(
-            f"{loaded.name} was made a bridge, which puts modules of TransformerLens' into it. "
-            "Load it again, and save it before."
-        )
+    check_unbridged(model, loaded.name)
     with claimed(path) as path:
         needed = sum(p.nbytes for p in {*model.parameters(), *model.buffers()})
         free = shutil.disk_usage(path.parent).free
@@ -87,6 +84,19 @@ def write_conversion(loaded: LoadedModel, path: str | Path) -> Conversion:
 
         write_directory(path, write)
     return record
+
+
+def check_unbridged(model: nn.Module, name: str) -> None:
+    """Refuse a model that a bridge was made of, which is no longer HuggingFace's.
+
+    Raises:
+        InputError: it holds modules of TransformerLens.
+    """
+    if any(type(module).__module__.startswith("transformer_lens") for module in model.modules()):
+        raise InputError(
+            f"a bridge was made of {name}, which put modules of TransformerLens into it. Load it "
+            "again for anything else."
+        )
 
 
 def _record(loaded: LoadedModel) -> Conversion:

@@ -21,8 +21,12 @@ from transformers import (
 )
 
 from lch_plugin.errors import InputError
+from lch_plugin.loading.memory import check_memory, count_weights
 from lch_plugin.loading.origins import Origin
 from lch_plugin.records import read_json
+
+#: A device for the whole model, or how transformers and accelerate spread it.
+Place = torch.device | str | dict[str, Any]
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "tekken.json")
 _PREPROCESSOR = "preprocessor_config.json"
@@ -31,18 +35,25 @@ _CONFIGS = ("config.json", "tokenizer_config.json", _PREPROCESSOR)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_directory(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any]:
+def load_directory(
+    origin: Origin, dtype: torch.dtype | str, place: Place
+) -> tuple[PreTrainedModel, Any]:
     """A model and its processor.
 
     Raises:
-        InputError: there is none, it is not whole, or cannot be loaded faithfully.
+        InputError: there is none, it is not whole, has no room, or cannot be loaded faithfully.
     """
     _check_code(origin)
     _check_type(origin)
     config = origin.read(AutoConfig.from_pretrained, "config.json")
     _check_unquantized(origin, config)
     _check_weights(origin)
-    model = load_model(origin, config, dtype=dtype, use_safetensors=True)
+    if isinstance(place, torch.device):
+        n, stored = count_weights(origin.path / f for f in weight_files(origin.name, origin.path))
+        own = getattr(config, "dtype", None) if dtype == "auto" else dtype
+        n_bytes = n * own.itemsize if isinstance(own, torch.dtype) else stored
+        check_memory(origin.name, n, n_bytes, place)
+    model = load_model(origin, config, place, dtype=dtype, use_safetensors=True)
     return model, _processor(origin, model)
 
 
@@ -159,8 +170,14 @@ def weight_files(name: str, path: Path) -> list[str]:
     )
 
 
-def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
-    """A model of the class its config names, with every weight.
+def load_model(origin: Origin, config: Any, place: Place, **kwargs: Any) -> PreTrainedModel:
+    """A model of the class its config names, with every weight, in its place.
+
+    Args:
+        origin: where its files are.
+        config: transformers'.
+        place: a device for the whole model, or transformers' ``device_map``.
+        **kwargs: for ``from_pretrained``.
 
     Raises:
         InputError: transformers cannot read it, or weights are missing.
@@ -170,6 +187,7 @@ def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
         "weights",
         config=config,
         output_loading_info=True,
+        **({} if isinstance(place, torch.device) else {"device_map": place}),
         **kwargs,
     )
     # transformers leaves at random what is missing. A base model's pooler often is, and nothing
@@ -184,7 +202,7 @@ def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
     if not model.config.architectures:
         # TransformerLens goes by them, and no .gguf file names any.
         model.config.architectures = [type(model).__name__]
-    return model
+    return model.to(place) if isinstance(place, torch.device) else model
 
 
 def _model_class(config: Any, trusted: bool) -> Any:

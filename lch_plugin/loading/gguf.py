@@ -18,7 +18,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lch_plugin.errors import InputError
-from lch_plugin.loading.directories import load_model
+from lch_plugin.loading.directories import Place, load_model
+from lch_plugin.loading.memory import check_memory
 from lch_plugin.loading.origins import Origin
 
 # What a .gguf file says and transformers reads under another name than its own classes do.
@@ -30,12 +31,14 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
-def load_gguf(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any]:
+def load_gguf(
+    origin: Origin, dtype: torch.dtype | str, place: Place
+) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer, by transformers' own reader.
 
     Raises:
-        InputError: the file is not whole, the architecture is unknown to that reader, or the reader
-            would make a model of it that computes something else.
+        InputError: the file is not whole or has no room, the architecture is unknown to that
+            reader, or the reader would make a model of it that computes something else.
     """
     if find_spec("gguf") is None:
         raise InputError(
@@ -51,20 +54,25 @@ def load_gguf(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel
             raise InputError(
                 f"{origin.path} is no whole .gguf file: {error}. Copy or download it again."
             ) from error
-        return _load(origin, dtype, file)
+        return _load(origin, dtype, place, file)
 
 
 def _load(
-    origin: Origin, dtype: torch.dtype | str, file: _File
+    origin: Origin, dtype: torch.dtype | str, place: Place, file: _File
 ) -> tuple[PreTrainedModel, Any]:
     _check_rotation(origin.name, file)
+    if isinstance(place, torch.device):
+        n = sum(file.elements.values())
+        # Of its own accord transformers unpacks to half precision at the least.
+        itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+        check_memory(origin.name, n, n * itemsize, place)
     config = origin.read(AutoConfig.from_pretrained, "metadata")
     _complete_config(config, file.stated)
     _check_config(origin.name, file.stated, config)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # Versions without it unpack all weights anyway.
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = load_model(origin, config, **kwargs)
+    model = load_model(origin, config, place, **kwargs)
     _check_tensors(origin.name, file, model)
     processor = origin.read(AutoTokenizer.from_pretrained, "tokenizer") if file.tokenizer else None
     return model, processor
