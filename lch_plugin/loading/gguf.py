@@ -37,9 +37,15 @@ def load_gguf(
     """A model and its tokenizer, by transformers' own reader.
 
     Raises:
-        InputError: the file is not whole or has no room, the architecture is unknown to that
-            reader, or the reader would make a model of it that computes something else.
+        InputError: the file is not whole, has no room or is to be spread over devices, the
+            architecture is unknown to that reader, or the reader would make a model of it that
+            computes something else.
     """
+    if not isinstance(place, torch.device):
+        raise InputError(
+            f"{origin.path} is unpacked on one device, and device_map={place!r} asks for several. "
+            f"Convert it once (lch convert {origin.path} DIR), and give the directory."
+        )
     if find_spec("gguf") is None:
         raise InputError(
             f"{origin.path} needs the gguf package, which is not installed. Install it: "
@@ -58,14 +64,13 @@ def load_gguf(
 
 
 def _load(
-    origin: Origin, dtype: torch.dtype | str, place: Place, file: _File
+    origin: Origin, dtype: torch.dtype | str, place: torch.device, file: _File
 ) -> tuple[PreTrainedModel, Any]:
     _check_rotation(origin.name, file)
-    if isinstance(place, torch.device):
-        n = sum(file.elements.values())
-        # Of its own accord transformers unpacks to half precision at the least.
-        itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
-        check_memory(origin.name, n, n * itemsize, place)
+    n = sum(file.elements.values())
+    # Of its own accord transformers unpacks to half precision at the least.
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+    check_memory(origin.name, n, n * itemsize, place)
     config = origin.read(AutoConfig.from_pretrained, "metadata")
     _complete_config(config, file.stated)
     _check_config(origin.name, file.stated, config)
