@@ -46,9 +46,23 @@ def test_a_converted_gguf_file_is_the_same_model(family: str, tmp_path: Path) ->
     second = load(tmp_path / "converted")
     assert type(second.model) is type(first.model)
     assert torch.equal(output(second.model), output(first.model))
-    text = "abc ab"
+    text = "abcab"
     assert second.processor(text).input_ids == first.processor(text).input_ids
     assert check_contents(tmp_path / "converted", "") is True
+
+
+def test_a_tokenizer_that_would_not_be_read_again_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(llama)
+
+    def damage(directory: Path) -> None:
+        (directory / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(loaded.processor, "save_pretrained", damage)
+    with pytest.raises(InputError, match=r"cannot read the tokenizer of .*llama\.gguf"):
+        loaded.save(tmp_path / "converted")
+    assert [p.name for p in tmp_path.iterdir()] == ["llama.gguf"]
 
 
 def test_the_record_says_what_it_was_made_of(llama: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Directory to make.", callback=directory)],
     dtype: Dtype = None,
 ) -> None:
-    """Write a model as a directory that loads in a second: once for each .gguf file."""
+    """Write a model as a directory that loads in seconds: once for each .gguf file."""
     from lch_plugin.files import claimed
     from lch_plugin.loading import load
 

@@ -54,7 +54,7 @@ def load_directory(
         n_bytes = n * own.itemsize if isinstance(own, torch.dtype) else stored
         check_memory(origin.name, n, n_bytes, place)
     model = load_model(origin, config, place, dtype=dtype, use_safetensors=True)
-    return model, _processor(origin, model)
+    return model, load_processor(origin, model)
 
 
 def _check_code(origin: Origin) -> None:
@@ -222,7 +222,12 @@ def _model_class(config: Any, trusted: bool) -> Any:
     return AutoModel
 
 
-def _processor(origin: Origin, model: PreTrainedModel) -> Any:
+def load_processor(origin: Origin, model: PreTrainedModel) -> Any:
+    """The tokenizer, image processor or feature extractor beside a model; None if there is none.
+
+    Raises:
+        InputError: transformers cannot read it.
+    """
     # transformers makes an empty tokenizer where it finds none.
     if any(any(origin.path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return origin.read(AutoTokenizer.from_pretrained, "tokenizer")

@@ -24,7 +24,7 @@ from lch_plugin.loading.conversions import (
 )
 from lch_plugin.loading.directories import Place, load_directory
 from lch_plugin.loading.gguf import load_gguf
-from lch_plugin.loading.origins import find_origin
+from lch_plugin.loading.origins import Origin, find_origin
 
 if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens import HookedTransformer, TransformerBridge
@@ -66,7 +66,7 @@ class LoadedModel:
         )
 
     def save(self, path: str | Path) -> Conversion:
-        """Write model and processor to a new directory, which `load` reads in a second.
+        """Write model and processor to a new directory, which `load` reads in seconds.
 
         ``conversion.json`` in it says what they were made of: the source, its revision or the hash
         of its files, the dtype and versions. Call it before `bridge`.
@@ -81,7 +81,8 @@ class LoadedModel:
             InputError: a bridge was made of the model.
             OutputError: the path holds something, cannot be written, or has no room.
         """
-        return write_conversion(self, path)
+        origin = Origin(self.name, self.path, self.revision)
+        return write_conversion(path, self.model, self.processor, origin)
 
     def bridge(self, *, saes: bool = False) -> TransformerBridge:
         """Boot the model into TransformerLens.
@@ -234,7 +235,7 @@ def load(
 def _tell(path: Path) -> None:
     """Once for each file."""
     _log.warning(
-        "%s is unpacked at each loading. Convert it once, and it loads in a second: "
+        "%s is unpacked at each loading. Convert it once, and it loads in seconds: "
         "lch convert %s %s",
         path.name,
         shlex.quote(str(path)),

@@ -16,6 +16,7 @@ from lch_plugin.adapters.transformer_lens.toolkit import (
     loading_from_pretrained,
 )
 from lch_plugin.errors import InputError, ToolkitError
+from lch_plugin.records import reason
 
 _N_TOKENS = 8
 
@@ -59,6 +60,8 @@ def hooked_transformer(
                 directory, cfg, model, dtype=model.dtype
             )
         cfg.model_name = name
+        if tokenizer is None:  # Or one would be looked for in the directory, which is gone.
+            cfg.tokenizer_name = None
         hooked = HookedTransformer(cfg, tokenizer)
         hooked.load_and_process_state_dict(
             weights,
@@ -71,7 +74,7 @@ def hooked_transformer(
         raise InputError(
             f"TransformerLens cannot make a HookedTransformer of {name}, a "
             f"{type(model).__name__}; .bridge() and lch.huggingface.attach may take it. It says: "
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            f"{type(error).__name__}: {reason(error)}"
         ) from error
     hooked = hooked.to(model.dtype).eval()
     _check_logits(hooked, model, name)
