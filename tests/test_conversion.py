@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import ViTImageProcessor
 
 import lch_plugin as lch
 from lch_plugin.errors import InputError, OutputError
+from lch_plugin.extract import extract
 from lch_plugin.files import check_contents, hash_file
 from lch_plugin.loading import load
 from lch_plugin.loading.conversions import CONVERSION
@@ -230,6 +232,16 @@ def test_the_command_writes_what_load_reads(
     assert found.conversion is not None
     assert found.conversion.source == "llama.gguf"
     torch.testing.assert_close(output(found.model), output(tiny("llama").double()))
+
+
+def test_the_record_of_centroids_says_what_the_model_was_converted_from(
+    llama: Path, tmp_path: Path
+) -> None:
+    record = load(llama).save(tmp_path / "converted")
+    for source, kept in ((llama, None), (tmp_path / "converted", record.model_dump())):
+        out = tmp_path / f"of-{source.name}"
+        extract(load(source), "abc", out)
+        assert json.loads((out / "record.json").read_text())["conversion"] == kept
 
 
 @pytest.mark.parametrize(
