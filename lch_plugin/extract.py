@@ -72,6 +72,7 @@ def extract(
         record = {
             "model": portable(loaded.name),
             "revision": loaded.revision,
+            "conversion": loaded.conversion and loaded.conversion.model_dump(),
             "dtype": str(loaded.model.dtype),
             "prompts": prompts,
             "components": handle.records(),

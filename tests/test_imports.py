@@ -84,6 +84,7 @@ ROOMS = {
         "inputs",
         "nodes",
         "residual",
+        "unprocessed",
     ),
     "lch_plugin.saes": (
         "toolkit",

@@ -39,6 +39,15 @@ _CURE = (
 )
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps weights of a module elsewhere until the module runs."""
+    hooks = (getattr(m, "_hf_hook", None) for m in module.modules())
+    # One, or several in a row.
+    return any(
+        getattr(hook, "offload", False) for one in hooks for hook in getattr(one, "hooks", [one])
+    )
+
+
 def check_loaded(module: nn.Module, name: str) -> None:
     """Refuse a module whose weights cannot be read.
 
@@ -46,6 +55,13 @@ def check_loaded(module: nn.Module, name: str) -> None:
         SiteError: they are on the meta device, or quantised.
     """
     for parameter_name, parameter in module.named_parameters():
+        if parameter.is_meta and is_offloaded(module):
+            raise SiteError(
+                f"{parameter_name} of {name} is offloaded by accelerate, and a closed form reads "
+                "weights when it pleases. Name modules in lch.huggingface.attach (such as "
+                "'model.layers.*.mlp'), whose centroids then come by a vector-Jacobian product; "
+                "or give a device_map with room for them."
+            )
         if parameter.is_meta or parameter.dtype not in _READABLE:
             raise SiteError(
                 f"{parameter_name} of {name} has dtype {parameter.dtype} on device "

@@ -4,6 +4,7 @@ Weights are read from safetensors or GGUF alone: nothing is unpickled, and code 
 checkpoint is run only where the caller asks for it.
 """
 
+from lch_plugin.loading.conversions import Conversion
 from lch_plugin.loading.models import LoadedModel, load
 
-__all__ = ["LoadedModel", "load"]
+__all__ = ["Conversion", "LoadedModel", "load"]

@@ -21,8 +21,12 @@ from transformers import (
 )
 
 from lch_plugin.errors import InputError
+from lch_plugin.loading.memory import check_memory, count_weights
 from lch_plugin.loading.origins import Origin
 from lch_plugin.records import read_json
+
+#: A device for the whole model, or how transformers and accelerate spread it.
+Place = torch.device | str | dict[str, Any]
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm", "tekken.json")
 _PREPROCESSOR = "preprocessor_config.json"
@@ -31,19 +35,26 @@ _CONFIGS = ("config.json", "tokenizer_config.json", _PREPROCESSOR)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_directory(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any]:
+def load_directory(
+    origin: Origin, dtype: torch.dtype | str, place: Place
+) -> tuple[PreTrainedModel, Any]:
     """A model and its processor.
 
     Raises:
-        InputError: there is none, it is not whole, or cannot be loaded faithfully.
+        InputError: there is none, it is not whole, has no room, or cannot be loaded faithfully.
     """
     _check_code(origin)
     _check_type(origin)
     config = origin.read(AutoConfig.from_pretrained, "config.json")
     _check_unquantized(origin, config)
     _check_weights(origin)
-    model = load_model(origin, config, dtype=dtype, use_safetensors=True)
-    return model, _processor(origin, model)
+    if isinstance(place, torch.device):
+        n, stored = count_weights(origin.path / f for f in weight_files(origin.name, origin.path))
+        own = getattr(config, "dtype", None) if dtype == "auto" else dtype
+        n_bytes = n * own.itemsize if isinstance(own, torch.dtype) else stored
+        check_memory(origin.name, n, n_bytes, place)
+    model = load_model(origin, config, place, dtype=dtype, use_safetensors=True)
+    return model, load_processor(origin, model)
 
 
 def _check_code(origin: Origin) -> None:
@@ -120,7 +131,7 @@ def _check_weights(origin: Origin) -> None:
     """Every file of weights is there and whole. Only their headers are read."""
     name, path = origin.name, origin.path
     try:
-        for file in _weight_files(origin):
+        for file in weight_files(name, path):
             if not (path / file).is_file():
                 raise InputError(
                     f"{name} lacks {file}, a part of its weights, in {path}. Copy or download it "
@@ -135,8 +146,12 @@ def _check_weights(origin: Origin) -> None:
         ) from error
 
 
-def _weight_files(origin: Origin) -> list[str]:
-    name, path = origin.name, origin.path
+def weight_files(name: str, path: Path) -> list[str]:
+    """The files of weights in a model's directory, whether or not all of them are there.
+
+    Raises:
+        InputError: there is none that is read here.
+    """
     if (path / _WEIGHTS).is_file():
         return [_WEIGHTS]
     if (path / _INDEX).is_file():
@@ -155,8 +170,14 @@ def _weight_files(origin: Origin) -> list[str]:
     )
 
 
-def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
-    """A model of the class its config names, with every weight.
+def load_model(origin: Origin, config: Any, place: Place, **kwargs: Any) -> PreTrainedModel:
+    """A model of the class its config names, with every weight, in its place.
+
+    Args:
+        origin: where its files are.
+        config: transformers'.
+        place: a device for the whole model, or transformers' ``device_map``.
+        **kwargs: for ``from_pretrained``.
 
     Raises:
         InputError: transformers cannot read it, or weights are missing.
@@ -166,6 +187,7 @@ def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
         "weights",
         config=config,
         output_loading_info=True,
+        **({} if isinstance(place, torch.device) else {"device_map": place}),
         **kwargs,
     )
     # transformers leaves at random what is missing. A base model's pooler often is, and nothing
@@ -180,7 +202,7 @@ def load_model(origin: Origin, config: Any, **kwargs: Any) -> PreTrainedModel:
     if not model.config.architectures:
         # TransformerLens goes by them, and no .gguf file names any.
         model.config.architectures = [type(model).__name__]
-    return model
+    return model.to(place) if isinstance(place, torch.device) else model
 
 
 def _model_class(config: Any, trusted: bool) -> Any:
@@ -200,7 +222,12 @@ def _model_class(config: Any, trusted: bool) -> Any:
     return AutoModel
 
 
-def _processor(origin: Origin, model: PreTrainedModel) -> Any:
+def load_processor(origin: Origin, model: PreTrainedModel) -> Any:
+    """The tokenizer, image processor or feature extractor beside a model; None if there is none.
+
+    Raises:
+        InputError: transformers cannot read it.
+    """
     # transformers makes an empty tokenizer where it finds none.
     if any(any(origin.path.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return origin.read(AutoTokenizer.from_pretrained, "tokenizer")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lch_plugin.errors import InputError
-from lch_plugin.loading.directories import load_model
+from lch_plugin.loading.directories import Place, load_model
+from lch_plugin.loading.memory import check_memory
 from lch_plugin.loading.origins import Origin
 
 # What a .gguf file says and transformers reads under another name than its own classes do.
@@ -30,22 +31,53 @@ _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 
 
-def load_gguf(origin: Origin, dtype: torch.dtype | str) -> tuple[PreTrainedModel, Any]:
+def load_gguf(
+    origin: Origin, dtype: torch.dtype | str, place: Place
+) -> tuple[PreTrainedModel, Any]:
     """A model and its tokenizer, by transformers' own reader.
 
     Raises:
-        InputError: the file is not whole, the architecture is unknown to that reader, or the reader
-            would make a model of it that computes something else.
+        InputError: the file is not whole, has no room or is to be spread over devices, the
+            architecture is unknown to that reader, or the reader would make a model of it that
+            computes something else.
     """
-    file = _read(origin.path)
+    if not isinstance(place, torch.device):
+        raise InputError(
+            f"{origin.path} is unpacked on one device, and device_map={place!r} asks for several. "
+            f"Convert it once (lch convert {origin.path} DIR), and give the directory."
+        )
+    if find_spec("gguf") is None:
+        raise InputError(
+            f"{origin.path} needs the gguf package, which is not installed. Install it: "
+            "pip install 'lch-plugin[gguf]'."
+        )
+    from lch_plugin.loading.gguf_reader import read_once
+
+    with ExitStack() as stack:
+        try:
+            file = _read(stack.enter_context(read_once(origin.path)))
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise InputError(
+                f"{origin.path} is no whole .gguf file: {error}. Copy or download it again."
+            ) from error
+        return _load(origin, dtype, place, file)
+
+
+def _load(
+    origin: Origin, dtype: torch.dtype | str, place: torch.device, file: _File
+) -> tuple[PreTrainedModel, Any]:
     _check_rotation(origin.name, file)
+    n = sum(file.elements.values())
+    # Of its own accord transformers unpacks to half precision at the least.
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
+    check_memory(origin.name, n, n * itemsize, place)
     config = origin.read(AutoConfig.from_pretrained, "metadata")
     _complete_config(config, file.stated)
     _check_config(origin.name, file.stated, config)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # Versions without it unpack all weights anyway.
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = load_model(origin, config, **kwargs)
+    model = load_model(origin, config, place, **kwargs)
     _check_tensors(origin.name, file, model)
     processor = origin.read(AutoTokenizer.from_pretrained, "tokenizer") if file.tokenizer else None
     return model, processor
@@ -67,31 +99,18 @@ class _File:
     tokenizer: bool
 
 
-def _read(path: Path) -> _File:
-    """Read what the file says, and see that all of it is there."""
-    if find_spec("gguf") is None:
-        raise InputError(
-            f"{path} needs the gguf package, which is not installed. Install it: "
-            "pip install 'lch-plugin[gguf]'."
-        )
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        prefix = reader.fields["general.architecture"].contents() + "."
-        return _File(
-            stated={
-                key.removeprefix(prefix): field.contents()
-                for key, field in reader.fields.items()
-                if key.startswith(prefix)
-            },
-            elements={tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
-            tokenizer="tokenizer.ggml.tokens" in reader.fields,
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            f"{path} is no whole .gguf file: {error}. Copy or download it again."
-        ) from error
+def _read(reader: Any) -> _File:
+    """What the file says, in so far as it is looked at here."""
+    prefix = reader.fields["general.architecture"].contents() + "."
+    return _File(
+        stated={
+            key.removeprefix(prefix): field.contents()
+            for key, field in reader.fields.items()
+            if key.startswith(prefix)
+        },
+        elements={tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
+        tokenizer="tokenizer.ggml.tokens" in reader.fields,
+    )
 
 
 def _check_rotation(name: str, file: _File) -> None:

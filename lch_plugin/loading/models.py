@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import shlex
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lch_plugin.devices import check_device
 from lch_plugin.errors import InputError
-from lch_plugin.loading.directories import load_directory
+from lch_plugin.loading.conversions import (
+    Conversion,
+    check_unbridged,
+    read_conversion,
+    write_conversion,
+)
+from lch_plugin.loading.directories import Place, load_directory
 from lch_plugin.loading.gguf import load_gguf
-from lch_plugin.loading.origins import find_origin
+from lch_plugin.loading.origins import Origin, find_origin
 
 if TYPE_CHECKING:
-    from lch_plugin.adapters.transformer_lens import TransformerBridge
+    from lch_plugin.adapters.transformer_lens import HookedTransformer, TransformerBridge
 
 
+_log = logging.getLogger("lch_plugin.loading")
 # Where transformers imports code that comes with a checkpoint.
 _OWN_CODE = "transformers_modules."
 
@@ -35,6 +46,7 @@ class LoadedModel:
         name: the name on the hub, or the path, as it was given.
         path: the directory or .gguf file on this machine that the model came from.
         revision: commit on the hub; None for a path.
+        conversion: what `save` or ``lch convert`` made the directory of; None of any other.
     """
 
     model: PreTrainedModel
@@ -42,20 +54,57 @@ class LoadedModel:
     name: str
     path: Path
     revision: str | None
+    conversion: Conversion | None = None
 
-    def bridge(self) -> TransformerBridge:
+    def __repr__(self) -> str:
+        n = self.model.num_parameters()
+        unit, digits = next((u, d) for u, d in (("B", 1e9), ("M", 1e6), ("", 1.0)) if n >= d)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"LoadedModel({self.name}: {type(self.model).__name__}, {n / digits:.4g}{unit} "
+            f"parameters, {dtype}, {self.model.device})"
+        )
+
+    def save(self, path: str | Path) -> Conversion:
+        """Write model and processor to a new directory, which `load` reads in seconds.
+
+        ``conversion.json`` in it says what they were made of: the source, its revision or the hash
+        of its files, the dtype and versions. Call it before `bridge`.
+
+        Args:
+            path: an absent or empty directory.
+
+        Returns:
+            The record.
+
+        Raises:
+            InputError: a bridge was made of the model.
+            OutputError: the path holds something, cannot be written, or has no room.
+        """
+        origin = Origin(self.name, self.path, self.revision)
+        return write_conversion(path, self.model, self.processor, origin)
+
+    def bridge(self, *, saes: bool = False) -> TransformerBridge:
         """Boot the model into TransformerLens.
 
         The bridge takes the model over: its modules are replaced in place and its attention is
         switched to the eager implementation, whose patterns have hooks. Load again for a
         model of your own.
 
+        Args:
+            saes: whether SAEs are to be put in: SAELens' class of bridge, with ``add_sae`` and
+                ``run_with_saes``.
+
         Raises:
             InputError: TransformerLens lacks the tokenizer, a library or an adapter for it, or the
-                model is of code that came with the checkpoint.
+                model is of code that came with the checkpoint, or a bridge already.
+            ToolkitError: SAELens is wanted, and not installed.
         """
         from lch_plugin.adapters.transformer_lens import TransformerBridge
 
+        # By its name: SAELens is known to no room below that of SAEs.
+        cls = import_module("lch_plugin.saes.toolkit").SAETransformerBridge if saes else None
+        check_unbridged(self.model, self.name)
         if type(self.model).__module__.startswith(_OWN_CODE):
             raise InputError(
                 f"{self.name} is a {type(self.model).__name__} of its own code, which "
@@ -81,7 +130,7 @@ class LoadedModel:
         label = self.name if tokenizer is not None and not more_than_text else str(self.path)
         self.model.set_attn_implementation("eager")
         try:
-            return TransformerBridge.boot_transformers(
+            return (cls or TransformerBridge).boot_transformers(
                 label,
                 hf_model=self.model,
                 tokenizer=tokenizer,
@@ -94,6 +143,25 @@ class LoadedModel:
                 "lch.huggingface.attach takes the model as it is, and lch.saes.HookedModel wraps "
                 f"it for SAELens. TransformerLens says: {error}"
             ) from error
+
+    def hooked(self) -> HookedTransformer:
+        """A HookedTransformer with these weights as they are, where TransformerLens still has it.
+
+        Nothing is folded or centered, so that centroids are the model's own and do not vanish. The
+        weights are copied; the model stays as it is. Its logits are held to the model's. Texts
+        begin with BOS, as everywhere in HookedTransformer: give ``prepend_bos=False`` or token ids
+        for what the tokenizer itself gives.
+
+        Raises:
+            ToolkitError: TransformerLens 4 has no HookedTransformer.
+            InputError: TransformerLens has no conversion for the model, or one that computes
+                something else; or a bridge was made of it.
+        """
+        from lch_plugin.adapters.transformer_lens import hooked_transformer
+
+        check_unbridged(self.model, self.name)
+        tokenizer = self.processor if _is_tokenizer(self.processor) else None
+        return hooked_transformer(self.model, tokenizer, self.name)
 
     def nnsight(self, **kwargs: Any) -> Any:
         """Wrap the model, which stays as it is, for nnsight.
@@ -117,6 +185,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool | None = None,
 ) -> LoadedModel:
@@ -131,6 +200,8 @@ def load(
         dtype: of the weights, such as ``torch.bfloat16`` or ``"bfloat16"``; by default what the
             checkpoint says, and for most .gguf files float32.
         device: where to put the model.
+        device_map: in place of ``device``, how transformers and accelerate spread a model that is
+            larger than one device: ``"auto"``, ``"balanced"``, or a device for each module by name.
         revision: branch, tag or commit on the hub.
         trust_remote_code: of a checkpoint that comes with code of its own (``auto_map`` in its
             configs): True to run it, with all that code can do to this machine; False to take
@@ -138,8 +209,9 @@ def load(
             is refused. Without such code it makes no difference.
 
     Raises:
-        InputError: there is no such model, it cannot be loaded faithfully, it comes with code and
-            ``trust_remote_code`` is left out, or dtype or device does not exist.
+        InputError: there is no such model, it cannot be loaded faithfully, its weights alone are
+            more than the memory that is free, it comes with code and ``trust_remote_code`` is left
+            out, or dtype or device does not exist.
 
     Example:
         >>> loaded = lch.load(DEMO_MODEL_DIR)  # or "gpt2", a directory, "model.gguf"
@@ -147,11 +219,40 @@ def load(
         >>> model.cfg.n_layers
         4
     """
-    dtype, device = _dtype(dtype), check_device(device)
+    dtype, place = _dtype(dtype), _place(device, device_map)
     origin = find_origin(source, revision, trust_remote_code)
-    read = load_directory if origin.path.is_dir() else load_gguf
-    model, processor = read(origin, dtype)
-    return LoadedModel(model.to(device), processor, origin.name, origin.path, origin.revision)
+    conversion = None
+    if origin.path.is_dir():
+        conversion = read_conversion(origin.path)
+        model, processor = load_directory(origin, dtype, place)
+    else:
+        model, processor = load_gguf(origin, dtype, place)
+        _tell(origin.path)
+    return LoadedModel(model, processor, origin.name, origin.path, origin.revision, conversion)
+
+
+@functools.cache
+def _tell(path: Path) -> None:
+    """Once for each file."""
+    _log.warning(
+        "%s is unpacked at each loading. Convert it once, and it loads in seconds: "
+        "lch convert %s %s",
+        path.name,
+        shlex.quote(str(path)),
+        shlex.quote(str(path.with_suffix(""))),
+    )
+
+
+def _place(device: str | torch.device, device_map: str | dict[str, Any] | None) -> Place:
+    if device_map is None:
+        return check_device(device)
+    if str(device) != "cpu":
+        raise InputError(
+            f"device={str(device)!r} and device_map both say where the model goes: give one."
+        )
+    if find_spec("accelerate") is None:
+        raise InputError("device_map needs accelerate: pip install accelerate.")
+    return device_map
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:

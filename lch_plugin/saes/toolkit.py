@@ -7,7 +7,7 @@ from importlib.metadata import version
 from lch_plugin.errors import ToolkitError
 
 try:
-    import sae_lens  # noqa: F401
+    from sae_lens import SAETransformerBridge
 except ImportError as error:
     lens = version("transformer-lens")
     if int(lens.partition(".")[0]) >= 4:
@@ -18,3 +18,5 @@ except ImportError as error:
     raise ToolkitError(
         f"lch_plugin.saes needs SAELens: pip install 'lch-plugin[saes]' ({error})."
     ) from error
+
+__all__ = ["SAETransformerBridge"]

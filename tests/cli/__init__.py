@@ -44,6 +44,7 @@ NEEDED = {
     "demo": [],
     "centroids": ["I picked"],
     "circuit": ["--task", "an"],
+    "convert": ["model.gguf", "converted"],
     "probe": ["--train", "statements.csv"],
     "saliency": ["I picked", "--answer", " an"],
     "sae train": [HOOK],

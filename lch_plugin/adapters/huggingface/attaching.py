@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Unpack
 
 from lch_plugin.adapters.arguments import Call, caches_of, output_of
-from lch_plugin.adapters.checks import check_loaded
+from lch_plugin.adapters.checks import check_loaded, is_offloaded
 from lch_plugin.adapters.deferred import of_metric
 from lch_plugin.adapters.huggingface.calls import unwatch, watch
 from lch_plugin.adapters.huggingface.names import Target, mlp_names, resolve
@@ -378,7 +378,8 @@ def make_readers(
                     f"{name} is a {type(module).__name__}, which holds modules and is never "
                     f"called. Name what it holds: {name}.*"
                 )
-            check_loaded(module, name or "the model")
+            if not is_offloaded(module):
+                check_loaded(module, name or "the model")
         publish, is_wanted = sink(target)
         modules = (first, last, _around(model, target))
         is_within = first is not last and (first in {*last.modules()} or last in {*first.modules()})
@@ -389,7 +390,8 @@ def make_readers(
             "wait": wait,
         }
         structure = None
-        if not is_within:
+        # Weights that come and go with each call are in the graph of that call alone.
+        if not is_within and not (is_offloaded(first) or is_offloaded(last)):
             with graph.turn:  # Its weights are converted for as long as it is tried out.
                 structure = recognise(first, None if last is first else last)
         if structure is not None and settings.linearization == "jacobian":

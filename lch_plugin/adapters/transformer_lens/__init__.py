@@ -15,6 +15,7 @@ methods of the model; `runs`; `readers`; `model_end`, cotangents known only from
 `closed_forms` and `vjps`; `tracker`, who meets where; `self_check`, the proof on three tokens;
 `attaching`. For circuits: `inputs`, token ids and what MLPs read on them; `nodes`, the heads,
 neurons and MLPs that make them up; and `residual`, where these read and write the residual stream.
+For loading: `unprocessed`, a HookedTransformer with a HuggingFace model's own weights.
 
 Private attributes used, for want of a public way:
     ``TransformerBridge._hook_registry``, ``GeneralizedComponent._hook_registry`` and
@@ -52,6 +53,7 @@ from lch_plugin.adapters.transformer_lens.toolkit import (
     TransformerBridge,
 )
 from lch_plugin.adapters.transformer_lens.tracker import attached_readers
+from lch_plugin.adapters.transformer_lens.unprocessed import hooked_transformer
 
 __all__ = [
     "Handle",
@@ -68,6 +70,7 @@ __all__ = [
     "attached_readers",
     "check_token_ids",
     "disagreements",
+    "hooked_transformer",
     "locate_mlps",
     "mlp_inputs",
     "node_points",

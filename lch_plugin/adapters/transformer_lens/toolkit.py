@@ -14,15 +14,16 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformer_lens.components import MLP as HookedMLP
     from transformer_lens.components import GatedMLP as HookedGatedMLP
 else:
     try:
-        from transformer_lens import HookedTransformer
+        from transformer_lens import HookedTransformer, loading_from_pretrained
         from transformer_lens.components import MLP as HookedMLP
         from transformer_lens.components import GatedMLP as HookedGatedMLP
     except ImportError:
+        loading_from_pretrained = None
 
         class HookedTransformer:
             """TransformerLens 4 has none."""
@@ -45,6 +46,7 @@ __all__ = [
     "MoEBridge",
     "StopAtLayerException",
     "TransformerBridge",
+    "loading_from_pretrained",
 ]
 
 #: The models that TransformerLens has, SAELens' subclasses included.
