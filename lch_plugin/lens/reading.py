@@ -1,0 +1,315 @@
+"""What the residual stream at each layer and position adds to the logits: `read` and `Reading`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lch_plugin.adapters.states import without_autocast
+from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, check_token_ids
+from lch_plugin.adapters.transformer_lens.architecture import check_model
+from lch_plugin.errors import InputError, SiteError
+from lch_plugin.lens.passes import ResidualPass
+from lch_plugin.linear_maps import LinearMap
+from lch_plugin.mlp import at_least_float32
+from lch_plugin.sites import Linearization, integers
+
+# Tokens that are read if none are named: the likeliest.
+_N_TOKENS = 10
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Reading:
+    """What each cell, the residual stream at one layer and position, adds to the target's logits.
+
+    Layer ``l`` is the residual stream that block ``l`` reads; the last, ``n_layers`` of the model,
+    is what the last block leaves. At every layer the readings of all positions and the offset add
+    up to the model's logits, ``logits.sum(1) + offset == model_logits``.
+
+    Attributes:
+        logits: what each cell adds to the logit of each token.
+        offset: what is left at each layer: detached, what the biases after it add to each logit;
+            with the Jacobian, the constant of the expansion to first order.
+        model_logits: of each token at the target.
+        layers, positions: of the first two dimensions, counted from 0.
+        token_ids, tokens: of the third, and their texts.
+        target: the position whose logits are read, counted from 0.
+        prompt: texts of the prompt's tokens.
+        linearization: of everything between a cell and the logits.
+    """
+
+    logits: Float[Tensor, "layer pos token"]
+    offset: Float[Tensor, "layer token"]
+    model_logits: Float[Tensor, " token"]
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    target: int
+    prompt: tuple[str, ...]
+    linearization: Linearization
+    _run: ResidualPass = field(repr=False)
+    _span: LinearMap = field(repr=False)
+    _model: LensModel = field(repr=False)
+
+    def top(self, layer: int, pos: int, k: int = 10) -> list[tuple[str, float]]:
+        """The tokens of the whole vocabulary whose logits one cell raises most, and by how much.
+
+        A number that a cell adds to all logits alike changes no probability. So values are less
+        their mean over the vocabulary.
+
+        Args:
+            layer, pos: of the cell, among `layers` and `positions`; negative counts from the end of
+                the model's layers and of the prompt.
+            k: how many tokens.
+
+        Raises:
+            InputError: no such cell, or k below 1 or above the vocabulary.
+
+        Example:
+            >>> reading = lch.lens.read(lch.load_demo_model(), "Tom saw an apple and picked an")
+            >>> token, value = reading.top(-1, -1, k=1)[0]
+            >>> token == reading.tokens[0]
+            True
+        """
+        cell = self.top_cells([layer], [pos], k)
+        ids, values = cell.ids[0, 0].tolist(), cell.values[0, 0].tolist()
+        return [(text(self._model, i), v) for i, v in zip(ids, values, strict=True)]
+
+    def top_cells(
+        self, layers: Sequence[int] | None = None, positions: Sequence[int] | None = None, k: int = 1
+    ) -> TopTokens:
+        """`top` of many cells: forward products through the frozen span, batched over positions.
+
+        Args:
+            layers, positions: of the cells; those of the reading if None.
+            k: tokens of each.
+
+        Raises:
+            InputError: as `top`.
+        """
+        chosen_layers = self.layers if layers is None else self._layers(layers)
+        chosen = self.positions if positions is None else self._positions(positions)
+        if not 1 <= k <= self._span.y.shape[-1]:
+            raise InputError(f"k={k} must be from 1 to {self._span.y.shape[-1]}, the vocabulary.")
+        rows = [self._vocabulary(layer, chosen).topk(k) for layer in chosen_layers]
+        return TopTokens(torch.stack([r.values for r in rows]), torch.stack([r.indices for r in rows]))
+
+    def _vocabulary(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
+        """What cells of a layer add to all logits, less the mean of each."""
+        cells = self._run.cells(layer, positions)
+        with without_autocast():
+            found = self._span.push(cells, layer)[:, 0]
+        found = found.to(at_least_float32(found))
+        return found - found.mean(-1, keepdim=True)
+
+    def _layers(self, layers: Sequence[int]) -> tuple[int, ...]:
+        return indices(layers, len(self._run.streams), "layers")
+
+    def _positions(self, positions: Sequence[int]) -> tuple[int, ...]:
+        return indices(positions, len(self.prompt), "positions")
+
+    def __repr__(self) -> str:
+        n_layers, n_pos, _ = self.logits.shape
+        return (
+            f"Reading({n_layers} layers, {n_pos} positions, of position {self.target}: "
+            f"{', '.join(map(repr, self.tokens))})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """Tokens whose logits each cell raises most.
+
+    Attributes:
+        values: by how much, less the cell's mean over the vocabulary.
+        ids: of the tokens.
+    """
+
+    values: Float[Tensor, "layer pos k"]
+    ids: Int[Tensor, "layer pos k"]
+
+
+def read(
+    model: LensModel,
+    prompt: str | Int[Tensor, "*one pos"],
+    layers: int | Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
+    target: int = -1,
+    tokens: str | int | Sequence[str | int] | None = None,
+    linearization: Linearization = "detached",
+) -> Reading:
+    """What the residual stream at each layer and position adds to the logits of the target.
+
+    Between layer ``l`` and the logits, with attention patterns, norm scales and gates held at their
+    values on this prompt, lies an affine map, ``z = sum_p W_U A_p x_(l,p) + c_l``
+    (`lch_plugin.linearization`; Golden, arXiv 2505.24293). What a cell adds to the logit of a token
+    is ``w^T A_p x_(l,p)``: the centroid of the span with that token's cotangent, times the
+    residual stream. One backward pass a token gives it for all layers and positions. Nothing is
+    fitted, and nothing is left out: at every layer the parts add up to the logits, which is
+    checked. A soft cap on the logits (Gemma 2) is one more factor: capped over uncapped.
+
+    Args:
+        model: TransformerBridge or HookedTransformer.
+        prompt: text, or the ids of one prompt without padding.
+        layers: which to keep, negative counting from the last, which is after the last block; all
+            if None.
+        positions: whose readings to keep, negative counting from the end; all if None.
+        target: position whose logits are read, negative counting from the end.
+        tokens: whose logits, as texts of one token or ids; the ten likeliest if None.
+        linearization: ``"jacobian"`` for the true Jacobian at this prompt.
+
+    Raises:
+        InputError: a prompt that the model cannot read or that has padding, a position or layer
+            that is not there, a text that is not one token, or an id outside the vocabulary.
+        SiteError: the model has no blocks between which the residual stream passes, or the parts do
+            not add up: its detached span is not affine in the residual stream alone.
+
+    Example:
+        >>> model = lch.load_demo_model()
+        >>> reading = lch.lens.read(model, "Tom saw an apple and picked an", tokens=[" apple"])
+        >>> total = reading.logits.sum(1) + reading.offset
+        >>> torch.allclose(total, reading.model_logits.expand_as(total), atol=1e-3)
+        True
+    """
+    check_model(model)
+    if linearization not in get_args(Linearization):
+        raise InputError(
+            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
+        )
+    ids = one_prompt(model, prompt)
+    n_layers, n_pos = model.cfg.n_layers + 1, ids.shape[1]
+    (at,) = indices(target, n_pos, "target")
+    kept_layers = tuple(range(n_layers)) if layers is None else indices(layers, n_layers, "layers")
+    kept = tuple(range(n_pos)) if positions is None else indices(positions, n_pos, "positions")
+    chosen = None if tokens is None else token_ids(model, tokens)
+    run = ResidualPass(model, ids, linearization)
+    return reading_of(model, run, at, chosen, kept_layers, kept)
+
+
+def reading_of(
+    model: LensModel,
+    run: ResidualPass,
+    target: int,
+    chosen: Sequence[int] | None,
+    layers: Sequence[int],
+    positions: Sequence[int],
+) -> Reading:
+    """The reading of one target, from a pass; everything counted from 0.
+
+    Raises:
+        SiteError: as `read`.
+    """
+    span = run.span([target])
+    z = span.y[0].detach().to(at_least_float32(span.y))
+    chosen = z.topk(min(_N_TOKENS, len(z))).indices.tolist() if chosen is None else list(chosen)
+    logits, offset = run.parts(span, target, chosen)
+    found = logits.sum(1) + offset
+    size = logits.abs().sum(1) + offset.abs()
+    _check_exact(found - z[chosen], size, span.y.dtype)
+    return Reading(
+        logits=logits[list(layers)][:, list(positions)],
+        offset=offset[list(layers)],
+        model_logits=z[chosen],
+        layers=tuple(layers),
+        positions=tuple(positions),
+        token_ids=tuple(chosen),
+        tokens=tuple(text(model, i) for i in chosen),
+        target=target,
+        prompt=tuple(text(model, i) for i in run.tokens[0].tolist()),
+        linearization=run.linearization,
+        _run=run,
+        _span=span,
+        _model=model,
+    )
+
+
+def _check_exact(
+    off: Float[Tensor, "layer token"], size: Float[Tensor, "layer token"], dtype: torch.dtype
+) -> None:
+    """Refuse parts that do not add up.
+
+    Raises:
+        SiteError: as `read`.
+    """
+    relative = (off.abs() / size.clamp_min(torch.finfo(size.dtype).tiny)).amax(1)
+    # Half of the digits that a model computes with; norms compute in float32 at most.
+    tolerance = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    wrong = ~(relative <= tolerance)
+    if bool(wrong.any()):
+        layer = int(wrong.nonzero()[0])
+        raise SiteError(
+            f"from layer {layer} the parts differ from the model's logits by {relative[layer]:.1e} "
+            "of their size: the detached span is not affine in the residual stream alone (a "
+            "function without a detached form, or values that pass beside it). Use "
+            'linearization="jacobian".'
+        )
+
+
+def one_prompt(model: LensModel, prompt: Any) -> Int[Tensor, "1 pos"]:
+    """Token ids of one prompt.
+
+    Raises:
+        InputError: as `as_tokens`, or there are several.
+    """
+    if isinstance(prompt, str) and not prompt.strip():
+        raise InputError("the prompt is empty: there is no token to read.")
+    ids = as_tokens(model, prompt)
+    if len(ids) != 1:
+        raise InputError(f"{len(ids)} prompts: a reading is of one. Read them one by one.")
+    return ids
+
+
+def token_ids(model: LensModel, tokens: str | int | Sequence[str | int]) -> list[int]:
+    """Ids of tokens given as texts or ids.
+
+    Raises:
+        InputError: a text that is not one token, no token at all, or an id outside the vocabulary.
+    """
+    listed = [tokens] if isinstance(tokens, str) else tokens
+    listed = listed if isinstance(listed, Sequence) else (integers(listed) or [listed])
+    found = []
+    for token in listed:
+        if isinstance(token, str):
+            ids = model.to_tokens(token, prepend_bos=False, truncate=False)[0].tolist()
+            if len(ids) != 1:
+                parts = [text(model, i) for i in ids]
+                raise InputError(f"{token!r} is not one token but {len(ids)}, {parts}: give one.")
+            found += ids
+        else:
+            found += integers(token) or [_no_token(token)]
+    if not found:
+        raise InputError("tokens=[] names no token: leave it out for the likeliest.")
+    check_token_ids(model.cfg.d_vocab, min(found), max(found))
+    return found
+
+
+def _no_token(token: object) -> int:
+    raise InputError(f"{token!r} is no token: give its text or its id.")
+
+
+def indices(values: Any, n: int, name: str) -> tuple[int, ...]:
+    """Indices from 0, in the order they were given.
+
+    Raises:
+        InputError: something else than integers, none, or one that is not there.
+    """
+    found = integers(values)
+    if not found:
+        raise InputError(f"{name}={values!r} must be one integer or several.")
+    unknown = [i for i in found if not -n <= i < n]
+    if unknown:
+        raise InputError(f"{name}={values!r}: {unknown} do not exist; there are 0 to {n - 1}.")
+    return tuple(i % n for i in found)
+
+
+def text(model: LensModel, token: int) -> str:
+    """What a token reads."""
+    if model.tokenizer is None:
+        return str(token)
+    return str(model.tokenizer.decode([token]))
