@@ -32,6 +32,7 @@ ROOMS = {
         "cotangents",
         "centroids",
         "linearization",
+        "linear_maps",
         "sites",
         "diagnostics",
         "adapters",
@@ -47,6 +48,7 @@ ROOMS = {
         "concepts",
         "saliency",
         "alignment",
+        "lens",
         "extract",
         "demonstration",
         "cli",
@@ -92,6 +94,12 @@ ROOMS = {
         "training",
         "dashboards",
         "comparison",
+    ),
+    "lch_plugin.lens": (
+        "passes",
+        "reading",
+        "components",
+        "singular",
     ),
     "lch_plugin.circuits": (
         "kinds",

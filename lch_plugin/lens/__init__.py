@@ -1,5 +1,12 @@
-"""The exact lens: what the residual stream at each layer and position adds to the logits."""
+"""The exact lens: what the residual stream at each layer and position adds to the logits.
 
+`read` is the lens, and a `Reading` what it shows. `jvp` and `spectrum`, which `lch_plugin` has
+under its own name too, are the other side of a centroid: products with a Jacobian from the right,
+and its leading singular triples.
+"""
+
+from lch_plugin.lens.components import component_map, jvp
 from lch_plugin.lens.reading import Reading, TopTokens, read
+from lch_plugin.lens.singular import Spectrum, spectrum
 
-__all__ = ["Reading", "TopTokens", "read"]
+__all__ = ["Reading", "Spectrum", "TopTokens", "component_map", "jvp", "read", "spectrum"]

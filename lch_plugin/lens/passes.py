@@ -14,7 +14,7 @@ the final norm and unembedding make ``b`` of zero. Then ``c_l = b + sum_(m >= l)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -53,11 +53,13 @@ class ResidualPass:
     ) -> None:
         self._model, self.tokens, self.linearization = model, tokens, linearization
         mode = DetachedMode() if linearization == "detached" else None
-        self.streams, self.logits = self._run(mode, zero=False)
+        self.streams, self.logits = self._run(mode)
+        # Factors held fixed; what each block leaves of zero, and the logits of zero.
+        self._factors = None if mode is None else mode.recorded
         self._constants: tuple[list[Tensor], Tensor] | None = None
         if mode is not None:
-            left, logits = self._run(DetachedMode(mode.recorded), zero=True)
-            self._constants = left[1:], logits.detach()[0]
+            left, logits = self._replay(range(len(self.streams)))
+            self._constants = left[1:], logits
 
     @property
     def n_pos(self) -> int:
@@ -104,51 +106,66 @@ class ResidualPass:
             offset.append(offset[-1] + einsum(mu, self._rows(b)[0], "token pos d, pos d -> token"))
         return logits, torch.stack(offset[::-1])
 
+    def constant(self, layer: int) -> Float[Tensor, "pos d_vocab"]:
+        """The frozen logits with zero in place of the residual stream of a layer.
+
+        As the offset of `parts`, but where values of earlier blocks pass beside the residual stream
+        (layers that share keys and values): these count here. One forward pass for each layer.
+        """
+        return self._replay([layer])[1]
+
     def _rows(self, x: Float[Tensor, "*x"]) -> Float[Tensor, "n pos d"]:
         """By position, at least in float32, whatever else the model has in its residual stream."""
+        d = self.streams[0].numel() // self.n_pos
         return rearrange(
-            x.to(at_least_float32(x)).flatten(), "(n pos d) -> n pos d", pos=self.n_pos, d=self._d
+            x.to(at_least_float32(x)).flatten(), "(n pos d) -> n pos d", pos=self.n_pos, d=d
         )
 
-    @property
-    def _d(self) -> int:
-        return self.streams[0].numel() // self.n_pos
+    def _replay(self, zeros: Collection[int]) -> tuple[list[Tensor], Float[Tensor, "pos d_vocab"]]:
+        """What reaches each layer, and the logits, with the factors fixed and zeros at layers."""
+        assert self._factors is not None
+        try:
+            streams, logits = self._run(DetachedMode(self._factors), zeros)
+        except (StopIteration, RuntimeError) as error:
+            raise SiteError(
+                "once its factors are fixed the model computes something else at another input, so "
+                f"it has no detached linearisation: {error}"
+            ) from None
+        return [x.detach() for x in streams], logits.detach()[0]
 
-    def _run(self, mode: DetachedMode | None, *, zero: bool) -> tuple[list[Tensor], Tensor]:
-        """Streams and logits; where each block is to read zero, what they leave of it."""
+    def _run(
+        self, mode: DetachedMode | None, zeros: Collection[int] = ()
+    ) -> tuple[list[Tensor], Tensor]:
+        """What reaches each layer, and the logits, where zeros are read at some layers instead."""
         blocks = stacks(self._model, "blocks")["blocks"]
         gates = [*map(block_input, blocks), block_output(blocks[-1], last=True)]
         seen: dict[int, Tensor] = {}
 
         def pass_on(layer: int, x: Tensor) -> Tensor:
-            cut = zero or layer == 0
-            y = torch.zeros_like(x) if zero else x.detach() if cut else x
-            y = y.requires_grad_() if cut else y
-            if cut and mode is not None:
+            if layer > 0 and layer not in zeros:
+                seen[layer] = x
+                return x
+            y = (torch.zeros_like(x) if layer in zeros else x.detach()).requires_grad_()
+            seen[layer] = x if layer in zeros else y
+            if mode is not None:
                 mode.follow(y)
-            seen[layer] = x if zero else y
-            return y.clone() if cut else y
+            return y.clone()
 
         acts = [partial(pass_on, layer) for layer in range(len(gates))]
-        with _watching(list(zip(gates, acts, strict=True))), evaluating(self._model):
+        with watching(list(zip(gates, acts, strict=True))), evaluating(self._model):
             with without_autocast(), graphs_that_last(), mode or nullcontext():
-                try:
-                    logits = self._model(self.tokens, return_type="logits")
-                except StopIteration:
-                    raise SiteError(
-                        "the model computes something else once its factors are fixed, so it has "
-                        "no detached linearisation."
-                    ) from None
-        if len(seen) < len(gates):
+                logits = self._model(self.tokens, return_type="logits")
+        missed = sorted(set(range(len(gates))) - set(seen))
+        if missed:
             raise SiteError(
-                f"the residual stream did not pass the hook points of layers "
-                f"{sorted(set(range(len(gates))) - set(seen))}, so it cannot be read there."
+                f"the residual stream did not pass the hook points of layers {missed}, so it cannot "
+                "be read there. If an SAE stands there, call reset_saes() first."
             )
-        return [seen[layer].detach() if zero else seen[layer] for layer in range(len(gates))], logits
+        return [seen[layer] for layer in range(len(gates))], logits
 
 
 @contextmanager
-def _watching(acts: list[tuple[Gate, Act]]) -> Iterator[None]:
+def watching(acts: list[tuple[Gate, Act]]) -> Iterator[None]:
     try:
         for gate, act in acts:
             gate.install(lambda: True, act)

@@ -33,8 +33,9 @@ class Reading:
 
     Attributes:
         logits: what each cell adds to the logit of each token.
-        offset: what is left at each layer: detached, what the biases after it add to each logit;
-            with the Jacobian, the constant of the expansion to first order.
+        offset: what is left at each layer. Detached, what the biases after it add to each logit
+            (and values of earlier blocks that pass beside the residual stream, where layers share
+            keys and values); with the Jacobian, the constant of the expansion to first order.
         model_logits: of each token at the target.
         layers, positions: of the first two dimensions, counted from 0.
         token_ids, tokens: of the third, and their texts.
@@ -168,7 +169,7 @@ def read(
         InputError: a prompt that the model cannot read or that has padding, a position or layer
             that is not there, a text that is not one token, or an id outside the vocabulary.
         SiteError: the model has no blocks between which the residual stream passes, or the parts do
-            not add up: its detached span is not affine in the residual stream alone.
+            not add up: its detached span is not affine.
 
     Example:
         >>> model = lch.load_demo_model()
@@ -178,6 +179,8 @@ def read(
         True
     """
     check_model(model)
+    if any(getattr(model.cfg, kind, False) for kind in ("is_visual_model", "is_audio_model")):
+        raise InputError(f"{model.cfg.model_name} reads no text: a lens is for language models.")
     if linearization not in get_args(Linearization):
         raise InputError(
             f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
@@ -209,9 +212,11 @@ def reading_of(
     z = span.y[0].detach().to(at_least_float32(span.y))
     chosen = z.topk(min(_N_TOKENS, len(z))).indices.tolist() if chosen is None else list(chosen)
     logits, offset = run.parts(span, target, chosen)
-    found = logits.sum(1) + offset
-    size = logits.abs().sum(1) + offset.abs()
-    _check_exact(found - z[chosen], size, span.y.dtype)
+    off = _off_by(logits, offset, z[chosen])
+    if run.linearization == "detached":
+        for layer in (off > _tolerance(span.y.dtype)).nonzero().flatten().tolist():
+            offset[layer] = run.constant(layer)[target, chosen]
+        _check_exact(_off_by(logits, offset, z[chosen]), _tolerance(span.y.dtype))
     return Reading(
         logits=logits[list(layers)][:, list(positions)],
         offset=offset[list(layers)],
@@ -229,24 +234,34 @@ def reading_of(
     )
 
 
-def _check_exact(
-    off: Float[Tensor, "layer token"], size: Float[Tensor, "layer token"], dtype: torch.dtype
-) -> None:
+def _off_by(
+    logits: Float[Tensor, "layer pos token"],
+    offset: Float[Tensor, "layer token"],
+    z: Float[Tensor, " token"],
+) -> Float[Tensor, " layer"]:
+    """How far the parts of each layer are from adding up to the logits, relative to their sizes."""
+    size = logits.abs().sum(1) + offset.abs()
+    off = (logits.sum(1) + offset - z).abs()
+    return (off / size.clamp_min(torch.finfo(size.dtype).tiny)).amax(1)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Half of the digits that a model computes with; norms compute in float32 at most."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+
+
+def _check_exact(off: Float[Tensor, " layer"], tolerance: float) -> None:
     """Refuse parts that do not add up.
 
     Raises:
         SiteError: as `read`.
     """
-    relative = (off.abs() / size.clamp_min(torch.finfo(size.dtype).tiny)).amax(1)
-    # Half of the digits that a model computes with; norms compute in float32 at most.
-    tolerance = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    wrong = ~(relative <= tolerance)
-    if bool(wrong.any()):
-        layer = int(wrong.nonzero()[0])
+    wrong = (~(off <= tolerance)).nonzero().flatten().tolist()
+    if wrong:
         raise SiteError(
-            f"from layer {layer} the parts differ from the model's logits by {relative[layer]:.1e} "
-            "of their size: the detached span is not affine in the residual stream alone (a "
-            "function without a detached form, or values that pass beside it). Use "
+            f"the parts differ from the model's logits, by {off.max():.1e} of their size, at layers "
+            f"{wrong}: with its factors fixed some function after them is not affine. Which ones "
+            "have a detached form is in lch_plugin.linearization. Use "
             'linearization="jacobian".'
         )
 
