@@ -96,7 +96,8 @@ def jacobian_product(
         raise InputError(f"d has shape {found} and x {tuple(x.shape)}: a direction of x has both.")
     with graphs_that_last():
         leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        return LinearMap(fn(leaf), [leaf]).push(d.to(leaf)[None])[0]
+        direction = (d.clone() if d.is_inference() else d.detach()).to(leaf)
+        return LinearMap(fn(leaf), [leaf]).push(direction[None])[0]
 
 
 @contextmanager

@@ -97,9 +97,12 @@ ROOMS = {
     ),
     "lch_plugin.lens": (
         "passes",
+        "drawing",
         "reading",
         "components",
         "singular",
+        "averages",
+        "run",
     ),
     "lch_plugin.circuits": (
         "kinds",

@@ -55,6 +55,7 @@ class _Ends:
     output: Callable[..., Tensor] = lambda y: y  # noqa: E731
 
 
+@graphs_that_last()
 def component_map(
     model: LensModel, site: Site, prompt: str | Int[Tensor, "*one pos"]
 ) -> LinearMap:
@@ -93,7 +94,7 @@ def component_map(
     if ends is not None:
         acts = [(ends.read, start), *((g, partial(keep, i)) for i, g in enumerate(ends.written))]
     edits = {embedding_name(model): start} if ends is None else {}
-    with watching(acts), evaluating(model), without_autocast(), graphs_that_last():
+    with watching(acts), evaluating(model), without_autocast():
         with mode or nullcontext():
             logits = run_edited(model, ids, edits)
             if ends is None:
@@ -107,6 +108,7 @@ def component_map(
     return LinearMap(y, [seen["x"]])
 
 
+@graphs_that_last()
 def jvp(
     site_or_fn: Site | Callable[[Tensor], Tensor],
     x: Any,
@@ -154,6 +156,7 @@ def jvp(
         return jacobian_product(site_or_fn, x, d)
     if model is None:
         raise InputError("a Site is a component of a model: give model=, and the prompt as x.")
+    d = d.clone() if d.is_inference() else d
     return component_map(model, site_or_fn, x).push(d[None])[0]
 
 

@@ -14,8 +14,9 @@ from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, check_token_ids
 from lch_plugin.adapters.transformer_lens.architecture import check_model
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.lens.drawing import heat_table
 from lch_plugin.lens.passes import ResidualPass
-from lch_plugin.linear_maps import LinearMap
+from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Linearization, integers
 
@@ -82,6 +83,7 @@ class Reading:
         ids, values = cell.ids[0, 0].tolist(), cell.values[0, 0].tolist()
         return [(text(self._model, i), v) for i, v in zip(ids, values, strict=True)]
 
+    @graphs_that_last()
     def top_cells(
         self, layers: Sequence[int] | None = None, positions: Sequence[int] | None = None, k: int = 1
     ) -> TopTokens:
@@ -115,6 +117,13 @@ class Reading:
     def _positions(self, positions: Sequence[int]) -> tuple[int, ...]:
         return indices(positions, len(self.prompt), "positions")
 
+    def _repr_html_(self) -> str:
+        """What each cell adds to the logit of the first token."""
+        said = f"{self.tokens[0]!r} after {''.join(self.prompt[: self.target + 1])!r}"
+        caption = f"what each cell adds to the logit of {said}, {float(self.model_logits[0]):.2f}"
+        words = [self.prompt[i] for i in self.positions]
+        return heat_table(self.logits[..., 0], self.offset[:, 0], self.layers, words, caption)
+
     def __repr__(self) -> str:
         n_layers, n_pos, _ = self.logits.shape
         return (
@@ -136,6 +145,7 @@ class TopTokens:
     ids: Int[Tensor, "layer pos k"]
 
 
+@graphs_that_last()
 def read(
     model: LensModel,
     prompt: str | Int[Tensor, "*one pos"],
@@ -277,7 +287,7 @@ def one_prompt(model: LensModel, prompt: Any) -> Int[Tensor, "1 pos"]:
     ids = as_tokens(model, prompt)
     if len(ids) != 1:
         raise InputError(f"{len(ids)} prompts: a reading is of one. Read them one by one.")
-    return ids
+    return ids.clone() if ids.is_inference() else ids
 
 
 def token_ids(model: LensModel, tokens: str | int | Sequence[str | int]) -> list[int]:

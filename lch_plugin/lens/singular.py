@@ -14,7 +14,7 @@ from lch_plugin.errors import InputError
 from lch_plugin.lens.components import component_map
 from lch_plugin.lens.passes import ResidualPass
 from lch_plugin.lens.reading import indices, one_prompt, text
-from lch_plugin.linear_maps import LinearMap
+from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Site
 
@@ -74,6 +74,7 @@ class Spectrum:
         found = (W_E.to(v) @ v[at]).topk(k).indices.tolist()
         return self.prompt[at], [text(self._model, j) for j in found]
 
+    @graphs_that_last()
     def writes(self, i: int, k: int = 5) -> list[str]:
         """The tokens whose logits ``u_i`` raises most, through the final norm frozen on this prompt.
 
@@ -103,6 +104,7 @@ class Spectrum:
 
 
 @without_autocast()
+@graphs_that_last()
 def spectrum(
     model: LensModel,
     site: Site,
@@ -142,10 +144,9 @@ def spectrum(
     at = None if position is None else indices(position, ids.shape[1], "position")[0]
     whole = component_map(model, site, ids)
     x = whole.xs[0]
-    with torch.enable_grad():
-        # OPT joins batch and position in what an MLP reads and writes.
-        y = whole.y.reshape(*ids.shape, -1)
-        found = LinearMap(y if at is None else y[0, at], [x])
+    # OPT joins batch and position in what an MLP reads and writes.
+    y = whole.y.reshape(*ids.shape, -1)
+    found = LinearMap(y if at is None else y[0, at], [x])
     smallest = min(x.numel(), found.y.numel())
     if not 1 <= k <= smallest:
         raise InputError(f"k={k} must be from 1 to {smallest}, the singular values that there are.")

@@ -44,6 +44,7 @@ NEEDED = {
     "demo": [],
     "centroids": ["I picked"],
     "circuit": ["--task", "an"],
+    "lens": ["I picked"],
     "probe": ["--train", "statements.csv"],
     "saliency": ["I picked", "--answer", " an"],
     "sae train": [HOOK],

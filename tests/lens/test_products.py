@@ -69,13 +69,16 @@ def test_products_from_both_sides_agree(family: str, site: lch.Site, request: An
     J = component_map(request.getfixturevalue(family), site, IDS)
     d, v = noise(3, *J.xs[0].shape), noise(3, *J.y.shape, seed=1)
     pushed, (pulled,) = J.push(d), J.pull(v)
-    torch.testing.assert_close((v * pushed).flatten(1).sum(1), (pulled * d).flatten(1).sum(1))
+    # RMS norms compute in float32.
+    close = {"rtol": 1e-10, "atol": 1e-10} if family == "gpt2" else {"rtol": 1e-5, "atol": 1e-5}
+    left, right = (v * pushed).flatten(1).sum(1), (pulled * d).flatten(1).sum(1)
+    torch.testing.assert_close(left, right, **close)
     assert float(pushed.norm()) > 1e-3
 
 
 @pytest.mark.parametrize("site", [*SITES, *DETACHED], ids=lambda s: f"{s.kind}-{s.linearization}")
 def test_a_product_from_the_left_is_the_centroid(gpt2: Any, site: lch.Site) -> None:
-    with lch.attach(gpt2, site=site) as handle:
+    with lch.attach(gpt2, site=site) as handle, torch.no_grad():
         _, cache = gpt2.run_with_cache(IDS, names_filter=handle.hook_names)
         expected = cache[handle.centroid_names[0]]
     J = component_map(gpt2, site, IDS)
@@ -138,7 +141,6 @@ def test_spectra_that_are_not_there_are_refused(gpt2: Any) -> None:
         (lch.Site("mlp", 1), {"k": 0}, "k=0"),
         (lch.Site("mlp", 1), {"position": 5}, "position"),
         (lch.Site("mlp"), {}, "Give one layer"),
-        ("mlp", {}, "must be a lch_plugin.Site"),
         (lch.Site("mlp", 1, expert=True), {}, "no cotangent"),
     ]
     for site, settings, said in cases:
