@@ -56,9 +56,7 @@ class _Ends:
 
 
 @graphs_that_last()
-def component_map(
-    model: LensModel, site: Site, prompt: str | Int[Tensor, "*one pos"]
-) -> LinearMap:
+def component_map(model: LensModel, site: Site, prompt: str | Int[Tensor, "*one pos"]) -> LinearMap:
     """A component's Jacobian, or its exact affine map if the site is detached, on one prompt.
 
     Args:

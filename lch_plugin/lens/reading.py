@@ -85,7 +85,10 @@ class Reading:
 
     @graphs_that_last()
     def top_cells(
-        self, layers: Sequence[int] | None = None, positions: Sequence[int] | None = None, k: int = 1
+        self,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        k: int = 1,
     ) -> TopTokens:
         """`top` of many cells: forward products through the frozen span, batched over positions.
 
@@ -101,7 +104,9 @@ class Reading:
         if not 1 <= k <= self._span.y.shape[-1]:
             raise InputError(f"k={k} must be from 1 to {self._span.y.shape[-1]}, the vocabulary.")
         rows = [self._vocabulary(layer, chosen).topk(k) for layer in chosen_layers]
-        return TopTokens(torch.stack([r.values for r in rows]), torch.stack([r.indices for r in rows]))
+        return TopTokens(
+            torch.stack([r.values for r in rows]), torch.stack([r.indices for r in rows])
+        )
 
     def _vocabulary(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
         """What cells of a layer add to all logits, less the mean of each."""

@@ -64,7 +64,9 @@ def run(
         targets = list(range(max(0, frozen.n_pos - n_targets), frozen.n_pos))
         read = _read_targets(model, frozen, targets, chosen, named, k)
         last = read[-1]
-        title = f"{last['tokens'][0]!r} after {prompt if len(prompt) < 60 else '...' + prompt[-57:]!r}"
+        title = (
+            f"{last['tokens'][0]!r} after {prompt if len(prompt) < 60 else '...' + prompt[-57:]!r}"
+        )
         words = [text(model, i) for i in ids[0].tolist()]
         results = {
             "run": {

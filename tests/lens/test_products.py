@@ -112,7 +112,8 @@ def test_leading_triples_are_those_of_a_dense_svd(
 ) -> None:
     found = lch.spectrum(gpt2, site, IDS, k=4, position=position, tolerance=1e-6)
     whole = dense(
-        component_map(gpt2, site, IDS), slice(None) if position is None else slice(position, position + 1)
+        component_map(gpt2, site, IDS),
+        slice(None) if position is None else slice(position, position + 1),
     )
     u, s, v = torch.linalg.svd(whole)
     torch.testing.assert_close(found.values, s[:4], rtol=1e-9, atol=1e-9)
@@ -120,7 +121,9 @@ def test_leading_triples_are_those_of_a_dense_svd(
     same = (found.inputs.flatten(1) * v[:4]).sum(1).abs()
     torch.testing.assert_close(same, torch.ones_like(same), rtol=1e-6, atol=1e-6)
     again = whole @ found.inputs.flatten(1).T
-    torch.testing.assert_close(again.T, found.values[:, None] * found.outputs.flatten(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        again.T, found.values[:, None] * found.outputs.flatten(1), atol=1e-5, rtol=1e-5
+    )
     assert (found.coefficients >= 0).all()
 
 
