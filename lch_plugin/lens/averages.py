@@ -140,9 +140,9 @@ def _long_enough(model: TransformerBridge, texts: Sequence[str], skip_first: int
     long = [text for text in texts if model.to_tokens(text).shape[1] > skip_first + 1]
     if len(long) < _FEWEST:
         raise InputError(
-            f"{len(long)} of {len(texts)} texts have more than {skip_first + 1} tokens, too few to "
-            f"average over: give at least {_FEWEST}, and for a lens to use about 100. One prompt is "
-            "read by lch.lens.read."
+            f"{len(long)} of {len(texts)} texts have more than {skip_first + 1} tokens, too few "
+            f"to average over: give at least {_FEWEST}, and for a lens to use about 100. One "
+            "prompt is read by lch.lens.read."
         )
     return long
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -52,7 +51,7 @@ class _Ends:
 
     read: Gate
     written: tuple[Gate, ...]
-    output: Callable[..., Tensor] = lambda y: y  # noqa: E731
+    output: Callable[..., Tensor] = lambda y: y
 
 
 @graphs_that_last()
@@ -92,17 +91,16 @@ def component_map(model: LensModel, site: Site, prompt: str | Int[Tensor, "*one 
     if ends is not None:
         acts = [(ends.read, start), *((g, partial(keep, i)) for i, g in enumerate(ends.written))]
     edits = {embedding_name(model): start} if ends is None else {}
-    with watching(acts), evaluating(model), without_autocast():
-        with mode or nullcontext():
-            logits = run_edited(model, ids, edits)
-            if ends is None:
-                return LinearMap(logits, [seen["x"]])
-            if len(seen) < 1 + len(ends.written):
-                raise SiteError(
-                    f"what the {site.kind} reads or writes did not pass its hook points. If an SAE "
-                    "stands there, call reset_saes() first."
-                )
-            y = ends.output(*(seen[i] for i in range(len(ends.written))))
+    with watching(acts), evaluating(model), without_autocast(), mode or nullcontext():
+        logits = run_edited(model, ids, edits)
+        if ends is None:
+            return LinearMap(logits, [seen["x"]])
+        if len(seen) < 1 + len(ends.written):
+            raise SiteError(
+                f"what the {site.kind} reads or writes did not pass its hook points. If an SAE "
+                "stands there, call reset_saes() first."
+            )
+        y = ends.output(*(seen[i] for i in range(len(ends.written))))
     return LinearMap(y, [seen["x"]])
 
 

@@ -70,7 +70,7 @@ class ResidualPass:
         """From the residual stream at every layer to the logits of some positions."""
         return LinearMap(self.logits[0, list(targets)], self.streams)
 
-    def cells(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "n *x"]:
+    def cells(self, layer: int, positions: Sequence[int]) -> Float[Tensor, n * x]:
         """The residual stream of a layer at one position each, zero elsewhere."""
         x = self.streams[layer].detach()
         rows = x.reshape(self.n_pos, -1)
@@ -152,14 +152,19 @@ class ResidualPass:
             return y.clone()
 
         acts = [partial(pass_on, layer) for layer in range(len(gates))]
-        with watching(list(zip(gates, acts, strict=True))), evaluating(self._model):
-            with without_autocast(), graphs_that_last(), mode or nullcontext():
-                logits = self._model(self.tokens, return_type="logits")
+        with (
+            watching(list(zip(gates, acts, strict=True))),
+            evaluating(self._model),
+            without_autocast(),
+            graphs_that_last(),
+            mode or nullcontext(),
+        ):
+            logits = self._model(self.tokens, return_type="logits")
         missed = sorted(set(range(len(gates))) - set(seen))
         if missed:
             raise SiteError(
-                f"the residual stream did not pass the hook points of layers {missed}, so it cannot "
-                "be read there. If an SAE stands there, call reset_saes() first."
+                f"the residual stream did not pass the hook points of layers {missed}, so it "
+                "cannot be read there. If an SAE stands there, call reset_saes() first."
             )
         return [seen[layer] for layer in range(len(gates))], logits
 

@@ -231,7 +231,8 @@ def reading_of(
     if run.linearization == "detached":
         for layer in (off > _tolerance(span.y.dtype)).nonzero().flatten().tolist():
             offset[layer] = run.constant(layer)[target, chosen]
-        _check_exact(_off_by(logits, offset, z[chosen]), _tolerance(span.y.dtype))
+        off = _off_by(logits, offset, z[chosen])
+        _check_exact(str(model.cfg.model_name), off, _tolerance(span.y.dtype))
     return Reading(
         logits=logits[list(layers)][:, list(positions)],
         offset=offset[list(layers)],
@@ -265,7 +266,7 @@ def _tolerance(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
 
 
-def _check_exact(off: Float[Tensor, " layer"], tolerance: float) -> None:
+def _check_exact(name: str, off: Float[Tensor, " layer"], tolerance: float) -> None:
     """Refuse parts that do not add up.
 
     Raises:
@@ -274,10 +275,9 @@ def _check_exact(off: Float[Tensor, " layer"], tolerance: float) -> None:
     wrong = (~(off <= tolerance)).nonzero().flatten().tolist()
     if wrong:
         raise SiteError(
-            f"the parts differ from the model's logits, by {off.max():.1e} of their size, at layers "
-            f"{wrong}: with its factors fixed some function after them is not affine. Which ones "
-            "have a detached form is in lch_plugin.linearization. Use "
-            'linearization="jacobian".'
+            f"{name}: the parts differ from the logits, by {off.max():.1e} of their size, at layers "
+            f"{wrong}: with its factors fixed some function after them is not affine. Which have a "
+            'detached form is in lch_plugin.linearization. Use linearization="jacobian".'
         )
 
 

@@ -41,7 +41,7 @@ class Spectrum:
 
     values: Float[Tensor, " k"]
     inputs: Float[Tensor, "k pos d_in"]
-    outputs: Float[Tensor, "k *out"]
+    outputs: Float[Tensor, k * out]
     coefficients: Float[Tensor, " k"]
     residual: float
     position: int | None
@@ -76,7 +76,7 @@ class Spectrum:
 
     @graphs_that_last()
     def writes(self, i: int, k: int = 5) -> list[str]:
-        """The tokens whose logits ``u_i`` raises most, through the final norm frozen on this prompt.
+        """The tokens whose logits ``u_i`` raises most, by the final norm frozen on this prompt.
 
         Args:
             i: which triple.

@@ -115,7 +115,7 @@ def test_leading_triples_are_those_of_a_dense_svd(
         component_map(gpt2, site, IDS),
         slice(None) if position is None else slice(position, position + 1),
     )
-    u, s, v = torch.linalg.svd(whole)
+    _, s, v = torch.linalg.svd(whole)
     torch.testing.assert_close(found.values, s[:4], rtol=1e-9, atol=1e-9)
     assert found.residual < 1e-6
     same = (found.inputs.flatten(1) * v[:4]).sum(1).abs()
