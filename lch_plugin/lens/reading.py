@@ -275,9 +275,9 @@ def _check_exact(name: str, off: Float[Tensor, " layer"], tolerance: float) -> N
     wrong = (~(off <= tolerance)).nonzero().flatten().tolist()
     if wrong:
         raise SiteError(
-            f"{name}: the parts differ from the logits, by {off.max():.1e} of their size, at layers "
-            f"{wrong}: with its factors fixed some function after them is not affine. Which have a "
-            'detached form is in lch_plugin.linearization. Use linearization="jacobian".'
+            f"{name}: the parts differ from the logits, by {off.max():.1e} of their size, at "
+            f"layers {wrong}: with its factors fixed some function after them is not affine. Which "
+            'have a detached form is in lch_plugin.linearization. Use linearization="jacobian".'
         )
 
 
