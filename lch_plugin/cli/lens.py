@@ -23,8 +23,8 @@ def lens(
     ] = None,
     targets: Annotated[
         int, typer.Option(help="Last positions whose next token can be chosen.", **COUNT)
-    ] = 8,
-    top: Annotated[int, typer.Option(help="Tokens listed for each cell.", **COUNT)] = 8,
+    ] = 4,
+    top: Annotated[int, typer.Option(help="Tokens listed for each cell.", **COUNT)] = 5,
     linearization: Annotated[
         str,
         typer.Option(

@@ -30,13 +30,15 @@ def run(
     *,
     tokens: Sequence[str] = (),
     layers: Sequence[int] | None = None,
-    n_targets: int = 8,
-    k: int = 8,
+    n_targets: int = 4,
+    k: int = 5,
     linearization: Linearization = "detached",
 ) -> None:
     """Read a prompt at every layer and position, and write a report.
 
     Numbers in the report are less their mean over the vocabulary, which no probability depends on.
+    A share is what a cell adds to a token's logit, over all that the cells of its layer and the
+    rest add to it and take from it, in magnitude.
 
     Args:
         loaded: a language model with its tokenizer.
@@ -85,6 +87,7 @@ def run(
             "words": words,
             "layers": list(chosen),
             "targets": read,
+            "texts": {i: text(model, i) for i in sorted(_listed(read))},
         }
         parts = torch.tensor(last["parts"])[..., 0]
         figures = {"lens": heat_map(parts, chosen, words, title)}
@@ -127,26 +130,25 @@ def _read_targets(
         cells = span.push(frozen.cells(layer, everywhere), layer).float()
         cells = cells - cells.mean(-1, keepdim=True)
         for i, of_target in enumerate(found):
-            parts = cells[:, i, wanted[i]]
-            of_target["parts"].append(_rounded(parts))
-            of_target["rest"].append(_rounded(z[i, wanted[i]] - parts.sum(0)))
-            first = cells[:, i].topk(min(k, z.shape[-1]))
-            shares = first.values / z[i][first.indices]
+            parts = cells[:, i]
+            rest = z[i] - parts.sum(0)
+            first = parts.topk(min(k, z.shape[-1]))
+            shares = first.values / (parts.abs().sum(0) + rest.abs())[first.indices]
+            of_target["parts"].append(_rounded(parts[:, wanted[i]]))
+            of_target["rest"].append(_rounded(rest[wanted[i]]))
             of_target["top"].append(
-                [
-                    [
-                        {"token": text(model, j), "adds": v, "share": s}
-                        for j, v, s in zip(ids, values, share, strict=True)
-                    ]
-                    for ids, values, share in zip(
-                        first.indices.tolist(),
-                        _rounded(first.values),
-                        _rounded(shares),
-                        strict=True,
-                    )
-                ]
+                {
+                    "ids": first.indices.tolist(),
+                    "adds": _rounded(first.values),
+                    "shares": _rounded(shares),
+                }
             )
     return found
+
+
+def _listed(read: Sequence[dict[str, Any]]) -> set[int]:
+    """Ids of all tokens that are the first of some cell."""
+    return {i for of in read for layer in of["top"] for of_cell in layer["ids"] for i in of_cell}
 
 
 def _rounded(values: torch.Tensor) -> Any:
