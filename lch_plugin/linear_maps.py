@@ -41,7 +41,7 @@ class LinearMap:
             raise NotDifferentiableError(NO_PATH)
         self.y, self.xs = y, list(xs)
 
-    def pull(self, vs: Float[Tensor, n *y]) -> list[Float[Tensor, n *x]]:
+    def pull(self, vs: Float[Tensor, n * y]) -> list[Float[Tensor, n * x]]:
         """``J^T v`` of each of several ``v``, in each of ``xs``.
 
         Raises:
@@ -51,7 +51,7 @@ class LinearMap:
         parts = [_gradients(self.y, self.xs, some) for some in _batches(vs)]
         return [torch.cat(found) for found in zip(*parts, strict=True)]
 
-    def push(self, ds: Float[Tensor, n *x], index: int = 0) -> Float[Tensor, n *y]:
+    def push(self, ds: Float[Tensor, n * x], index: int = 0) -> Float[Tensor, n * y]:
         """``J d`` of each of several ``d`` in ``xs[index]``.
 
         Raises:
@@ -82,7 +82,7 @@ class LinearMap:
 
 
 def jacobian_product(
-    fn: Callable[[Tensor], Tensor], x: Float[Tensor, "*x"], d: Float[Tensor, "*x"]
+    fn: Callable[[Tensor], Tensor], x: Float[Tensor, "*x"], d: Float[Tensor, ...]
 ) -> Float[Tensor, "*y"]:
     """``J_fn(x) d`` of any callable: how its output changes, to first order, as ``x`` moves by d.
 

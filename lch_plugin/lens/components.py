@@ -108,7 +108,7 @@ def component_map(model: LensModel, site: Site, prompt: str | Int[Tensor, "*one 
 def jvp(
     site_or_fn: Site | Callable[[Tensor], Tensor],
     x: Any,
-    d: Float[Tensor, "*x"],
+    d: Float[Tensor, ...],
     *,
     model: LensModel | None = None,
 ) -> Float[Tensor, "*y"]:
