@@ -41,7 +41,7 @@ class LinearMap:
             raise NotDifferentiableError(NO_PATH)
         self.y, self.xs = y, list(xs)
 
-    def pull(self, vs: Float[Tensor, n * y]) -> list[Float[Tensor, n * x]]:
+    def pull(self, vs: Float[Tensor, "n ..."]) -> list[Float[Tensor, "n ..."]]:
         """``J^T v`` of each of several ``v``, in each of ``xs``.
 
         Raises:
@@ -51,7 +51,7 @@ class LinearMap:
         parts = [_gradients(self.y, self.xs, some) for some in _batches(vs)]
         return [torch.cat(found) for found in zip(*parts, strict=True)]
 
-    def push(self, ds: Float[Tensor, n * x], index: int = 0) -> Float[Tensor, n * y]:
+    def push(self, ds: Float[Tensor, "n ..."], index: int = 0) -> Float[Tensor, "n ..."]:
         """``J d`` of each of several ``d`` in ``xs[index]``.
 
         Raises:

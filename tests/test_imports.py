@@ -96,6 +96,7 @@ ROOMS = {
         "comparison",
     ),
     "lch_plugin.lens": (
+        "asked",
         "passes",
         "drawing",
         "reading",

@@ -32,8 +32,8 @@ from lch_plugin.adapters.transformer_lens.gates import Gate
 from lch_plugin.adapters.transformer_lens.mlps import locate_mlp, mlp_gates
 from lch_plugin.cotangents import Ones
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.lens.asked import one_prompt
 from lch_plugin.lens.passes import watching
-from lch_plugin.lens.reading import one_prompt
 from lch_plugin.linear_maps import LinearMap, graphs_that_last, jacobian_product
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.sites import Site

@@ -70,7 +70,7 @@ class ResidualPass:
         """From the residual stream at every layer to the logits of some positions."""
         return LinearMap(self.logits[0, list(targets)], self.streams)
 
-    def cells(self, layer: int, positions: Sequence[int]) -> Float[Tensor, n * x]:
+    def cells(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "n ..."]:
         """The residual stream of a layer at one position each, zero elsewhere."""
         x = self.streams[layer].detach()
         rows = x.reshape(self.n_pos, -1)
@@ -170,7 +170,8 @@ class ResidualPass:
 
 
 @contextmanager
-def watching(acts: list[tuple[Gate, Act]]) -> Iterator[None]:
+def watching(acts: Sequence[tuple[Gate, Act]]) -> Iterator[None]:
+    """While this lasts, each gate shows its act what passes."""
     try:
         for gate, act in acts:
             gate.install(lambda: True, act)

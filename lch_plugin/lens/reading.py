@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
-from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, check_token_ids
+from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.architecture import check_model
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.lens.asked import indices, one_prompt, text, token_ids
 from lch_plugin.lens.drawing import heat_table
 from lch_plugin.lens.passes import ResidualPass
 from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.sites import Linearization, integers
+from lch_plugin.sites import Linearization
 
 # Tokens that are read if none are named: the likeliest.
 _N_TOKENS = 10
@@ -279,67 +280,3 @@ def _check_exact(name: str, off: Float[Tensor, " layer"], tolerance: float) -> N
             f"layers {wrong}: with its factors fixed some function after them is not affine. Which "
             'have a detached form is in lch_plugin.linearization. Use linearization="jacobian".'
         )
-
-
-def one_prompt(model: LensModel, prompt: Any) -> Int[Tensor, "1 pos"]:
-    """Token ids of one prompt.
-
-    Raises:
-        InputError: as `as_tokens`, or there are several.
-    """
-    if isinstance(prompt, str) and not prompt.strip():
-        raise InputError("the prompt is empty: there is no token to read.")
-    ids = as_tokens(model, prompt)
-    if len(ids) != 1:
-        raise InputError(f"{len(ids)} prompts: a reading is of one. Read them one by one.")
-    return ids.clone() if ids.is_inference() else ids
-
-
-def token_ids(model: LensModel, tokens: str | int | Sequence[str | int]) -> list[int]:
-    """Ids of tokens given as texts or ids.
-
-    Raises:
-        InputError: a text that is not one token, no token at all, or an id outside the vocabulary.
-    """
-    listed = [tokens] if isinstance(tokens, str) else tokens
-    listed = listed if isinstance(listed, Sequence) else (integers(listed) or [listed])
-    found = []
-    for token in listed:
-        if isinstance(token, str):
-            ids = model.to_tokens(token, prepend_bos=False, truncate=False)[0].tolist()
-            if len(ids) != 1:
-                parts = [text(model, i) for i in ids]
-                raise InputError(f"{token!r} is not one token but {len(ids)}, {parts}: give one.")
-            found += ids
-        else:
-            found += integers(token) or [_no_token(token)]
-    if not found:
-        raise InputError("tokens=[] names no token: leave it out for the likeliest.")
-    check_token_ids(model.cfg.d_vocab, min(found), max(found))
-    return found
-
-
-def _no_token(token: object) -> int:
-    raise InputError(f"{token!r} is no token: give its text or its id.")
-
-
-def indices(values: Any, n: int, name: str) -> tuple[int, ...]:
-    """Indices from 0, in the order they were given.
-
-    Raises:
-        InputError: something else than integers, none, or one that is not there.
-    """
-    found = integers(values)
-    if not found:
-        raise InputError(f"{name}={values!r} must be one integer or several.")
-    unknown = [i for i in found if not -n <= i < n]
-    if unknown:
-        raise InputError(f"{name}={values!r}: {unknown} do not exist; there are 0 to {n - 1}.")
-    return tuple(i % n for i in found)
-
-
-def text(model: LensModel, token: int) -> str:
-    """What a token reads."""
-    if model.tokenizer is None:
-        return str(token)
-    return str(model.tokenizer.decode([token]))

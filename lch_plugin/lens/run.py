@@ -14,9 +14,10 @@ from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import claimed, portable, write_directory
+from lch_plugin.lens.asked import indices, one_prompt, text, token_ids
 from lch_plugin.lens.drawing import heat_map
 from lch_plugin.lens.passes import ResidualPass
-from lch_plugin.lens.reading import indices, one_prompt, reading_of, text, token_ids
+from lch_plugin.lens.reading import reading_of
 from lch_plugin.linear_maps import graphs_that_last
 from lch_plugin.loading import LoadedModel
 from lch_plugin.report import write_report

@@ -11,9 +11,9 @@ from torch import Tensor
 from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
+from lch_plugin.lens.asked import indices, one_prompt, text
 from lch_plugin.lens.components import component_map
 from lch_plugin.lens.passes import ResidualPass
-from lch_plugin.lens.reading import indices, one_prompt, text
 from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
 from lch_plugin.sites import Site
@@ -41,7 +41,7 @@ class Spectrum:
 
     values: Float[Tensor, " k"]
     inputs: Float[Tensor, "k pos d_in"]
-    outputs: Float[Tensor, k * out]
+    outputs: Float[Tensor, "k ..."]
     coefficients: Float[Tensor, " k"]
     residual: float
     position: int | None
