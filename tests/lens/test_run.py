@@ -12,6 +12,7 @@ import torch
 import lch_plugin as lch
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.lens.run import run
+from tests.browser import CHROMIUM, browse
 
 PROMPT = "Tom saw an apple and picked an"
 
@@ -70,6 +71,34 @@ def test_the_page_needs_nothing_else(directory: Path, results: dict[str, Any]) -
     assert page.count("data:image/png;base64,") == 1
     assert results["run"]["linearization"] == "detached"
     assert (directory / "lens.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_the_page_draws_what_is_chosen_and_says_what_a_cell_holds(
+    directory: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
+    script = """
+        const cells = () => [...document.querySelectorAll("#grid tbody tr")].map(
+            (row) => [...row.querySelectorAll("td")].map((cell) => cell.textContent));
+        const first = cells();
+        document.getElementById("show").value = 1;
+        document.getElementById("show").onchange();
+        const followed = cells();
+        document.querySelectorAll("#grid tbody tr")[1].querySelector("td").click();
+        return {first, followed, cell: document.getElementById("cell").textContent,
+                wide: document.documentElement.scrollWidth > innerWidth};
+    """
+    found, said = browse(directory / "report.html", script, tmp_path, width=500)
+    assert said == ""
+    last = results["targets"][-1]
+    token = results["texts"][str(last["top"][-1]["ids"][-1][0])]
+    assert found["first"][0][-1].startswith(token)
+    assert found["followed"][0][-2:] == [
+        f"{last['parts'][-1][-1][0]:.2f}",
+        f"{last['rest'][-1][0]:.2f}",
+    ]
+    assert found["cell"].startswith("layer 0")
+    assert not found["wide"]
 
 
 def test_a_notebook_shows_the_first_token() -> None:
