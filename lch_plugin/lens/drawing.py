@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+import torch
 from jaxtyping import Float
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -17,11 +18,16 @@ _RAISES, _LOWERS = "194, 65, 12", "29, 78, 216"  # As `lch_plugin.figures` has t
 
 def heat_map(
     parts: Float[Tensor, "layer pos"],
+    rest: Float[Tensor, " layer"],
     layers: Sequence[int],
     prompt: Sequence[str],
     title: str,
 ) -> Figure:
-    """What each cell adds to a token's logit; layers upwards, positions from left to right."""
+    """What each cell adds to a token's logit; layers upwards, positions from left to right.
+
+    The last column is what no cell adds: of the frozen model, biases.
+    """
+    parts = torch.cat([parts, rest[:, None]], 1)
     width = min(16.0, 2.5 + 0.42 * len(prompt))
     figure, (axis,) = new_figure(width, min(12.0, 2 + 0.16 * len(layers)))
     most = float(parts.abs().max()) or 1.0
@@ -30,8 +36,9 @@ def heat_map(
         parts.numpy(), origin="lower", aspect="auto", cmap=colours, vmin=-most, vmax=most
     )
     # A dollar begins mathematics.
-    names = [_shown(t).replace("$", r"\$") for t in prompt]
-    axis.set_xticks(range(len(prompt)), names, rotation=60, ha="right")
+    names = [*(_shown(t).replace("$", r"\$") for t in prompt), "[biases]"]
+    axis.axvline(len(prompt) - 0.5, color="black", linewidth=0.6)
+    axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
     step = 1 + len(layers) // 16
     axis.set_yticks(range(0, len(layers), step), [str(i) for i in layers[::step]])
     axis.set_ylabel("residual stream before block")

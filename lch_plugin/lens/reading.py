@@ -31,7 +31,8 @@ class Reading:
 
     Layer ``l`` is the residual stream that block ``l`` reads; the last, ``n_layers`` of the model,
     is what the last block leaves. At every layer the readings of all positions and the offset add
-    up to the model's logits, ``logits.sum(1) + offset == model_logits``.
+    up to the model's logits, ``logits.sum(1) + offset == model_logits``. It keeps the graph of its
+    forward pass, for `top`.
 
     Attributes:
         logits: what each cell adds to the logit of each token.

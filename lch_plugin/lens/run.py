@@ -90,8 +90,8 @@ def run(
             "targets": read,
             "texts": {i: text(model, i) for i in sorted(_listed(read))},
         }
-        parts = torch.tensor(last["parts"])[..., 0]
-        figures = {"lens": heat_map(parts, chosen, words, title)}
+        parts, rest = torch.tensor(last["parts"])[..., 0], torch.tensor(last["rest"])[..., 0]
+        figures = {"lens": heat_map(parts, rest, chosen, words, title)}
         write_directory(out, lambda it: write_report(it, "lens.html", results, figures))
 
 
