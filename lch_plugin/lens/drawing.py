@@ -25,7 +25,7 @@ def heat_map(
 ) -> Figure:
     """What each cell adds to a token's logit; layers upwards, positions from left to right.
 
-    The last column is what no cell adds: of the frozen model, biases.
+    The last column is the rest: of the frozen model, what biases add.
     """
     parts = torch.cat([parts, rest[:, None]], 1)
     width = min(16.0, 2.5 + 0.42 * len(prompt))
@@ -36,12 +36,12 @@ def heat_map(
         parts.numpy(), origin="lower", aspect="auto", cmap=colours, vmin=-most, vmax=most
     )
     # A dollar begins mathematics.
-    names = [*(_shown(t).replace("$", r"\$") for t in prompt), "[biases]"]
+    names = [*(_shown(t).replace("$", r"\$") for t in prompt), "[rest]"]
     axis.axvline(len(prompt) - 0.5, color="black", linewidth=0.6)
     axis.set_xticks(range(len(names)), names, rotation=60, ha="right")
     step = 1 + len(layers) // 16
     axis.set_yticks(range(0, len(layers), step), [str(i) for i in layers[::step]])
-    axis.set_ylabel("residual stream before block")
+    axis.set_ylabel("layer")
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(visible=False)
     figure.colorbar(image, ax=axis, label="adds to the logit")
