@@ -37,5 +37,5 @@ def test_parts_add_up_where_every_detached_block_is_exact(name: str) -> None:
     cell = lch.lens.read(model, ids, [0], [2], tokens=found.ids[0, 0].tolist()).logits[0, 0, 0]
     others = reading._span.push(reading._run.cells(0, [2]), 0)[0, 0].mean()
     torch.testing.assert_close(
-        found.values[0, 0, 0], cell - others.to(cell), rtol=tolerance, atol=tolerance
+        found.values[0, 0, 0].to(cell), cell - others.to(cell), rtol=tolerance, atol=tolerance
     )

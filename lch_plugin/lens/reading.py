@@ -238,7 +238,7 @@ def reading_of(
     return Reading(
         logits=logits[list(layers)][:, list(positions)],
         offset=offset[list(layers)],
-        model_logits=z[chosen],
+        model_logits=z[chosen].to(logits),
         layers=tuple(layers),
         positions=tuple(positions),
         token_ids=tuple(chosen),
