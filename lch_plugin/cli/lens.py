@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lch_plugin.cli.options import COUNT, Device, Dtype, Model, Out, one_of
+from lch_plugin.cli.options import COUNT, MOST, Device, Dtype, Model, Out, one_of
 from lch_plugin.errors import InputError
 
 
@@ -19,7 +19,11 @@ def lens(
     ] = None,
     layer: Annotated[
         list[int] | None,
-        typer.Option(help="To read, 0 before the first block; may be repeated; all if none."),
+        typer.Option(
+            help="To read, 0 before the first block; may be repeated; all if none.",
+            min=-MOST,
+            max=MOST,
+        ),
     ] = None,
     targets: Annotated[
         int, typer.Option(help="Last positions whose next token can be chosen.", **COUNT)
