@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         circuits,
         concepts,
         diagnostics,
+        lens,
         probes,
         saes,
         saliency,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lch_plugin.adapters.transformer_lens import attach
     from lch_plugin.demo import load_demo_model
     from lch_plugin.demo.vision import load_demo_vision_model
+    from lch_plugin.lens import jvp, spectrum
     from lch_plugin.loading import LoadedModel, load
 
 __version__ = version("lch-plugin")
@@ -80,6 +82,8 @@ __all__ = [
     "detached",
     "diagnostics",
     "huggingface",
+    "jvp",
+    "lens",
     "load",
     "load_demo_model",
     "load_demo_vision_model",
@@ -89,6 +93,7 @@ __all__ = [
     "saes",
     "saliency",
     "sample_neighbourhood",
+    "spectrum",
     "steering",
 ]
 
@@ -96,9 +101,11 @@ __all__ = [
 _LAZY_FUNCTIONS = {
     "attach": "lch_plugin.adapters.transformer_lens",
     "LoadedModel": "lch_plugin.loading",
+    "jvp": "lch_plugin.lens",
     "load": "lch_plugin.loading",
     "load_demo_model": "lch_plugin.demo",
     "load_demo_vision_model": "lch_plugin.demo.vision",
+    "spectrum": "lch_plugin.lens",
 }
 _LAZY_MODULES = {
     "alignment": "lch_plugin.alignment",
@@ -106,6 +113,7 @@ _LAZY_MODULES = {
     "concepts": "lch_plugin.concepts",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
+    "lens": "lch_plugin.lens",
     "nnsight": "lch_plugin.adapters.nnsight",
     "probes": "lch_plugin.probes",
     "saes": "lch_plugin.saes",

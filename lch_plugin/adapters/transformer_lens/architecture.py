@@ -106,9 +106,9 @@ def block_input(block: Any) -> Gate:
     return PointGate(block, "hook_resid_pre" if is_hooked(block) else "hook_in", last=True)
 
 
-def block_output(block: Any) -> Gate:
-    """The residual stream as a block leaves it."""
-    return PointGate(block, "hook_resid_post" if is_hooked(block) else "hook_out", last=False)
+def block_output(block: Any, *, last: bool = False) -> Gate:
+    """The residual stream as a block leaves it; with ``last`` as the user's hooks leave it."""
+    return PointGate(block, "hook_resid_post" if is_hooked(block) else "hook_out", last=last)
 
 
 def attention(block: Any, path: str) -> tuple[Any, str]:

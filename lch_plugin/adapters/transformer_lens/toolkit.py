@@ -12,6 +12,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import MLPBridge, MoEBridge
+from transformer_lens.tools.analysis import JacobianLens
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer, loading_from_pretrained
@@ -40,6 +41,7 @@ __all__ = [
     "HookedGatedMLP",
     "HookedMLP",
     "HookedTransformer",
+    "JacobianLens",
     "LensHandle",
     "LensModel",
     "MLPBridge",
