@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lch_plugin import (
         alignment,
         circuits,
+        cluster,
         concepts,
         diagnostics,
         probes,
@@ -75,6 +76,7 @@ __all__ = [
     "attach",
     "centroid",
     "circuits",
+    "cluster",
     "concepts",
     "cotangents",
     "detached",
@@ -103,6 +105,7 @@ _LAZY_FUNCTIONS = {
 _LAZY_MODULES = {
     "alignment": "lch_plugin.alignment",
     "circuits": "lch_plugin.circuits",
+    "cluster": "lch_plugin.cluster",
     "concepts": "lch_plugin.concepts",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",

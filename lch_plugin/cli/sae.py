@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,10 @@ from lch_plugin.cli.options import (
     LearningRate,
     Model,
     Out,
+    Ray,
     Seed,
+    Workers,
+    cluster,
     n_bytes,
     one_of,
     source,
@@ -169,6 +173,8 @@ def cache(
     ] = "float32",
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.", **COUNT)] = 32,
     max_shard_size: Annotated[str, typer.Option(help="Of the files.", callback=n_bytes)] = "500MB",
+    ray: Ray = None,
+    workers: Workers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -181,6 +187,7 @@ def cache(
 
     if not (out / MANIFEST).is_file():  # As of a cache that is checked, or goes on.
         check_new_directory(out)
+    on = cluster(ray, workers, device)
     keeping(lambda: finished_parts(out))
     bridge, data = _model_and_text(
         model,
@@ -202,6 +209,8 @@ def cache(
         seed=seed,
         batch_size=batch_size,
         max_shard_size=max_shard_size,
+        cluster=on,
+        load=on and partial(_bridge, model, dtype, device),
     )
     typer.echo(f"{out}: {made.n_tokens:,} tokens at {len(made.hook_names)} hook points")
 
@@ -235,17 +244,23 @@ def _model_and_text(
     seed: int,
 ) -> tuple[Any, Any]:
     """A model in TransformerLens and a text for it; the embedded model and its stories if none."""
-    from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.demo.corpus import describe, write_stories
-    from lch_plugin.loading import load
     from lch_plugin.saes import load_text
 
-    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
+    bridge = _bridge(model, dtype, device)
     if text is None:
         own = list(write_stories(n_stories, split=split, seed=seed))
         typer.echo(f"text: {describe(own, split, seed)}")
         text = load_text([story.text for story in own])
     return bridge, text
+
+
+def _bridge(model: str, dtype: str | None, device: str) -> Any:
+    """A model in TransformerLens, the embedded one if none is named; here or on a worker."""
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.loading import load
+
+    return load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
 
 
 @app.command()
