@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -183,6 +185,39 @@ class Cluster:
                 f"num_gpus={self.num_gpus:g} each do not fit: the machines of the cluster "
                 f"({len(nodes)}) have {' and '.join(there)}, room for {room}. Lower one of these."
             )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A directory that workers write to, as they know it: by a file with a name of its own.
+
+    Attributes:
+        directory: where it is, on every machine.
+        mark: the name of the file.
+    """
+
+    directory: Path
+    mark: str
+
+    def check(self) -> None:
+        """See, on a worker, that this machine has the directory.
+
+        Raises:
+            InputError: it has not, or another one of that name.
+        """
+        if not (self.directory / self.mark).exists():
+            raise InputError(
+                f"the worker on {here()} does not see {self.directory}, where workers write. "
+                "Choose a path on a disk that all machines of the cluster share."
+            )
+
+
+@contextmanager
+def shared(directory: Path) -> Iterator[Shared]:
+    """Mark a directory for workers, for as long as the block lasts."""
+    # Named as what killed runs leave behind, which `lch_plugin.files` removes.
+    with NamedTemporaryFile(prefix=".mark-", suffix=".tmp", dir=directory) as file:
+        yield Shared(directory, Path(file.name).name)
 
 
 def here() -> str:

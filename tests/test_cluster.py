@@ -15,29 +15,45 @@ import pytest
 import torch
 
 import lch_plugin as lch
-from lch_plugin.cluster import Cluster, ClusterError
+from lch_plugin.cluster import Cluster, ClusterError, _check_answers
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_here")]
 
-TWO = Cluster(workers=2)
+ONE = Cluster(workers=1)
 
 
-def test_each_task_comes_with_its_result_from_one_of_the_workers() -> None:
+def test_tasks_come_with_their_results_and_a_killed_workers_is_done_again(tmp_path: Path) -> None:
     def setup() -> Any:
-        return lambda x: (2 * x, os.getpid(), torch.get_num_threads())
+        (tmp_path / f"set-up-{os.getpid()}").touch()
 
-    found = dict(TWO.run(setup, range(9)))
-    assert {x: double for x, (double, _, _) in found.items()} == {x: 2 * x for x in range(9)}
-    assert 1 <= len({pid for _, pid, _ in found.values()} - {os.getpid()}) <= 2
+        def work(x: int) -> tuple[int, int, int]:
+            if x == 3 and not (tmp_path / "killed").exists():
+                (tmp_path / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return x * x, os.getpid(), torch.get_num_threads()
+
+        return work
+
+    found = dict(Cluster(workers=2).run(setup, range(12)))
+    assert {x: square for x, (square, _, _) in found.items()} == {x: x * x for x in range(12)}
+    assert (tmp_path / "killed").exists()
+    assert len(list(tmp_path.glob("set-up-*"))) == 3
+    assert os.getpid() not in {pid for _, pid, _ in found.values()}
     assert {threads for _, _, threads in found.values()} == {1}
 
 
-def test_a_worker_has_as_many_threads_as_cpus() -> None:
-    one = Cluster(workers=1, num_cpus=2.0)
-    assert list(one.run(lambda: lambda _: torch.get_num_threads(), [0])) == [(0, 2)]
+def test_a_worker_that_is_always_lost_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lch_plugin.cluster._RESTARTS", 1)
+
+    def setup() -> Any:
+        return lambda _: os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ClusterError, match="was lost 2 times or cannot be started") as caught:
+        list(ONE.run(setup, [0]))
+    assert "\n" not in str(caught.value)
 
 
-def test_tasks_are_taken_as_workers_get_free_and_none_starts_nothing() -> None:
+def test_tasks_are_taken_as_workers_get_free_and_their_errors_come_as_they_are() -> None:
     taken: list[int] = []
 
     def tasks() -> Iterator[int]:
@@ -45,49 +61,30 @@ def test_tasks_are_taken_as_workers_get_free_and_none_starts_nothing() -> None:
             taken.append(i)
             yield i
 
-    done = TWO.run(lambda: abs, tasks())
-    next(done)
-    done.close()
-    assert taken == [0, 1]
-    assert list(Cluster("127.0.0.1:1").run(lambda: abs, [])) == []
-
-
-def test_a_killed_workers_task_is_done_again_with_its_set_up(tmp_path: Path) -> None:
     def setup() -> Any:
-        (tmp_path / f"set-up-{os.getpid()}").touch()
-
-        def work(x: int) -> int:
-            if x == 3 and not (tmp_path / "killed").exists():
-                (tmp_path / "killed").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return x * x
-
-        return work
-
-    assert dict(TWO.run(setup, range(6))) == {x: x * x for x in range(6)}
-    assert (tmp_path / "killed").exists()
-    assert len(list(tmp_path.glob("set-up-*"))) == 3
-
-
-def test_a_worker_that_is_always_lost_is_one_clear_line() -> None:
-    def setup() -> Any:
-        return lambda _: os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(ClusterError, match="was lost 4 times or cannot be started") as caught:
-        list(Cluster(workers=1).run(setup, [0]))
-    assert "\n" not in str(caught.value)
-
-
-def test_what_is_raised_on_a_worker_is_raised_here_as_it_is() -> None:
-    def setup() -> Any:
-        def work(_: int) -> None:
-            raise lch.SiteError("no such site")
+        def work(x: int) -> None:
+            if x == 2:
+                raise lch.SiteError("no such site")
 
         return work
 
     with pytest.raises(lch.SiteError, match="^no such site$") as caught:
-        list(TWO.run(setup, [0]))
+        list(ONE.run(setup, tasks()))
     assert type(caught.value) is lch.SiteError
+    assert taken == [0, 1, 2]
+
+
+def test_a_head_answers_and_a_worker_has_as_many_threads_as_cpus() -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    _check_answers(address)
+    wide = Cluster(address, workers=1, num_cpus=2.0)
+    assert list(wide.run(lambda: lambda _: torch.get_num_threads(), [0])) == [(0, 2)]
+
+
+def test_without_tasks_nothing_is_started() -> None:
+    assert list(Cluster("127.0.0.1:1").run(lambda: abs, [])) == []
 
 
 @pytest.mark.parametrize(
@@ -115,8 +112,6 @@ def test_what_no_cluster_is_or_has_is_refused(settings: dict[str, Any], said: st
 def test_an_address_without_a_head_of_ray_is_refused_at_once(
     answer: bytes | None, said: str
 ) -> None:
-    from lch_plugin.cluster import _check_answers
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -132,16 +127,6 @@ def test_an_address_without_a_head_of_ray_is_refused_at_once(
             threading.Thread(target=serve).start()
         with pytest.raises(lch.InputError, match=said):
             _check_answers(address)
-
-
-def test_the_head_of_a_cluster_answers() -> None:
-    import ray
-
-    from lch_plugin.cluster import _check_answers
-
-    address = ray.get_runtime_context().gcs_address
-    _check_answers(address)
-    assert list(Cluster(address, workers=1).run(lambda: abs, [-1])) == [(-1, 1)]
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

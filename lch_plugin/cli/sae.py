@@ -411,6 +411,8 @@ def compare(
     skip: Annotated[
         int, typer.Option(help="First tokens of each input that do not count.", **COUNT_OR_NONE)
     ] = 1,
+    ray: Ray = None,
+    workers: Workers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -455,6 +457,7 @@ def compare(
         train, test = load_labelled(
             dataset, label, column=column, split=split, test_split=test_split, seed=seed
         )
+    on = cluster(ray, workers, device)
     keeping(lambda: finished_parts(out))
     loaded = load(model, dtype=dtype, device=device)
     others = []
@@ -463,4 +466,4 @@ def compare(
         same = not name or name == model
         of = loaded if same else load(name, dtype=dtype, device=device)
         others.append((of, component or module))
-    run(loaded, module, train, test, out, chosen, against=others)
+    run(loaded, module, train, test, out, chosen, against=others, cluster=on)

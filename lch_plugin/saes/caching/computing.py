@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,11 +18,11 @@ from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.cluster import Cluster, here
+from lch_plugin.cluster import Cluster, Shared, here, shared
 from lch_plugin.errors import InputError, LCHError, OutputError
 from lch_plugin.saes.caching.records import differences, record
 from lch_plugin.saes.caching.sequences import Sequences, store_of
-from lch_plugin.saes.caching.shards import MARK, Shard, features, hash_tokens, write_shard
+from lch_plugin.saes.caching.shards import Shard, features, hash_tokens, write_shard
 from lch_plugin.saes.sources.hook_points import attached, check_model
 from lch_plugin.saes.sources.hooked_model import HookedModel
 
@@ -82,17 +81,14 @@ def compute_on(
         tasks: what is to be made.
         then: called after each shard, with how many sequences it has.
     """
-    worker = _Worker(load, manifest, directory)
-    mark = directory / MARK
-    with writing(directory):
-        mark.write_text(worker.mark)
-    try:
-        with closing(cluster.run(worker, tasks)) as done:
-            for (_, tokens), shard in done:
-                then(len(tokens))
-                yield shard
-    finally:
-        mark.unlink(missing_ok=True)
+    with (
+        writing(directory),
+        shared(directory) as place,
+        closing(cluster.run(_Worker(load, manifest, place), tasks)) as done,
+    ):
+        for (_, tokens), shard in done:
+            then(len(tokens))
+            yield shard
 
 
 @dataclass(frozen=True)
@@ -101,8 +97,7 @@ class _Worker:
 
     load: Load
     manifest: dict[str, Any]
-    directory: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    place: Shared
 
     def __call__(self) -> Callable[[Task], Shard]:
         """Load the model, and see that everything is here what it is where the call was made.
@@ -111,7 +106,7 @@ class _Worker:
             InputError: the directory, the versions or the model are others.
         """
         settings, hooks = self.manifest["settings"], self.manifest["hooks"]
-        self._check_directory()
+        self.place.check()
         self._refuse(differences(self.manifest, {"versions": libraries()}))
         try:
             model = self.load()
@@ -139,20 +134,9 @@ class _Worker:
 
         def work(task: Task) -> Shard:
             with attached(model, d_in), evaluating(model):
-                return compute(source, self.directory, task)
+                return compute(source, self.place.directory, task)
 
         return work
-
-    def _check_directory(self) -> None:
-        try:
-            found = (self.directory / MARK).read_text()
-        except OSError as error:
-            found = error.strerror
-        if found != self.mark:
-            raise InputError(
-                f"the worker on {here()} does not see {self.directory}, where shards are written. "
-                "Choose a path on a disk that all machines of the cluster share."
-            )
 
     def _refuse(self, differing: list[str]) -> None:
         if differing:

@@ -43,8 +43,6 @@ from lch_plugin.records import (
 MANIFEST = "manifest.json"
 #: The column of token ids, under SAELens' name for it.
 TOKEN_IDS = "token_ids"
-#: What workers on other machines know the directory by, for as long as they are at work.
-MARK = ".mark"
 # What `datasets` says of a cache that has a manifest.
 _MADE_HERE = "Values at hook points, written by lch_plugin; manifest.json says of what."
 _INFO, _STATE = "dataset_info.json", "state.json"
@@ -302,7 +300,7 @@ def _hash_manifest(manifest: Mapping[str, Any]) -> str:
 
 def is_ours(name: str) -> bool:
     """Whether a file in a cache is one that writing it makes."""
-    return re.fullmatch(r"data-\d{5,}\.arrow(\.tmp)?|\.lock|\.mark", name) is not None
+    return re.fullmatch(r"data-\d{5,}\.arrow(\.tmp)?|\.lock", name) is not None
 
 
 def read_shard(path: Path) -> list[pa.RecordBatch]:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import lch_plugin as lch
-from lch_plugin.cluster import Cluster
+from lch_plugin.cluster import Cluster, Shared, shared
 from lch_plugin.demo.corpus import stories
 from lch_plugin.saes.caching.computing import _Worker
-from lch_plugin.saes.caching.shards import MARK, read_manifest
+from lch_plugin.saes.caching.shards import read_manifest
 from tests.cli import run
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_here")]
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "max_shard_size": 1,
     "n_tokens": 34 * 64,
 }
-ON_TWO: dict[str, Any] = {"cluster": Cluster(workers=2), "load": lch.load_demo_model}
+ONE = Cluster(workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -75,22 +75,31 @@ def test_with_a_worker_killed_it_is_that_of_one_process_byte_for_byte(
     assert killed.exists()
     assert len(list(alone.glob("data-*.arrow"))) == 9
     assert files(cache.path) == files(alone)
-    # Damaged, only what is damaged is computed, and a whole one needs no cluster.
-    (cache.path / "data-00003.arrow").write_bytes(b"")
-    lch.saes.cache(model, TEXTS, cache.path, **SETTINGS, **ON_TWO)
-    assert files(cache.path) == files(alone)
-    nowhere = {**ON_TWO, "cluster": Cluster("127.0.0.1:1")}
+    # Finished, it needs no cluster.
+    nowhere = {"cluster": Cluster("127.0.0.1:1"), "load": lch.load_demo_model}
     lch.saes.cache(model, TEXTS, cache.path, **SETTINGS, **nowhere)
 
 
-def test_the_command_does_the_same(alone: Path, tmp_path: Path) -> None:
+def test_the_command_does_the_same(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(TEXTS))
-    for out, more in (("one", []), ("two", ["--workers", "2"])):
-        arguments = ["--n-tokens", "600", "--context-size", "64", "--batch-size", "4"]
+    for out, more in (("one", []), ("two", ["--workers", "1"])):
+        arguments = ["--text", str(text), "--n-tokens", "600", "--context-size", "64"]
         code, said = run("sae", "cache", HOOKS[0], *arguments, "--out", str(tmp_path / out), *more)
         assert code == 0, said
     assert files(tmp_path / "one") == files(tmp_path / "two")
+    for more, said in (
+        (["--ray", "127.0.0.1:1"], "this process is connected to the Ray at"),
+        (["--workers", "3"], "room for 2"),
+    ):
+        code, found = run("sae", "cache", HOOKS[0], "--out", str(tmp_path / "three"), *more)
+        assert code == 1
+        assert said in found
+        assert not (tmp_path / "three").exists()
+
+
+def without_the_model() -> Any:
+    return lch.load("/no/such/model").bridge()
 
 
 def other_model() -> Any:
@@ -99,38 +108,31 @@ def other_model() -> Any:
     return model
 
 
-def test_another_model_or_none_on_a_worker_is_refused_and_nothing_stays(
+def test_a_worker_without_the_models_files_says_so_and_nothing_stays(
     model: Any, tmp_path: Path
 ) -> None:
-    def none() -> Any:
-        return lch.load("/no/such/model").bridge()
-
-    for load, said in (
-        (other_model, "would compute something else. model, weights is"),
-        (none, "cannot load the model: .*/no/such/model.* at the same place"),
-    ):
-        on = {**ON_TWO, "load": load}
-        with pytest.raises(lch.InputError, match=said) as caught:
-            lch.saes.cache(model, TEXTS, tmp_path / "c", **SETTINGS, **on)
-        assert "\n" not in str(caught.value)
-        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(lch.InputError, match=r"/no/such/model.* at the same place") as caught:
+        lch.saes.cache(
+            model, TEXTS, tmp_path / "c", **SETTINGS, cluster=ONE, load=without_the_model
+        )
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_does_not_see_the_directory_or_has_other_versions_says_so(
-    alone: Path, tmp_path: Path
-) -> None:
+def test_what_is_otherwise_on_a_worker_is_refused(alone: Path, tmp_path: Path) -> None:
     manifest = read_manifest(alone, "")
     assert manifest is not None
-    worker = _Worker(lch.load_demo_model, manifest, tmp_path)
-    with pytest.raises(lch.InputError, match="does not see .* on a disk that all machines"):
+    worker = _Worker(lch.load_demo_model, manifest, Shared(tmp_path, ".mark"))
+    with pytest.raises(lch.InputError, match=r"does not see .* on a disk that all machines"):
         worker()
-    (tmp_path / MARK).write_text("of another call")
-    with pytest.raises(lch.InputError, match="does not see"):
-        worker()
-    (tmp_path / MARK).write_text(worker.mark)
-    old = replace(worker, manifest={**manifest, "versions": {**manifest["versions"], "torch": "1"}})
-    with pytest.raises(lch.InputError, match="versions, torch is .* and was '1'"):
-        old()
+    with shared(tmp_path) as place:
+        for changes, said in (
+            ({"load": other_model}, "would compute something else. model, weights is"),
+            ({"manifest": {**manifest, "versions": {"torch": "1"}}}, "and was '1'"),
+        ):
+            with pytest.raises(lch.InputError, match=said):
+                replace(worker, place=place, **changes)()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
