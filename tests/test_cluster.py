@@ -68,7 +68,7 @@ def test_tasks_are_taken_as_workers_get_free_and_their_errors_come_as_they_are()
 
         return work
 
-    with pytest.raises(lch.SiteError, match="^no such site$") as caught:
+    with pytest.raises(lch.SiteError, match=r"^no such site$") as caught:
         list(ONE.run(setup, tasks()))
     assert type(caught.value) is lch.SiteError
     assert taken == [0, 1, 2]
