@@ -23,6 +23,7 @@ from lch_plugin.centroids import (
 )
 from lch_plugin.errors import (
     AttachError,
+    ClusterError,
     InputError,
     LCHError,
     NonFiniteError,
@@ -59,6 +60,7 @@ __version__ = version("lch-plugin")
 __all__ = [
     "AffineExpert",
     "AttachError",
+    "ClusterError",
     "InputError",
     "LCHError",
     "LoadedModel",

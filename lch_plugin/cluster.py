@@ -30,7 +30,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from lch_plugin.errors import InputError, LCHError, ToolkitError
+from lch_plugin.errors import ClusterError, InputError, ToolkitError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,10 +42,6 @@ _PATIENCE = 3.0
 # What opens a conversation in gRPC, which is HTTP/2 (RFC 9113, 3.4), and the kind of what answers.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = 4
-
-
-class ClusterError(LCHError, RuntimeError):
-    """Workers of a cluster were lost, again and again."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,6 @@ class Cluster:
     def _ray(self) -> Iterator[Any]:
         """Ray, connected; for the time of the block, unless this process was connected before."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Or Ray warns that it will do so in a later version.
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
         if ray.is_initialized():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lch_plugin as lch
-from lch_plugin.cluster import Cluster, ClusterError, _check_answers
+from lch_plugin.cluster import Cluster, _check_answers
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_here")]
 
@@ -48,7 +48,7 @@ def test_a_worker_that_is_always_lost_is_one_clear_line(monkeypatch: pytest.Monk
     def setup() -> Any:
         return lambda _: os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(ClusterError, match="was lost 2 times or cannot be started") as caught:
+    with pytest.raises(lch.ClusterError, match="was lost 2 times or cannot be started") as caught:
         list(ONE.run(setup, [0]))
     assert "\n" not in str(caught.value)
 

@@ -127,6 +127,19 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps...", callback=device_here)]
 Seed = Annotated[int, typer.Option(help="Of everything random.", **SEED)]
+
+
+def head_of_ray(value: str | None) -> str | None:
+    """Of an option, where the head of a Ray cluster may be."""
+    from lch_plugin.cluster import Cluster
+
+    try:
+        Cluster(value)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+    return value
+
+
 Workers = Annotated[
     int | None,
     typer.Option(help="Processes of a Ray cluster to run on, in place of this one.", **COUNT),
@@ -134,7 +147,9 @@ Workers = Annotated[
 Ray = Annotated[
     str | None,
     typer.Option(
-        metavar="HOST:PORT", help="Head of the cluster; Ray is started on this machine if none."
+        metavar="HOST:PORT",
+        help="Head of the cluster; Ray is started on this machine if none.",
+        callback=lambda value: value and head_of_ray(value),
     ),
 ]
 LearningRate = Annotated[float, typer.Option(help="Learning rate.", callback=above_zero)]

@@ -185,9 +185,9 @@ def cache(
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes.caching.shards import MANIFEST
 
+    on = cluster(ray, workers, device)
     if not (out / MANIFEST).is_file():  # As of a cache that is checked, or goes on.
         check_new_directory(out)
-    on = cluster(ray, workers, device)
     keeping(lambda: finished_parts(out))
     bridge, data = _model_and_text(
         model,
@@ -425,6 +425,7 @@ def compare(
     from lch_plugin.saes.comparison import ComparisonSettings, load_labelled
     from lch_plugin.saes.comparison import compare as run
 
+    on = cluster(ray, workers, device)
     chosen = ComparisonSettings(
         k=tuple(k or (8, 16, 32, 64)),
         n_seeds=seeds,
@@ -457,7 +458,6 @@ def compare(
         train, test = load_labelled(
             dataset, label, column=column, split=split, test_split=test_split, seed=seed
         )
-    on = cluster(ray, workers, device)
     keeping(lambda: finished_parts(out))
     loaded = load(model, dtype=dtype, device=device)
     others = []

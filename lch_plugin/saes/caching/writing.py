@@ -10,6 +10,7 @@ runs the model only for shards that are not there. That the text is the same is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -272,7 +273,7 @@ def _context_size(model: LensModel | HookedModel, context_size: int | None) -> i
 
 
 def _check_place(path: str | Path, cluster: Cluster | None, load: Load | None) -> None:
-    if "://" in str(path):
+    if re.match(r"\w[\w+]+:/", str(path)):  # As of s3://bucket; C:/ is a disk.
         raise InputError(
             f"path={str(path)!r} is no directory, and a cache is mapped into memory from one. "
             "Write it to a disk that all machines share, or copy it when it is complete."
