@@ -23,6 +23,7 @@ from lch_plugin.centroids import (
 )
 from lch_plugin.errors import (
     AttachError,
+    ClusterError,
     InputError,
     LCHError,
     NonFiniteError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lch_plugin import (
         alignment,
         circuits,
+        cluster,
         concepts,
         diagnostics,
         lens,
@@ -60,6 +62,7 @@ __version__ = version("lch-plugin")
 __all__ = [
     "AffineExpert",
     "AttachError",
+    "ClusterError",
     "InputError",
     "LCHError",
     "LoadedModel",
@@ -77,6 +80,7 @@ __all__ = [
     "attach",
     "centroid",
     "circuits",
+    "cluster",
     "concepts",
     "cotangents",
     "detached",
@@ -110,6 +114,7 @@ _LAZY_FUNCTIONS = {
 _LAZY_MODULES = {
     "alignment": "lch_plugin.alignment",
     "circuits": "lch_plugin.circuits",
+    "cluster": "lch_plugin.cluster",
     "concepts": "lch_plugin.concepts",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",

@@ -42,5 +42,9 @@ class ToolkitError(LCHError, ImportError):
     """A toolkit is not installed, or not in a version that works here."""
 
 
+class ClusterError(LCHError, RuntimeError):
+    """Workers of a cluster were lost, again and again."""
+
+
 class PaddingWarning(UserWarning):
     """Whether a position is a token or padding was not said, or the model reads padding as text."""

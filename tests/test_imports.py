@@ -26,6 +26,7 @@ ROOMS = {
         "files",
         "statistics",
         "weak_cache",
+        "cluster",
         "padding",
         "mlp",
         "metrics",
@@ -126,6 +127,7 @@ TOOLKITS = {
     "transformer_lens": "lch_plugin.adapters.transformer_lens.toolkit",
     "nnsight": "lch_plugin.adapters.nnsight",
     "sae_lens": "lch_plugin.saes",
+    "ray": "lch_plugin.cluster",
 }
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from lch_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from lch_plugin.cluster import Cluster
 
 T = TypeVar("T", str, Path, None)
 
@@ -124,5 +127,39 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps...", callback=device_here)]
 Seed = Annotated[int, typer.Option(help="Of everything random.", **SEED)]
+
+
+def head_of_ray(value: str | None) -> str | None:
+    """Of an option, where the head of a Ray cluster may be."""
+    from lch_plugin.cluster import Cluster
+
+    try:
+        Cluster(value)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+    return value
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes of a Ray cluster to run on, in place of this one.", **COUNT),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Head of the cluster; Ray is started on this machine if none.",
+        callback=lambda value: value and head_of_ray(value),
+    ),
+]
 LearningRate = Annotated[float, typer.Option(help="Learning rate.", callback=above_zero)]
 Out = Annotated[Path, typer.Option(help="Directory to make.", callback=directory)]
+
+
+def cluster(ray: str | None, workers: int | None, device: str) -> Cluster | None:
+    """Where ``--ray`` and ``--workers`` say that work runs; on a GPU each, if it is for GPUs."""
+    from lch_plugin.cluster import Cluster
+
+    if ray is None and workers is None:
+        return None
+    return Cluster(ray, workers or 2, num_gpus=float(device.startswith("cuda")))

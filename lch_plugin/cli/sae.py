@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,10 @@ from lch_plugin.cli.options import (
     LearningRate,
     Model,
     Out,
+    Ray,
     Seed,
+    Workers,
+    cluster,
     n_bytes,
     one_of,
     source,
@@ -169,6 +173,8 @@ def cache(
     ] = "float32",
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.", **COUNT)] = 32,
     max_shard_size: Annotated[str, typer.Option(help="Of the files.", callback=n_bytes)] = "500MB",
+    ray: Ray = None,
+    workers: Workers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -179,6 +185,7 @@ def cache(
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes.caching.shards import MANIFEST
 
+    on = cluster(ray, workers, device)
     if not (out / MANIFEST).is_file():  # As of a cache that is checked, or goes on.
         check_new_directory(out)
     keeping(lambda: finished_parts(out))
@@ -202,6 +209,8 @@ def cache(
         seed=seed,
         batch_size=batch_size,
         max_shard_size=max_shard_size,
+        cluster=on,
+        load=on and partial(_bridge, model, dtype, device),
     )
     typer.echo(f"{out}: {made.n_tokens:,} tokens at {len(made.hook_names)} hook points")
 
@@ -235,17 +244,23 @@ def _model_and_text(
     seed: int,
 ) -> tuple[Any, Any]:
     """A model in TransformerLens and a text for it; the embedded model and its stories if none."""
-    from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.demo.corpus import describe, write_stories
-    from lch_plugin.loading import load
     from lch_plugin.saes import load_text
 
-    bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
+    bridge = _bridge(model, dtype, device)
     if text is None:
         own = list(write_stories(n_stories, split=split, seed=seed))
         typer.echo(f"text: {describe(own, split, seed)}")
         text = load_text([story.text for story in own])
     return bridge, text
+
+
+def _bridge(model: str, dtype: str | None, device: str) -> Any:
+    """A model in TransformerLens, the embedded one if none is named; here or on a worker."""
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.loading import load
+
+    return load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()
 
 
 @app.command()
@@ -396,6 +411,8 @@ def compare(
     skip: Annotated[
         int, typer.Option(help="First tokens of each input that do not count.", **COUNT_OR_NONE)
     ] = 1,
+    ray: Ray = None,
+    workers: Workers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -408,6 +425,7 @@ def compare(
     from lch_plugin.saes.comparison import ComparisonSettings, load_labelled
     from lch_plugin.saes.comparison import compare as run
 
+    on = cluster(ray, workers, device)
     chosen = ComparisonSettings(
         k=tuple(k or (8, 16, 32, 64)),
         n_seeds=seeds,
@@ -448,4 +466,4 @@ def compare(
         same = not name or name == model
         of = loaded if same else load(name, dtype=dtype, device=device)
         others.append((of, component or module))
-    run(loaded, module, train, test, out, chosen, against=others)
+    run(loaded, module, train, test, out, chosen, against=others, cluster=on)

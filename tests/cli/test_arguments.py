@@ -91,6 +91,7 @@ def test_numbers(command: str, option: str, place: Path) -> None:
             ["/", "", "..", "file.txt", "pipe", "/dev/null", "dictionary/cfg.json/x", "x" * 300],
         ),
         ("--architecture", ["", "mlp"]),
+        ("--ray", ["", "auto", "localhost", "ray://localhost:10001", "localhost:x", "x" * 300]),
     ],
 )
 def test_other_values(option: str, values: list[str], place: Path) -> None:

@@ -9,13 +9,13 @@ runs the model only for shards that are not there. That the text is the same is 
 
 from __future__ import annotations
 
-import errno
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,9 +29,18 @@ from sae_lens import ActivationsStore
 
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
-from lch_plugin.errors import InputError, LCHError, OutputError
+from lch_plugin.cluster import Cluster
+from lch_plugin.errors import InputError, OutputError
 from lch_plugin.files import locked, remove_leftovers, sync_directory
 from lch_plugin.saes.caching.cache import Cache
+from lch_plugin.saes.caching.computing import (
+    Load,
+    Task,
+    compute,
+    compute_on,
+    libraries,
+    writing,
+)
 from lch_plugin.saes.caching.plan import Found, Plan
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.caching.sequences import Sequences, store_of
@@ -42,7 +51,6 @@ from lch_plugin.saes.caching.shards import (
     is_ours,
     write_index,
     write_manifest,
-    write_shard,
 )
 from lch_plugin.saes.sources.hook_points import attached, check_model, n_ctx, widths
 from lch_plugin.saes.sources.hooked_model import HookedModel
@@ -51,8 +59,6 @@ from lch_plugin.saes.sources.texts import check_dataset, load_text
 T = TypeVar("T")
 
 _DTYPES = ("float32", "float16")
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-_LIBRARIES = ("lch-plugin", "torch", "transformers", "transformer-lens", "sae-lens", "datasets")
 
 
 def cache(
@@ -71,6 +77,8 @@ def cache(
     sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos",
     disable_concat_sequences: bool = False,
     use_chat_formatting: bool = False,
+    cluster: Cluster | None = None,
+    load: Load | None = None,
 ) -> Cache:
     """See that a directory holds the values of hook points on a text, and open it.
 
@@ -84,6 +92,11 @@ def cache(
     complete shard. On a finished cache it runs no forward pass, but reads all of it, and computes
     alone those shards that are missing, truncated or altered. The files beside the shards that
     `datasets` reads are written again if they are damaged.
+
+    On a ``cluster`` each worker computes whole shards, and this process makes the tokens and enters
+    the shards. The files are those that one process writes, byte for byte, if workers compute with
+    as many threads or on the same kind of GPU. A lost worker's shard is computed again. A worker's
+    model has to be this one, by its weights, tokenizer and hook points, and so do its versions.
 
     Args:
         model: TransformerBridge or HookedTransformer, SAELens' subclass of either, or a
@@ -99,6 +112,10 @@ def cache(
         batch_size: sequences in a forward pass.
         max_shard_size: of the files, in bytes or such as ``"500MB"``; a batch at the least.
         prepend_bos: as in SAELens' configuration, and so are the next three.
+        cluster: where the model runs; in this process if None.
+        load: makes the model on a worker of the cluster, from files that are there:
+            ``lambda: lch.load("/models/gpt2", device="cuda").bridge()``. Sites other than all-ones
+            centroids of mlp, attn and block have to be attached to what it returns.
 
     Raises:
         InputError: the directory or its unfinished form is of another model, text or setting; a
@@ -109,8 +126,10 @@ def cache(
         NonFiniteError: a value is NaN or infinite, as large ones are in float16.
         OutputError: the path holds something else, another process is at work on it, or the disk
             is full; what is complete is kept.
+        ClusterError: workers are lost again and again; what is complete is kept.
     """
     check_model(model)
+    _check_place(path, cluster, load)
     hook_names = [hook_names] if isinstance(hook_names, str) else list(dict.fromkeys(hook_names))
     context_size = _context_size(model, context_size)
     _check_settings(hook_names, n_tokens, dtype, batch_size)
@@ -143,17 +162,23 @@ def cache(
         manifest |= {
             # Recorded, but not compared: a text is known by its tokens.
             "dataset": _describe(dataset, texts),
-            "versions": {name: version(name) for name in _LIBRARIES},
+            "versions": libraries(),
             "n_sequences": found.manifest["n_sequences"] if found.is_finished else None,
             "shards": found.manifest.get("shards", []),
         }
         store = store_of(model, texts, seed, d_in, context_size, tokenization)
         source = Sequences(model, store, columns, batch_size, getattr(torch, dtype))
-        _fill(Plan.of(found, manifest, context_size), manifest, source)
+        _fill(Plan.of(found, manifest, context_size), manifest, source, cluster, load)
     return Cache(found.path)
 
 
-def _fill(plan: Plan, manifest: dict[str, Any], source: Sequences) -> None:
+def _fill(
+    plan: Plan,
+    manifest: dict[str, Any],
+    source: Sequences,
+    cluster: Cluster | None,
+    load: Load | None,
+) -> None:
     """Compute the shards that are not there, and enter each into the manifest when it is whole.
 
     Then make them a dataset under the final name.
@@ -161,22 +186,31 @@ def _fill(plan: Plan, manifest: dict[str, Any], source: Sequences) -> None:
     directory, shards = plan.found.directory, dict(plan.known)
     seen: list[str] = []
     n_seen = 0
-    with _alone(plan.found) if plan.writes else nullcontext(), _progress(plan) as advance:
+
+    def missing() -> Iterator[Task]:
+        nonlocal n_seen
         for index, tokens in enumerate(_ahead(source.tokens(plan.shard_size, plan.n_sequences))):
             n_seen += len(tokens)
             if plan.is_short(index, n_seen):
-                break  # The text ends too early, and what is short is not written.
-            file, ids = f"data-{index:05d}.arrow", hash_tokens(tokens.numpy())
+                return  # The text ends too early, and what is short is not written.
+            file = f"data-{index:05d}.arrow"
             seen.append(file)
-            if plan.keeps(file, len(tokens), ids):
+            if plan.keeps(file, len(tokens), hash_tokens(tokens.numpy())):
                 advance(len(tokens))
-                continue
-            batches = _each(source.values(tokens), lambda batch: advance(batch.num_rows))
-            with _writing(directory):
-                written = write_shard(directory / file, source.columns.arrow_schema, batches)
-                shards[file] = Shard(file, len(tokens), *written, ids)
+            else:
+                yield file, tokens
+
+    with _alone(plan.found) if plan.writes else nullcontext(), _progress(plan) as advance:
+        if cluster is None or load is None or not plan.writes:
+            written = _each_by(partial(compute, source, directory, then=advance), missing())
+        else:
+            written = compute_on(cluster, load, manifest, directory, missing(), advance)
+        with closing(written):
+            for shard in written:
+                shards[shard.file] = shard
                 entries = [asdict(shards[name]) for name in sorted(shards)]
-                write_manifest(directory, {**manifest, "shards": entries})
+                with writing(directory):
+                    write_manifest(directory, {**manifest, "shards": entries})
         if n_seen < (plan.n_sequences or 1):
             raise _too_little(plan, manifest["n_tokens"], n_seen, source.store)
         if plan.writes:
@@ -214,7 +248,7 @@ def _finish(found: Found, manifest: dict[str, Any], shards: list[Shard], columns
         "n_sequences": sum(shard.n_sequences for shard in shards),
         "shards": [asdict(shard) for shard in shards],
     }
-    with _writing(directory):
+    with writing(directory):
         kept = {shard.file for shard in shards}
         remove_leftovers(directory)
         for file in directory.iterdir():  # What others put there is theirs.
@@ -236,6 +270,19 @@ def _context_size(model: LensModel | HookedModel, context_size: int | None) -> i
             f"context_size={size} has to be from 1 to the model's context of {longest}."
         )
     return size
+
+
+def _check_place(path: str | Path, cluster: Cluster | None, load: Load | None) -> None:
+    if re.match(r"\w[\w+]+:/", str(path)):  # As of s3://bucket; C:/ is a disk.
+        raise InputError(
+            f"path={str(path)!r} is no directory, and a cache is mapped into memory from one. "
+            "Write it to a disk that all machines share, or copy it when it is complete."
+        )
+    if (cluster is None) != (load is None):
+        raise InputError(
+            "cluster and load go together: on a cluster each worker loads the model itself, by "
+            "calling load, such as lambda: lch.load('gpt2').bridge()."
+        )
 
 
 def _check_settings(
@@ -285,10 +332,9 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _each(items: Iterable[T], then: Callable[[T], None]) -> Iterator[T]:
-    for item in items:
-        yield item
-        then(item)
+def _each_by(work: Callable[[Task], Shard], tasks: Iterable[Task]) -> Generator[Shard, None, None]:
+    for task in tasks:
+        yield work(task)
 
 
 @contextmanager
@@ -296,7 +342,7 @@ def _alone(found: Found) -> Iterator[None]:
     """Keep other processes from writing a cache at the same time, or just before."""
     directory = found.directory
     with locked(found.path):
-        with _writing(directory):
+        with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
         try:
             if Found.at(found.path) != found:
@@ -308,21 +354,6 @@ def _alone(found: Found) -> Iterator[None]:
         finally:
             with suppress(OSError):  # If there is anything of use in it, it stays.
                 directory.rmdir()
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    """What a disk refuses, as an error that says what to do."""
-    try:
-        yield
-    except LCHError:
-        raise
-    except OSError as error:
-        cure = "Make room" if error.errno in _NO_ROOM else "See that it can be written"
-        raise OutputError(
-            f"{directory} cannot be written: {error}. {cure} and call lch.saes.cache again with "
-            "the same arguments: complete shards are kept, and it goes on after them."
-        ) from error
 
 
 @contextmanager

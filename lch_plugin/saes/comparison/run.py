@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from lch_plugin.cluster import Cluster
 from lch_plugin.errors import InputError
 from lch_plugin.files import portable, resumable_directory
 from lch_plugin.loading import LoadedModel
@@ -46,6 +47,7 @@ def compare(
     settings: ComparisonSettings | None = None,
     *,
     against: Sequence[tuple[LoadedModel, str]] = (),
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
     """Train the same SAEs on a component's centroids, input and output, and compare them.
 
@@ -66,6 +68,8 @@ def compare(
         settings: of all SAEs.
         against: other models, or the same with another component, on which the same SAEs are
             trained; features are compared by how they correlate over the held-out items.
+        cluster: where SAEs are trained, each by one worker; in this process if None, which runs the
+            model in any case. ``out`` has to be on a disk that all machines share.
 
     Returns:
         What ``results.json`` holds.
@@ -75,6 +79,7 @@ def compare(
             rows, or inputs that are both trained on and held out.
         OutputError: ``out`` holds something, or unfinished work with other settings.
         SiteError, VanishingCentroidError: as `lch_plugin.huggingface.attach`.
+        ClusterError: workers are lost again and again; what is finished is kept.
     """
     settings = settings or ComparisonSettings()
     main = make_component(loaded, module, train, test, settings)
@@ -103,7 +108,7 @@ def compare(
                 progress.update(task, description="running the model")
                 job.store()
                 progress.update(task, description="training SAEs")
-                for score in job.scores():
+                for score in job.scores(cluster):
                     progress.advance(task)
                     progress.console.print(_line(score), highlight=False)
             results = {

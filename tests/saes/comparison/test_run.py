@@ -31,7 +31,7 @@ from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR
 from lch_plugin.files import resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes import ComparisonSettings, Labelled, Rows, compare, evaluate, load_labelled
-from lch_plugin.saes.comparison import jobs
+from lch_plugin.saes.comparison import stored_component
 from lch_plugin.saes.comparison.components import make_component
 from lch_plugin.saes.comparison.data import Split, prepare
 from lch_plugin.saes.comparison.embedded import labelled_digits, labelled_stories
@@ -346,9 +346,9 @@ def test_the_same_seed_gives_the_same_numbers_after_an_interruption(
         trained.append(original(*args, **kwargs))
         return trained[-1]
 
-    original: Callable[..., Any] = jobs.train_on
+    original: Callable[..., Any] = stored_component.train_on
     data = three_digits("train"), three_digits("test")
-    monkeypatch.setattr(jobs, "train_on", train_on)
+    monkeypatch.setattr(stored_component, "train_on", train_on)
     with pytest.raises(KeyboardInterrupt):
         compare(vit, VISION_MLP, *data, tmp_path / "out", settings)
     monkeypatch.undo()
