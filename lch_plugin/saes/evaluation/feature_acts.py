@@ -162,9 +162,15 @@ class FeatureActs:
         self,
     ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos d_sae"], int]]:
         for tokens, values in self.batches():
-            counts, feature_acts = self.counts(tokens), self.encode(values)
-            feature_acts[~counts.to(feature_acts.device)] = 0
-            yield tokens, feature_acts, int(counts.sum())
+            yield tokens, *self.firing(tokens, values)
+
+    def firing(
+        self, tokens: Int[Tensor, "row pos"], values: Float[Tensor, "row pos ..."]
+    ) -> tuple[Float[Tensor, "row pos d_sae"], int]:
+        """Feature activations of values of the hook point, and how many of the tokens count."""
+        counts, feature_acts = self.counts(tokens), self.encode(values)
+        feature_acts[~counts.to(feature_acts.device)] = 0
+        return feature_acts, int(counts.sum())
 
     def batches(
         self,
