@@ -8,6 +8,7 @@ stderr.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -70,7 +71,14 @@ def progress(what: str, total: int | None, unit: str = "") -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    bars = Progress(*columns, console=console, transient=True, speed_estimate_period=_SPEED_PERIOD)
+    bars = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        speed_estimate_period=_SPEED_PERIOD,
+        # What is printed meanwhile comes above the bars, unless it goes elsewhere.
+        redirect_stdout=sys.stdout.isatty(),
+    )
     with bars:
         _shown.append(bars)
         try:
@@ -85,15 +93,14 @@ def track(items: Iterable[T], what: str, total: int | None = None, unit: str = "
     if total is None and isinstance(items, Sized):
         total = len(items)
     with progress(what, total, unit) as advance:
-        for item in items:
-            yield item
-            advance(1)
+        yield from each(items, advance)
 
 
-def say(text: str) -> None:
-    """Print a line, above the bars if there are any."""
-    console = _shown[0].console if _shown else Console(stderr=True)
-    console.print(text, highlight=False, markup=False)
+def each(items: Iterable[T], advance: Advance) -> Iterator[T]:
+    """The same items; ``advance`` hears of each when it has been used."""
+    for item in items:
+        yield item
+        advance(1)
 
 
 @contextmanager

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
 from datasets.utils.py_utils import convert_file_size_to_int
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sae_lens import ActivationsStore
 
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError, LCHError, OutputError
 from lch_plugin.files import locked, remove_leftovers, sync_directory
+from lch_plugin.progress import progress
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.caching.plan import Found, Plan
 from lch_plugin.saes.caching.records import record
@@ -161,7 +160,10 @@ def _fill(plan: Plan, manifest: dict[str, Any], source: Sequences) -> None:
     directory, shards = plan.found.directory, dict(plan.known)
     seen: list[str] = []
     n_seen = 0
-    with _alone(plan.found) if plan.writes else nullcontext(), _progress(plan) as advance:
+    with (
+        _alone(plan.found) if plan.writes else nullcontext(),
+        progress("caching", plan.n_sequences, "sequences") as advance,
+    ):
         for index, tokens in enumerate(_ahead(source.tokens(plan.shard_size, plan.n_sequences))):
             n_seen += len(tokens)
             if plan.is_short(index, n_seen):
@@ -323,17 +325,3 @@ def _writing(directory: Path) -> Iterator[None]:
             f"{directory} cannot be written: {error}. {cure} and call lch.saes.cache again with "
             "the same arguments: complete shards are kept, and it goes on after them."
         ) from error
-
-
-@contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("caching"),
-        BarColumn(),
-        TextColumn("{task.completed:,} sequences"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=plan.n_sequences)
-        yield lambda n: progress.advance(task, n)

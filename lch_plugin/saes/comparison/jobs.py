@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lch_plugin.files import check_contents, new_directory, remove_directory, write_directory
+from lch_plugin.progress import progress
 from lch_plugin.saes.comparison.components import Component
 from lch_plugin.saes.comparison.scores import (
     chance_agreement,
@@ -67,7 +68,9 @@ class Job:
                         (_TEST, self.component.test),
                     ):
                         rows = self.component.rows(split, of)
-                        store_values(rows, directory / name, split.n_rows)
+                        what = f"running the model for each {of}"
+                        with progress(what, split.n_rows, "rows") as advance:
+                            store_values(rows, directory / name, split.n_rows, advance)
             if not _is_there(self._baseline(of)):
                 scores = {
                     "of": of,

@@ -234,7 +234,8 @@ def features(
         effects = _Effects(feature_acts)
         survey = Survey(sae.cfg.d_sae, sae.device)
         text_values = _Kept(feature_acts)
-        for tokens, values in track(text_values, "how often features fire", unit="batches"):
+        n = feature_acts.n_batches
+        for tokens, values in track(text_values, "how often features fire", n, "batches"):
             if not survey.n_tokens:  # What cannot be answered is better known now than at the end.
                 effects.try_out(tokens[:1])
             survey.add(*feature_acts.firing(tokens, values))
@@ -246,7 +247,8 @@ def features(
             indices = _sparse_and_strong(survey, n_features, max_density)
         chosen = torch.tensor(indices, device=sae.device, dtype=torch.long)
         found = _Found(survey.maximum[chosen], n_contexts, seed)
-        for tokens, values in track(text_values, "where they fire", unit="batches"):
+        n = text_values.n_batches
+        for tokens, values in track(text_values, "where they fire", n, "batches"):
             batch, _ = feature_acts.firing(tokens, values)
             found.add(batch[..., chosen], tokens.to(sae.device))
         done = effects.describe(found.top, indices)
@@ -296,19 +298,25 @@ class _Found:
 
 
 class _Kept:
-    """What a hook point has on a text: kept the first time, if it is little enough."""
+    """What a hook point has on a text: kept the first time, if it is little enough.
+
+    Attributes:
+        n_batches: how many there were, the first time.
+    """
 
     def __init__(self, feature_acts: FeatureActs) -> None:
         self._feature_acts = feature_acts
         self._batches: list[tuple[Tensor, Tensor]] = []
         self._is_whole = False
+        self.n_batches = 0
 
     def __iter__(self) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos ..."]]]:
         if self._is_whole:
             yield from self._batches
             return
-        n = 0
+        n = self.n_batches = 0
         for tokens, values in self._feature_acts.batches():
+            self.n_batches += 1
             n += values.numel()
             if n <= _MAX_KEPT:
                 self._batches.append((tokens, values))

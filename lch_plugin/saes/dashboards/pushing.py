@@ -86,7 +86,7 @@ class Pusher:
         positions: Int[Tensor, " item"],
         directions: Float[Tensor, "item d_in"],
         part: list[list[int]],
-    ) -> Pushed:
+    ) -> tuple[Float[Tensor, "own d_in"], Float[Tensor, "own d_vocab"]]:
         """Items of some rows, in the order of ``part``: of each sequence its items."""
         n_copies = max(map(len, part))
         # A sequence with fewer copies has more of its first item's, which nobody reads.
@@ -151,7 +151,8 @@ class Pusher:
             found = self._run(text, at[None], along[None])
         except _REFUSED:
             return False
-        tolerance = 10 * torch.finfo(expected[1].dtype).eps ** 0.5
+        # Models have parts in float32 at most; a wrong mask is off by more than rounding.
+        tolerance = 0.1 if expected[1].dtype.itemsize < 4 else 1e-3
         return all(
             bool((a[0] - b).float().norm() <= tolerance * b.float().norm())
             for a, b in zip(found, expected, strict=True)

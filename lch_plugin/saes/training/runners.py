@@ -18,7 +18,6 @@ import itertools
 import json
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,6 +41,7 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.files import write_directory
+from lch_plugin.progress import progress
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.evaluation.evaluate import evaluate
 from lch_plugin.saes.sources.hook_points import provenance
@@ -112,9 +112,7 @@ class CachedRunner(Runner):
         self.cache = cache
         # SAELens asks for a dataset and for a tokenizer, and reads neither.
         rows = Dataset.from_dict({"tokens": [[0] * config.context_size]})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
-            super().__init__(config, rows, _NoModel() if model is None else model)
+        super().__init__(config, rows, _NoModel() if model is None else model)
         buffer_size = config.n_batches_in_buffer * config.context_size
         self._stream = lambda seed: cache.stream(
             config.hook_name,
@@ -316,10 +314,16 @@ def _fit(trainer: Any, parts: Mapping[str, SAETrainer[Any, Any]]) -> Any:
     first = next(iter(parts.values()))
     watch = Watch(parts, trainer.cfg.checkpoint_path)
     save_whole(trainer, watch.check)
+    total = trainer.cfg.total_training_samples
     # SAELens does not ask, when it resumes, which checkpoints are still to come.
     thresholds = trainer.checkpoint_thresholds
     trainer.checkpoint_thresholds = [n for n in thresholds if n > trainer.n_training_samples]
-    with _stopping_between_steps(first) as stopped:
+    with (
+        _stopping_between_steps(first) as stopped,
+        progress("training", total, "tokens") as advance,
+    ):
+        advance(trainer.n_training_samples)
+        watch.advance = advance
         try:
             trained = trainer.fit()
             watch.check()

@@ -27,6 +27,7 @@ from lch_plugin.saes.sources.hook_points import attached, check_model
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 from lch_plugin.saes.training.checks import check_hooks, check_run
+from lch_plugin.saes.training.quiet import saelens_quiet
 from lch_plugin.saes.training.runners import CachedRunner, MultiRunner, Runner
 
 _Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
@@ -104,6 +105,7 @@ def train(
         nullcontext() if output is None else claimed(output),
         torch.enable_grad(),
         torch.random.fork_rng(),
+        saelens_quiet(),
     ):
         torch.manual_seed(config.seed)
         if isinstance(config, LanguageModelSAERunnerConfig) and config.use_cached_activations:
