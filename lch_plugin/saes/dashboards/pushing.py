@@ -143,18 +143,19 @@ class Pusher:
         if any(point.fwd_hooks for point in self.model.hook_dict.values()):
             return False  # They may mean positions in the row.
         # The last token sees most: where attention reaches less far than the row, it shows there.
-        last = int(positions.argmax())
-        text, at = tokens[[last]], torch.stack([positions[last], positions[last] // 2])
-        along = directions[[last, 0]]
-        expected = push(self.model, self.hook_name, text.expand(2, -1), at, along)
+        last = positions.argmax()[None]
+        text, at, along = tokens[last], positions[last], directions[last]
+        expected = push(self.model, self.hook_name, text, at, along)
+        # Beside it another copy, which it must not see.
+        two = torch.stack([at, at // 2], dim=1)
         try:
-            found = self._run(text, at[None], along[None])
+            found = self._run(text, two, along[:, None].expand(-1, 2, -1))
         except _REFUSED:
             return False
         # Models have parts in float32 at most; a wrong mask is off by more than rounding.
         tolerance = 0.1 if expected[1].dtype.itemsize < 4 else 1e-3
         return all(
-            bool((a[0] - b).float().norm() <= tolerance * b.float().norm())
+            bool((a[:, 0] - b).float().norm() <= tolerance * b.float().norm())
             for a, b in zip(found, expected, strict=True)
         )
 
