@@ -18,7 +18,15 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.progress import each, progress
 from lch_plugin.statistics import ROUNDING
-from lch_plugin.steering.editing import EVERYWHERE, Positions, edited_input, joined, steering
+from lch_plugin.steering.editing import (
+    EVERYWHERE,
+    Positions,
+    edited_input,
+    entry_of,
+    joined,
+    steering,
+)
+from lch_plugin.steering.skipping import later_passes
 
 Batch = Tensor | Mapping[str, Any]
 # Numbers in float64 at a time.
@@ -106,8 +114,9 @@ def steering_effects(
 ) -> SteeringEffects:
     """Steer a model along each direction and along random ones, and compare its predictions.
 
-    Takes ``(n_directions + n_random) * n_strengths`` forward passes a batch. The random directions
-    are uniform on the sphere; every one has the norm of the directions it stands beside.
+    Takes ``(n_directions + n_random) * n_strengths`` forward passes a batch, which begin at the
+    component's block. The random directions are uniform on the sphere; every one has the norm of
+    the directions it stands beside.
 
     Args:
         model: with logits for an output; as `steering`.
@@ -200,27 +209,28 @@ def _effects_on(
 
     And of the first ``n_shifts`` vectors the shift of each logit, summed over sequences.
     """
-    clean = _logits(model, batch)
-    # Of a classifier there is one prediction, wherever it is steered.
-    counts = _counts(model, batch, clean, positions if clean.shape[1] > 1 else EVERYWHERE)
-    weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
-    p = clean.softmax(-1)
+    entry = entry_of(model, component)
     kls, changes = [], []
     shifts: list[Tensor] = []
-    for vector in vectors:
-        with steering(model, component, vector, positions):
-            steered = _logits(model, batch)
-        kl = clean.new_zeros(clean.shape[:2])
-        change = torch.zeros_like(kl)
-        for own in _chunks(clean):
-            moved = steered[own].double() - clean[own]
-            kl[own] = _kl(p[own], moved).to(kl)
-            change[own] = (moved - moved.mean(-1, keepdim=True)).abs().mean(-1).to(kl)
-        kls.append((kl * weights).sum(1))
-        changes.append((change * weights).sum(1))
-        if len(shifts) < n_shifts:
-            shift = torch.einsum("bpv,bp->v", steered - clean, weights)
-            shifts.append(shift - shift.mean())
+    with later_passes(unwrapped(model), entry, lambda: _logits(model, batch)) as clean:
+        # Of a classifier there is one prediction, wherever it is steered.
+        counts = _counts(model, batch, clean, positions if clean.shape[1] > 1 else EVERYWHERE)
+        weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
+        p = clean.softmax(-1)
+        for vector in vectors:
+            with steering(model, component, vector, positions):
+                steered = _logits(model, batch)
+            kl = clean.new_zeros(clean.shape[:2])
+            change = torch.zeros_like(kl)
+            for own in _chunks(clean):
+                moved = steered[own].double() - clean[own]
+                kl[own] = _kl(p[own], moved).to(kl)
+                change[own] = (moved - moved.mean(-1, keepdim=True)).abs().mean(-1).to(kl)
+            kls.append((kl * weights).sum(1))
+            changes.append((change * weights).sum(1))
+            if len(shifts) < n_shifts:
+                shift = torch.einsum("bpv,bp->v", steered - clean, weights)
+                shifts.append(shift - shift.mean())
     return torch.stack(kls), torch.stack(changes), torch.stack(shifts)
 
 
