@@ -2,9 +2,9 @@
 
     make bench
 
-A GPT-2 small with random weights, layer 6; time does not depend on the weights. ``--model DIRECTORY``
-takes another one, and its middle layer. Tasks take turns,
-round after round in one process; a ratio is the median of the rounds' ratios.
+A GPT-2 small with random weights, layer 6; time does not depend on the weights. ``--model DIR``
+takes another one, and its middle layer. Tasks take turns, round after round in one process; a ratio
+is the median of the rounds' ratios.
 
 - live: `lch.saes.train` on the MLP's centroids, beside SAELens' own runner, with the same
   configuration, on what the MLP reads. TopK, from text tokens to a trained SAE.

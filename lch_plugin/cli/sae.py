@@ -92,7 +92,7 @@ def cache(
 
     of_layers = parse_layers(layers)
     check_layers(hooks, of_layers)
-    if not (out / MANIFEST).is_file():  # As of a cache that is checked, or goes on.
+    if not (dry_run or (out / MANIFEST).is_file()):  # As of a cache that is checked, or goes on.
         check_new_directory(out)
     keeping(lambda: finished_parts(out))
     bridge, data = model_and_text(

@@ -118,17 +118,19 @@ def train(
             "command for the layer alone, and then for those that are left."
         )
     values = saes.Cache(cache) if cache else None
+    own_text = None
+    if values is None:
+        own_text = read_text(model, text, column, skip_empty)
+    elif of_layers is None:
+        values.check_hook(hook)
+    if not dry_run:
+        check_new_directory(out)
     if values is not None:
         hooks = hooks_in(values.hook_names, hook, of_layers)
-        for name in hooks:
-            values.check_hook(name)
-        check_new_directory(out)
         bridge, data = None, None
         context_size = context_size or values.context_size
         d_in = {name: values.d_in[name] for name in hooks}
     else:
-        own_text = read_text(model, text, column, skip_empty)
-        check_new_directory(out)
         context_size = context_size or 128
         bridge, data = model_and_text(
             model, own_text, dtype, device, n_stories=6000, split="train", seed=seed

@@ -66,9 +66,8 @@ def test_layers_are_cached_in_one_pass_and_trained_from_there(
     source = ["--model", model, "--text", text, "--n-tokens", "4096", "--context-size", "64"]
     succeed("sae", "cache", PATTERN, "--layers", "2,0", *source, "--out", str(cached))
     assert set(lch.saes.Cache(cached).hook_names) == set(TWO)
-    succeed(
-        "sae", "train", PATTERN, "--layers", "all", "--cache", str(cached), *SMALL, "--out", str(out)
-    )  # fmt: skip
+    settings = ["--cache", str(cached), *SMALL, "--out", str(out)]
+    succeed("sae", "train", PATTERN, "--layers", "all", *settings)
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == sorted(TWO)
     code, said = run("sae", "train", PATTERN, "--layers", "1", "--cache", str(cached))
     assert code == 1

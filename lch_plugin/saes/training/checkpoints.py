@@ -81,7 +81,8 @@ class Regularly:
         """Write one if it is time; to be called between two steps."""
         trainer = self._trainer
         n, base = trainer.n_training_samples, trainer.cfg.checkpoint_path
-        if time.monotonic() - self._since < 60 * self._minutes or not n:
+        is_under_way = 0 < n < trainer.cfg.total_training_samples
+        if not is_under_way or time.monotonic() - self._since < 60 * self._minutes:
             return
         path = Path(base, str(n))
         is_new = not path.exists()
