@@ -6,10 +6,12 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from lch_plugin.errors import InputError
 
@@ -22,22 +24,30 @@ class CommandWithConfig(TyperCommand):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        option = TyperOption(
-            param_decls=["--config"],
-            type=str,
-            metavar="FILE.yaml",
-            help="YAML file of these options; those on the command line win.",
-            callback=_read,
-            is_eager=True,
-            expose_value=False,
-        )
-        self.params.append(option)
+        others = typer.Typer(add_completion=False)
+        others.command()(_has_config)
+        self.params += get_command(others).params
 
 
-def _read(ctx: Any, _option: Any, path: str | None) -> None:
+def _read(ctx: typer.Context, path: str | None) -> None:
     """Make the options of a file the command's defaults."""
     if path is not None:
         ctx.default_map = {**(ctx.default_map or {}), **_options(Path(path), ctx.command)}
+
+
+def _has_config(
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file of these options; those on the command line win.",
+            metavar="FILE.yaml",
+            callback=_read,
+            is_eager=True,
+            expose_value=False,
+        ),
+    ] = None,
+) -> None:
+    """Of every such command, the option that it has besides its own."""
 
 
 def _options(path: Path, command: Any) -> dict[str, Any]:

@@ -118,15 +118,16 @@ def train(
             "command for the layer alone, and then for those that are left."
         )
     values = saes.Cache(cache) if cache else None
-    own_text = None
+    own_text, hooks = None, [hook]
     if values is None:
         own_text = read_text(model, text, column, skip_empty)
-    elif of_layers is None:
-        values.check_hook(hook)
+    else:
+        hooks = hooks_in(values.hook_names, hook, of_layers)
+        for name in hooks:
+            values.check_hook(name)
     if not dry_run:
         check_new_directory(out)
     if values is not None:
-        hooks = hooks_in(values.hook_names, hook, of_layers)
         bridge, data = None, None
         context_size = context_size or values.context_size
         d_in = {name: values.d_in[name] for name in hooks}
@@ -135,7 +136,7 @@ def train(
         bridge, data = model_and_text(
             model, own_text, dtype, device, n_stories=6000, split="train", seed=seed
         )
-        hooks = hooks_of_layers([hook], of_layers, bridge.cfg.n_layers)
+        hooks = hooks_of_layers(hooks, of_layers, bridge.cfg.n_layers)
         with attached(bridge, hooks):
             d_in = widths(bridge, dict.fromkeys(hooks), context_size)
     of_hook = {}
