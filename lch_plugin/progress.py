@@ -59,7 +59,7 @@ def progress(what: str, total: int | None, unit: str = "") -> Iterator[Advance]:
             yield advance
         return
     console = Console(stderr=True)
-    if not (console.is_terminal or console.is_jupyter):
+    if not (console.is_interactive or console.is_jupyter):
         yield _lines(console, what, total, unit)
         return
     columns = (

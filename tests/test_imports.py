@@ -91,6 +91,7 @@ ROOMS = {
         "caching",
         "evaluation",
         "training",
+        "estimates",
         "dashboards",
         "comparison",
     ),

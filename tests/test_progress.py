@@ -23,6 +23,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def terminal(said: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
     return said
 
 

@@ -44,7 +44,7 @@ def split(parsed: dict[str, Any], *, wandb: bool) -> tuple[dict[str, Any], Any]:
     Raises:
         InputError: a setting of the logging that is of another type, or without ``--wandb``.
     """
-    from sae_lens import LoggingConfig
+    from lch_plugin.saes.training.configs import LoggingConfig
 
     hints = get_type_hints(LoggingConfig)
     logging = {name: value for name, value in parsed.items() if name in hints}

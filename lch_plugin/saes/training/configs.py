@@ -8,10 +8,10 @@ from typing import Any
 
 from sae_lens import (
     LanguageModelSAERunnerConfig,
-    LoggingConfig,
     MultiSAETrainingRunnerConfig,
     TrainingSAEConfig,
 )
+from sae_lens import LoggingConfig as LoggingConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
