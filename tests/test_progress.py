@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from typing import Any
 
@@ -13,22 +12,14 @@ from lch_plugin.progress import each, progress, track
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    stream = io.StringIO()
-    monkeypatch.setattr("sys.stderr", stream)
-    return stream
-
-
-@pytest.fixture
-def terminal(said: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
-    return said
 
 
 def test_outside_a_terminal_there_is_a_line_now_and_then(
-    said: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -36,7 +27,7 @@ def test_outside_a_terminal_there_is_a_line_now_and_then(
         for _ in range(10):
             now[0] += 20
             advance(100)
-    assert said.getvalue().splitlines() == [
+    assert capsys.readouterr().err.splitlines() == [
         "caching: 200 of 1,000 sequences, 3 min left",
         "caching: 400 of 1,000 sequences, 2 min left",
         "caching: 600 of 1,000 sequences, 80 s left",
@@ -45,21 +36,22 @@ def test_outside_a_terminal_there_is_a_line_now_and_then(
     ]
 
 
-def test_short_work_says_nothing_outside_a_terminal(said: io.StringIO) -> None:
+def test_short_work_says_nothing_outside_a_terminal(capsys: Any) -> None:
     assert list(track(range(5), "short")) == [0, 1, 2, 3, 4]
-    assert not said.getvalue()
+    assert not capsys.readouterr().err
 
 
-def test_in_a_terminal_the_bar_moves_while_one_step_takes_long(terminal: io.StringIO) -> None:
+def test_in_a_terminal_the_bar_moves_while_one_step_takes_long(terminal: None, capsys: Any) -> None:
     with progress("slow", 2, "steps"):
-        before = len(terminal.getvalue())
+        drawn = capsys.readouterr().err
         time.sleep(0.4)
-        assert len(terminal.getvalue()) > before
-    assert "slow" in terminal.getvalue()
-    assert "0 of 2 steps" in terminal.getvalue()
+        moved = capsys.readouterr().err
+    assert moved
+    assert "slow" in drawn + moved
+    assert "0 of 2 steps" in drawn + moved
 
 
-def test_work_within_work_has_a_bar_of_its_own(terminal: io.StringIO) -> None:
+def test_work_within_work_has_a_bar_of_its_own(terminal: None) -> None:
     with progress("outer", 1, "SAEs") as advance:
         assert list(each(track(iter("ab"), "inner", 2), lambda n: None)) == ["a", "b"]
         with pytest.raises(ZeroDivisionError):

@@ -256,7 +256,7 @@ def test_blocks_before_the_component_run_once(name: str) -> None:
     ids, d = models.tokens(batch=3), direction()[None]
     model(ids)
     calls: list[int] = []
-    counting = model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    counting = model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
     quick = steering_effects(model, [ids], MLP, d, n_random=2)
     # A pass for the norm, and the clean one.
     assert len(calls) == 2
@@ -269,7 +269,7 @@ def test_blocks_before_the_component_run_once(name: str) -> None:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     handle = model.blocks[0].register_forward_hook(edit)
-    counting = model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    counting = model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
     slow = steering_effects(model, [ids], MLP, d, n_random=2, generator=None)
     assert len(calls) > 2 + 3 * 3
     counting.remove()
@@ -321,7 +321,8 @@ def test_controls_have_the_norms_of_the_directions_beside_them(bridge: Any) -> N
         generator=torch.Generator().manual_seed(0),
     )
     hook.remove()
-    clean, moved = seen[0], torch.stack(seen[2:])
+    # Three passes are clean: for the norm, for the logits, and to see that blocks can be skipped.
+    clean, moved = seen[0], torch.stack(seen[3:])
     assert torch.equal(moved[:, :, :-1], clean[:, :-1].expand_as(moved[:, :, :-1]))
     norms = (moved - clean)[:, :, -1].norm(dim=-1) / effects.input_norm
     expected = torch.tensor([0.1, 2.0] * 7, dtype=torch.float64)[:, None].expand_as(norms)

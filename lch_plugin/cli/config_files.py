@@ -26,10 +26,12 @@ class CommandWithConfig(TyperCommand):
         super().__init__(*args, **kwargs)
         others = typer.Typer(add_completion=False)
         others.command()(_has_config)
-        self.params += get_command(others).params
+        (option,) = get_command(others).params
+        option.callback = _read
+        self.params.append(option)
 
 
-def _read(ctx: typer.Context, path: str | None) -> None:
+def _read(ctx: Any, _option: Any, path: str | None) -> None:
     """Make the options of a file the command's defaults."""
     if path is not None:
         ctx.default_map = {**(ctx.default_map or {}), **_options(Path(path), ctx.command)}
@@ -41,7 +43,6 @@ def _has_config(
         typer.Option(
             help="YAML file of these options; those on the command line win.",
             metavar="FILE.yaml",
-            callback=_read,
             is_eager=True,
             expose_value=False,
         ),

@@ -255,7 +255,7 @@ def _kl(
     p = p / p.sum(-1, keepdim=True)
     moved = moved - (p * moved).sum(-1, keepdim=True)
     rest = (p * moved).sum(-1)  # What rounding has left of the mean.
-    return ((p * moved.exp()).sum(-1).log() - rest).clamp_min(0)
+    return ((p * moved.expm1()).sum(-1).log1p() - rest).clamp_min(0)
 
 
 def _mean_norm(
