@@ -11,7 +11,6 @@ from types import ModuleType
 
 from sae_lens import logger
 from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
-from tqdm.auto import tqdm
 
 # Models and texts are always passed in; texts are tokenised as they are read; and samples, which
 # SAELens compares with tokens, are whole texts.
@@ -42,7 +41,8 @@ def saelens_quiet() -> Iterator[None]:
         for message in _WARNED:
             warnings.filterwarnings("ignore", message)
         for module in _WITH_BARS:
-            stack.callback(setattr, module, "tqdm", vars(module)["tqdm"])
+            tqdm = vars(module)["tqdm"]
+            stack.callback(setattr, module, "tqdm", tqdm)
             vars(module)["tqdm"] = partial(tqdm, disable=True)
         logger.addFilter(saying)
         stack.callback(logger.removeFilter, saying)
