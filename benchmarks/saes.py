@@ -2,8 +2,9 @@
 
     make bench
 
-A GPT-2 small with random weights, layer 6; time does not depend on the weights. Tasks take turns,
-round after round in one process; a ratio is the median of the rounds' ratios.
+A GPT-2 small with random weights, layer 6; time does not depend on the weights. ``--model DIR``
+takes another one, and its middle layer. Tasks take turns, round after round in one process; a ratio
+is the median of the rounds' ratios.
 
 - live: `lch.saes.train` on the MLP's centroids, beside SAELens' own runner, with the same
   configuration, on what the MLP reads. TopK, from text tokens to a trained SAE.
@@ -36,8 +37,14 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
 
-LAYER, CONTEXT = 6, 128
-CENTROID, INPUT = f"blocks.{LAYER}.mlp.hook_centroid", f"blocks.{LAYER}.mlp.hook_in"
+CONTEXT = 128
+CENTROID, INPUT = "hook_centroid", "hook_in"
+
+
+def hook(model: TransformerBridge, point: str, layer: int | None = None) -> str:
+    """A hook point of a layer's MLP; of the middle one if none is named."""
+    layer = model.cfg.n_layers // 2 if layer is None else layer
+    return f"blocks.{layer}.mlp.{point}"
 
 
 def texts(model: TransformerBridge, n_tokens: int) -> Dataset:
@@ -46,13 +53,13 @@ def texts(model: TransformerBridge, n_tokens: int) -> Dataset:
     return Dataset.from_dict({"tokens": ids.tolist()})
 
 
-def config(hook: str, d_sae: int, n_tokens: int, **settings: Any) -> Any:
+def config(model: TransformerBridge, point: str, d_sae: int, n_tokens: int, **settings: Any) -> Any:
     sae = TopKTrainingSAEConfig(
-        d_in=768, d_sae=d_sae, k=32, normalize_activations="expected_average_only_in"
+        d_in=model.cfg.d_model, d_sae=d_sae, k=32, normalize_activations="expected_average_only_in"
     )
     return lch.saes.runner_config(
         sae,
-        hook,
+        hook(model, point),
         training_tokens=n_tokens,
         train_batch_size_tokens=1024,
         n_batches_for_norm_estimate=4,
@@ -66,12 +73,12 @@ def tokens_per_second(n_tokens: int, seconds: list[float]) -> str:
 
 
 def live(model: TransformerBridge, rounds: int) -> list[str]:
-    n_tokens = 12 * 1024
+    n_tokens, d_sae = 12 * 1024, 4 * model.cfg.d_model
     data = texts(model, 4 * n_tokens)
     tasks: dict[str, Task] = {
-        "centroids": lambda: lch.saes.train(model, data, config(CENTROID, 3072, n_tokens)),
+        "centroids": lambda: lch.saes.train(model, data, config(model, CENTROID, d_sae, n_tokens)),
         "activations": lambda: LanguageModelSAETrainingRunner(
-            config(INPUT, 3072, n_tokens), override_dataset=data, override_model=model
+            config(model, INPUT, d_sae, n_tokens), override_dataset=data, override_model=model
         ).run(),
     }
     seconds = in_turn(tasks, rounds)
@@ -84,8 +91,9 @@ def live(model: TransformerBridge, rounds: int) -> list[str]:
 def caching(model: TransformerBridge, rounds: int, directory: Path) -> list[str]:
     n_tokens, batch_size = 8 * 1024, 16
     data = texts(model, n_tokens)
-    layers = (2, 4, LAYER)
-    hooks = [f"blocks.{n}.mlp.{point}" for n in layers for point in ("hook_centroid", "hook_in")]
+    last = model.cfg.n_layers // 2
+    layers = (last // 3, 2 * last // 3, last)
+    hooks = [hook(model, point, n) for n in layers for point in (CENTROID, INPUT)]
     batches = torch.tensor(data["tokens"]).split(batch_size)
     ours, raw = directory / "cache", directory / "raw"
 
@@ -98,9 +106,9 @@ def caching(model: TransformerBridge, rounds: int, directory: Path) -> list[str]
     def passes_and_writes() -> None:
         with lch.attach(model, layers=list(layers)), raw.open("wb") as file, torch.no_grad():
             for batch in batches:
-                found = model.run_with_cache(batch, names_filter=hooks, stop_at_layer=LAYER + 1)[1]
-                for hook in hooks:
-                    file.write(found[hook].numpy().data)
+                found = model.run_with_cache(batch, names_filter=hooks, stop_at_layer=last + 1)[1]
+                for name in hooks:
+                    file.write(found[name].numpy().data)
             file.flush()
             os.fsync(file.fileno())
 
@@ -117,12 +125,14 @@ def from_cache(model: TransformerBridge, rounds: int, directory: Path) -> list[l
     n_tokens, n_batches = 64 * 1024, 60
     path = directory / "for-training"
     data = texts(model, n_tokens)
-    lch.saes.cache(model, data, path, hook_names=[CENTROID], context_size=CONTEXT)
+    lch.saes.cache(model, data, path, hook_names=[hook(model, CENTROID)], context_size=CONTEXT)
     settings = {"use_cached_activations": True, "cached_activations_path": str(path)}
 
     def saelens() -> LanguageModelSAETrainingRunner:
         return LanguageModelSAETrainingRunner(
-            config(CENTROID, 256, n_tokens, **settings), override_dataset=data, override_model=model
+            config(model, CENTROID, 256, n_tokens, **settings),
+            override_dataset=data,
+            override_model=model,
         )
 
     def drain(batches: Iterator[torch.Tensor]) -> None:
@@ -130,17 +140,19 @@ def from_cache(model: TransformerBridge, rounds: int, directory: Path) -> list[l
             pass
 
     def read() -> None:
-        stream = lch.saes.Cache(path).stream(CENTROID, batch_size=1024, buffer_size=4096)
+        stream = lch.saes.Cache(path).stream(
+            hook(model, CENTROID), batch_size=1024, buffer_size=4096
+        )
         drain(stream)
 
     def read_as_saelens() -> None:
-        one = config(CENTROID, 256, n_tokens, **settings)
+        one = config(model, CENTROID, 256, n_tokens, **settings)
         drain(ActivationsStore.from_config(model, one, override_dataset=data))
 
     pairs: dict[str, tuple[Task, Task, int]] = {
         "batches alone": (read, read_as_saelens, n_batches * 1024),
         "training, d_sae 256": (
-            lambda: lch.saes.train(None, None, config(CENTROID, 256, n_tokens, **settings)),
+            lambda: lch.saes.train(None, None, config(model, CENTROID, 256, n_tokens, **settings)),
             lambda: saelens().run(),
             n_tokens,
         ),
@@ -162,18 +174,23 @@ def from_cache(model: TransformerBridge, rounds: int, directory: Path) -> list[l
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", help="directory of one, in the place of GPT-2 small")
     parser.add_argument("--only", choices=["live", "cache", "from-cache"])
     options = parser.parse_args()
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     console = Console(width=140)
-    console.print(f"{machine('sae-lens', 'datasets')}; GPT-2 small, tokens a second")
-    model = SHAPES["GPT-2 small"].build()
+    name = Path(options.model).name if options.model else "GPT-2 small"
+    console.print(f"{machine('sae-lens', 'datasets')}; {name}, tokens a second")
+    if options.model:
+        model = lch.load(options.model, dtype="float32").bridge()
+    else:
+        model = SHAPES["GPT-2 small"].build()
     with tempfile.TemporaryDirectory() as directory:
         if options.only in (None, "live"):
             row = live(model, options.rounds)
             columns = ["centroids", "SAELens, activations", "centroids / activations"]
-            console.print(table("Training live, d_sae 3072", columns, [row]))
+            console.print(table("Training live, d_sae 4 d_model", columns, [row]))
         if options.only in (None, "cache"):
             row = caching(model, options.rounds, Path(directory))
             columns = ["cache", "passes and raw write", "written", "cache / passes and raw write"]

@@ -21,6 +21,7 @@ ROOT = Path(lch_plugin.__file__).parent
 ROOMS = {
     "lch_plugin": (
         "errors",
+        "progress",
         "devices",
         "records",
         "files",
@@ -95,6 +96,7 @@ ROOMS = {
         "caching",
         "evaluation",
         "training",
+        "estimates",
         "dashboards",
         "comparison",
     ),

@@ -249,6 +249,35 @@ def test_generation_is_steered() -> None:
     assert loaded.generate("Once there was", **settings) == before
 
 
+@pytest.mark.parametrize("name", list(MODELS))
+def test_blocks_before_the_component_run_once(name: str) -> None:
+    """And again to see that this changes nothing; a hook that edits there is seen to."""
+    model = MODELS[name]()
+    ids, d = models.tokens(batch=3), direction()[None]
+    model(ids)
+    calls: list[int] = []
+    counting = model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    quick = steering_effects(model, [ids], MLP, d, n_random=2)
+    # A pass for the norm, and the clean one.
+    assert len(calls) == 2
+    counting.remove()
+    noise = torch.Generator().manual_seed(0)
+
+    def edit(_module: Any, _args: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        x = x + 1e-9 * torch.rand(x.shape, generator=noise, dtype=x.dtype)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handle = model.blocks[0].register_forward_hook(edit)
+    counting = model.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    slow = steering_effects(model, [ids], MLP, d, n_random=2, generator=None)
+    assert len(calls) > 2 + 3 * 3
+    counting.remove()
+    handle.remove()
+    torch.testing.assert_close(quick.kl, slow.kl, rtol=1e-4, atol=1e-12)
+    assert "forward" not in vars(model.blocks[0])
+
+
 def test_effects_are_those_of_the_definition(bridge: Any) -> None:
     ids, ds = models.tokens(batch=3), torch.stack([direction(0), direction(1)])
     effects = steering_effects(
@@ -292,7 +321,8 @@ def test_controls_have_the_norms_of_the_directions_beside_them(bridge: Any) -> N
         generator=torch.Generator().manual_seed(0),
     )
     hook.remove()
-    clean, moved = seen[0], torch.stack(seen[2:])
+    # Three passes are clean: for the norm, for the logits, and to see that blocks can be skipped.
+    clean, moved = seen[0], torch.stack(seen[3:])
     assert torch.equal(moved[:, :, :-1], clean[:, :-1].expand_as(moved[:, :, :-1]))
     norms = (moved - clean)[:, :, -1].norm(dim=-1) / effects.input_norm
     expected = torch.tensor([0.1, 2.0] * 7, dtype=torch.float64)[:, None].expand_as(norms)

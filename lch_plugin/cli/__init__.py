@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import circuit, convert, interrupts, probe, sae, saliency
-from lch_plugin.cli import circuit, interrupts, lens, probe, sae, saliency
+from lch_plugin.cli import circuit, convert, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 

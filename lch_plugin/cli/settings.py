@@ -34,6 +34,30 @@ def parse(pairs: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
+def split(parsed: dict[str, Any], *, wandb: bool) -> tuple[dict[str, Any], Any]:
+    """Settings of the SAE, and SAELens' configuration of its logging.
+
+    Args:
+        parsed: as `parse` gives them.
+        wandb: whether to log to it.
+
+    Raises:
+        InputError: a setting of the logging that is of another type, or without ``--wandb``.
+    """
+    from lch_plugin.saes.training.configs import LoggingConfig
+
+    hints = get_type_hints(LoggingConfig)
+    logging = {name: value for name, value in parsed.items() if name in hints}
+    for name, value in logging.items():
+        given = f"--setting {name}={json.dumps(value)}"
+        if not wandb or name == "log_to_wandb":
+            raise InputError(f"{given} is about logging to wandb, which --wandb turns on. Give it.")
+        if not _fits(value, hints[name]) or (hints[name] is int and value < 1):
+            raise InputError(f"{given}: SAELens takes {_in_words(hints[name])} there.")
+    rest = {name: value for name, value in parsed.items() if name not in hints}
+    return rest, LoggingConfig(log_to_wandb=wandb, **logging)
+
+
 def check(architecture: str, settings: dict[str, Any], d_sae: int | None) -> None:
     """Refuse settings that no SAE of an architecture can have, before its model is loaded.
 

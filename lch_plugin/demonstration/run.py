@@ -23,7 +23,6 @@ from datasets import Dataset
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from lch_plugin.figures import ACTIVATIONS, CENTROIDS
 from lch_plugin.files import claimed, write_directory
 from lch_plugin.max_activating import max_activating_examples
 from lch_plugin.padding import mark_tokens
+from lch_plugin.progress import track
 from lch_plugin.report import write_report
 from lch_plugin.saes.evaluation.evaluate import DENSE
 from lch_plugin.saes.training.configs import sae_config
@@ -135,7 +135,7 @@ def values_at(
 ) -> dict[str, Float[Tensor, "row pos d"]]:
     """Values at some hook points over a text, in batches, on the CPU; the tokens are packed."""
     batches = []
-    for rows in track(tokens.split(16), "running the text", transient=True):
+    for rows in track(tokens.split(16), "running the text"):
         batch = rows.to(model.cfg.device)
         mark_tokens(batch)
         batches.append(model.run_with_cache(batch, names_filter=hook_names)[1])
@@ -335,7 +335,7 @@ def rank_and_remove(
             n_random=N_RANDOM,
             generator=torch.Generator().manual_seed(seed),
         )
-        for layer in track(attribution.scores, "removing neurons", transient=True)
+        for layer in track(attribution.scores, "removing neurons")
     }
 
 

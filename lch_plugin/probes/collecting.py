@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import TransformerBridge, attach
 from lch_plugin.cotangents import AnyCotangent
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.progress import track
 
 Component = Literal["mlp", "attn", "block"]
 Token = Literal["last", "mean"] | int
@@ -111,7 +111,7 @@ def collect(
         end = max(r["layer"] for r in records) + 1
         stop = end if end < model.cfg.n_layers else None
         values = {name: torch.empty(len(ids), model.cfg.d_model) for name in names}
-        for rows in track(batches, "reading statements", transient=True):
+        for rows in track(batches, "reading statements"):
             tokens = torch.stack([ids[row] for row in rows])
             with torch.no_grad():
                 _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=stop)

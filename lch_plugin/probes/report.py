@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from lch_plugin.adapters.transformer_lens import TransformerBridge
 from lch_plugin.errors import InputError
@@ -24,6 +23,7 @@ from lch_plugin.probes.collecting import PARTS, Component, Token, check_token, c
 from lch_plugin.probes.estimators import make_probe, sparse_probe
 from lch_plugin.probes.generalisation import TRAIN_SHARE, Generalisation, generalise, over_seeds
 from lch_plugin.probes.statements import Statements, check_apart
+from lch_plugin.progress import track
 from lch_plugin.report import write_report
 
 
@@ -126,9 +126,7 @@ def run(
 
         results = [
             {"probe": name, **site, **_told(tested(site["hook"], make_probe(name)))}
-            for name, site in track(
-                [(name, site) for name in probes for site in sites], "probes", transient=True
-            )
+            for name, site in track([(name, site) for name in probes for site in sites], "probes")
         ]
         asked = [n for n in sorted(k) if n < model.cfg.d_model]
         sparse = [
@@ -141,7 +139,6 @@ def run(
             for name, site, n in track(
                 [(name, site, n) for name in probes for site in sites for n in asked],
                 "sparse probes",
-                transient=True,
             )
         ]
         packages = ("lch-plugin", "torch", "transformer-lens", "transformers", "scikit-learn")

@@ -73,7 +73,7 @@ def edited_input(
     Raises:
         SiteError: there is no such component.
     """
-    entry = _entry(model, component)
+    entry = entry_of(model, component)
 
     def on_call(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         x, instead = input_of((args, kwargs), component)
@@ -87,7 +87,7 @@ def edited_input(
         handle.remove()
 
 
-def _entry(model: nn.Module, component: str) -> nn.Module:
+def entry_of(model: nn.Module, component: str) -> nn.Module:
     """The module whose input a component reads, or the hook point of what it reads."""
     points: Mapping[str, nn.Module] = getattr(model, "hook_dict", {})
     reader = readers(model).get(component)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,21 @@ from torch.nn.functional import normalize
 from lch_plugin.adapters.hooked import real_tokens, unwrapped
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.progress import each, progress
 from lch_plugin.statistics import ROUNDING
-from lch_plugin.steering.editing import EVERYWHERE, Positions, edited_input, joined, steering
+from lch_plugin.steering.editing import (
+    EVERYWHERE,
+    Positions,
+    edited_input,
+    entry_of,
+    joined,
+    steering,
+)
+from lch_plugin.steering.skipping import later_passes
 
 Batch = Tensor | Mapping[str, Any]
+# Numbers in float64 at a time.
+_CHUNK = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +114,9 @@ def steering_effects(
 ) -> SteeringEffects:
     """Steer a model along each direction and along random ones, and compare its predictions.
 
-    Takes ``(n_directions + n_random) * n_strengths`` forward passes a batch. The random directions
-    are uniform on the sphere; every one has the norm of the directions it stands beside.
+    Takes ``(n_directions + n_random) * n_strengths`` forward passes a batch, which begin at the
+    component's block. The random directions are uniform on the sphere; every one has the norm of
+    the directions it stands beside.
 
     Args:
         model: with logits for an output; as `steering`.
@@ -145,13 +157,15 @@ def steering_effects(
         input_norm = _mean_norm(model, batches, component, positions, directions.shape[-1])
         lengths = torch.tensor(strengths, dtype=torch.float64) * input_norm
         vectors = (moved[:, None] * lengths[:, None]).flatten(0, 1)
-        for batch in batches:
-            kl, change, of_batch = _effects_on(
-                model, batch, component, vectors, positions, n_shifts=n * len(strengths)
-            )
-            kls.append(kl.cpu())
-            changes.append(change.cpu())
-            shift = shift + of_batch.cpu()
+        with progress("steering", len(batches) * len(vectors), "passes") as advance:
+            for batch in batches:
+                own = each(vectors, advance)
+                kl, change, of_batch = _effects_on(
+                    model, batch, component, own, positions, n_shifts=n * len(strengths)
+                )
+                kls.append(kl.cpu())
+                changes.append(change.cpu())
+                shift = shift + of_batch.cpu()
     kl, change = (
         torch.cat(parts, dim=1).unflatten(0, (len(moved), len(strengths)))
         for parts in (kls, changes)
@@ -183,7 +197,7 @@ def _effects_on(
     model: nn.Module,
     batch: Batch,
     component: str,
-    vectors: Sequence[Float[Tensor, " d_in"]] | Float[Tensor, "n_vectors d_in"],
+    vectors: Iterable[Float[Tensor, " d_in"]],
     positions: Positions,
     n_shifts: int,
 ) -> tuple[
@@ -195,36 +209,53 @@ def _effects_on(
 
     And of the first ``n_shifts`` vectors the shift of each logit, summed over sequences.
     """
-    clean = _logits(model, batch)
-    # Of a classifier there is one prediction, wherever it is steered.
-    counts = _counts(model, batch, clean, positions if clean.shape[1] > 1 else EVERYWHERE)
-    weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
+    entry = entry_of(model, component)
     kls, changes = [], []
     shifts: list[Tensor] = []
-    for vector in vectors:
-        with steering(model, component, vector, positions):
-            steered = _logits(model, batch)
-        shift = steered - clean
-        shift = shift - shift.mean(-1, keepdim=True)
-        # A sequence at a time, since it is in float64.
-        kl = torch.stack([_kl(p, q) for p, q in zip(clean, steered, strict=True)])
-        kls.append((kl.to(weights) * weights).sum(1))
-        changes.append((shift.abs().mean(-1) * weights).sum(1))
-        if len(shifts) < n_shifts:
-            shifts.append(torch.einsum("bpv,bp->v", shift, weights))
+    with later_passes(unwrapped(model), entry, lambda: _logits(model, batch)) as clean:
+        # Of a classifier there is one prediction, wherever it is steered.
+        counts = _counts(model, batch, clean, positions if clean.shape[1] > 1 else EVERYWHERE)
+        weights = (counts / counts.sum(1, keepdim=True)).to(clean.dtype)
+        p = clean.softmax(-1)
+        for vector in vectors:
+            with steering(model, component, vector, positions):
+                steered = _logits(model, batch)
+            kl = clean.new_zeros(clean.shape[:2])
+            change = torch.zeros_like(kl)
+            for own in _chunks(clean):
+                moved = steered[own].double() - clean[own]
+                kl[own] = _kl(p[own], moved).to(kl)
+                change[own] = (moved - moved.mean(-1, keepdim=True)).abs().mean(-1).to(kl)
+            kls.append((kl * weights).sum(1))
+            changes.append((change * weights).sum(1))
+            if len(shifts) < n_shifts:
+                shift = torch.einsum("bpv,bp->v", steered - clean, weights)
+                shifts.append(shift - shift.mean())
     return torch.stack(kls), torch.stack(changes), torch.stack(shifts)
 
 
-def _kl(
-    clean: Float[Tensor, "pos d_vocab"], steered: Float[Tensor, "pos d_vocab"]
-) -> Float[Tensor, " pos"]:
-    """``KL(clean || steered)`` of two predictions given by logits.
+def _chunks(logits: Float[Tensor, "batch pos d_vocab"]) -> Iterator[tuple[int, slice]]:
+    """Of all positions, some at a time, which a processor's cache holds in float64."""
+    n = max(1, _CHUNK // logits.shape[-1])
+    for row in range(logits.shape[0]):
+        for start in range(0, logits.shape[1], n):
+            yield row, slice(start, start + n)
 
-    In float64: it is of second order in a small change, which in float32 is lost in the rounding of
-    the sum, and may come out negative.
+
+def _kl(
+    p: Float[Tensor, "pos d_vocab"], moved: Float[Tensor, "pos d_vocab"]
+) -> Float[Tensor, " pos"]:
+    """``KL(p || q)`` where the logits of ``q`` are those of ``p``, moved.
+
+    That is ``log E_p[exp m] - E_p[m]``, computed about the mean of ``m``. In float64: it is of
+    second order in a small change, which in float32 is lost in the rounding of the sum, and may
+    come out negative.
     """
-    p, q = (logits.double().log_softmax(-1) for logits in (clean, steered))
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    p = p.double()
+    p = p / p.sum(-1, keepdim=True)
+    moved = moved - (p * moved).sum(-1, keepdim=True)
+    rest = (p * moved).sum(-1)  # What rounding has left of the mean.
+    return ((p * moved.expm1()).sum(-1).log1p() - rest).clamp_min(0)
 
 
 def _mean_norm(

@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
@@ -29,6 +28,7 @@ from lch_plugin.circuits.edges.wiring import EdgeScores
 from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.circuits.scores.attribution import between, embedding_name
 from lch_plugin.errors import InputError
+from lch_plugin.progress import track
 
 # Prompts that are differentiated together: every reader of every layer has a part of the graph.
 _N_PROMPTS = 8
@@ -77,7 +77,7 @@ def edge_attribution(
     split.check(parts[0])
     total = torch.zeros(split.wiring.n_edges, dtype=torch.float64)
     embed = embedding_name(model)
-    for batch in track(parts, "scores of edges", transient=True):
+    for batch in track(parts, "scores of edges"):
         clean, corrupt = split.record(batch), split.record(twin(batch))
         changes = split.changes(clean, corrupt)
         ends = [_embeddings(split, one, embed) for one in (twin(batch), batch)]

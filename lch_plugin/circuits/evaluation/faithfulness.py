@@ -31,7 +31,6 @@ from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
@@ -42,6 +41,7 @@ from lch_plugin.circuits.evaluation.ablation import Ablation, Reference
 from lch_plugin.circuits.nodes import Circuit, Node, NodeScores
 from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.errors import InputError
+from lch_plugin.progress import track
 
 #: Shares of the nodes that MIB's evaluator keeps.
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -261,7 +261,7 @@ def faithfulness(
     counts = [size_of(share, n_nodes) for share in shares]
     circuits = {count: scores.circuit(count, by=by) for count in counts}
     found = {n_nodes: (scale.full, torch.ones(n_random, dtype=torch.float64))}
-    for count, circuit in track(circuits.items(), "circuits by size", transient=True):
+    for count, circuit in track(circuits.items(), "circuits by size"):
         if count < n_nodes:
             controls = [ablation.metric(circuit.random(generator)) for _ in range(n_random)]
             found[count] = ablation.metric(circuit), scale.recovered(torch.stack(controls))
@@ -339,16 +339,15 @@ def judge(
         return float(scale.recovered(ablation.metric(one)))
 
     falls = {
-        node: recovered - f(circuit.without(node))
-        for node in track(tested, "nodes taken out", transient=True)
+        node: recovered - f(circuit.without(node)) for node in track(tested, "nodes taken out")
     }
     gaps, random = [], []
-    for _ in track(range(n_subsets), "subsets taken out", transient=True):
+    for _ in track(range(n_subsets), "subsets taken out"):
         subset = torch.rand(len(circuit.keep), generator=generator) < 0.5
         without = ~(circuit.keep & subset)
         reduced = Circuit(circuit.points, circuit.keep & without)
         gaps.append(abs(f(reduced) - f(Circuit(circuit.points, without))))
-    for _ in track(range(n_random), "random circuits", transient=True):
+    for _ in track(range(n_random), "random circuits"):
         random.append(f(circuit.random(generator)))
     return Judgement(
         circuit=circuit,

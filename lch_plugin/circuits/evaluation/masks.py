@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
@@ -32,6 +31,7 @@ from lch_plugin.circuits.nodes import NodeScores
 from lch_plugin.circuits.prompt_batches import Prompts
 from lch_plugin.circuits.scores.attribution import CLEAN, Method, kept_gradients
 from lch_plugin.errors import InputError
+from lch_plugin.progress import track
 
 # Of the logarithm of the rank, in which the order is learned: the largest step, and how far from
 # the boundary of a circuit, in the same units, nodes still move.
@@ -101,7 +101,7 @@ def learn_masks(
     n_nodes = len(scores.values)
     drawn = _spread(steps, generator)
     counts = [max(1, round(n_nodes * smallest * (largest / smallest) ** u)) for u in drawn]
-    for step, count in enumerate(track(counts, "masks", transient=True)):
+    for step, count in enumerate(track(counts, "masks")):
         derivative, loss = task.loss(step % task.n_batches, order.kept(count))
         order.move(derivative, loss, count)
     learned = NodeScores(scores.points, order.values.exp().float())

@@ -45,7 +45,6 @@ from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
@@ -63,6 +62,7 @@ from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.progress import track
 from lch_plugin.sites import Linearization
 
 
@@ -388,7 +388,7 @@ def _mean_scores(
     """Scores of batches, each summed over its prompts, as the mean over all prompts."""
     total, n_prompts = torch.zeros(sum(p.n_nodes for p in points), dtype=torch.float64), 0
     batches = batches_of(prompts)
-    for batch in track(batches, "scores", transient=True):
+    for batch in track(batches, "scores"):
         total += score(batch).cpu()
         n_prompts += len(batch)
     if not n_prompts:

@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from datasets import Array2D, Dataset, Features, IterableDataset
 from datasets.utils.py_utils import convert_file_size_to_int
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sae_lens import ActivationsStore
 
 from lch_plugin.adapters.states import evaluating
@@ -32,6 +30,7 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.cluster import Cluster
 from lch_plugin.errors import InputError, OutputError
 from lch_plugin.files import locked, remove_leftovers, sync_directory
+from lch_plugin.progress import progress
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.caching.computing import (
     Load,
@@ -200,7 +199,10 @@ def _fill(
             else:
                 yield file, tokens
 
-    with _alone(plan.found) if plan.writes else nullcontext(), _progress(plan) as advance:
+    with (
+        _alone(plan.found) if plan.writes else nullcontext(),
+        progress("caching", plan.n_sequences, "sequences") as advance,
+    ):
         if cluster is None or load is None or not plan.writes:
             written = _each_by(partial(compute, source, directory, then=advance), missing())
         else:
@@ -354,17 +356,3 @@ def _alone(found: Found) -> Iterator[None]:
         finally:
             with suppress(OSError):  # If there is anything of use in it, it stays.
                 directory.rmdir()
-
-
-@contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("caching"),
-        BarColumn(),
-        TextColumn("{task.completed:,} sequences"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=plan.n_sequences)
-        yield lambda n: progress.advance(task, n)

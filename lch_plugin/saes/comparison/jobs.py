@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lch_plugin.cluster import Cluster, Shared, shared
 from lch_plugin.files import new_directory, remove_directory, write_directory
+from lch_plugin.progress import progress
 from lch_plugin.saes.comparison.components import Component
 from lch_plugin.saes.comparison.scores import (
     chance_agreement,
@@ -77,7 +78,9 @@ class Job:
                         (TEST, self.component.test),
                     ):
                         rows = self.component.rows(split, of)
-                        store_values(rows, directory / name, split.n_rows)
+                        what = f"running the model for each {of}"
+                        with progress(what, split.n_rows, "rows") as advance:
+                            store_values(rows, directory / name, split.n_rows, advance)
             if not is_there(self._baseline(of)):
                 scores = {
                     "of": of,

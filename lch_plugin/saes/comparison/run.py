@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from lch_plugin.cluster import Cluster
 from lch_plugin.errors import InputError
 from lch_plugin.files import portable, resumable_directory
 from lch_plugin.loading import LoadedModel
+from lch_plugin.progress import each, progress
 from lch_plugin.saes.comparison.components import make_component
 from lch_plugin.saes.comparison.data import Labelled
 from lch_plugin.saes.comparison.jobs import Job
@@ -102,15 +102,11 @@ def compare(
         _announce(console, jobs)
         if test.left_out:
             console.print(f"{test.left_out:,} inputs are not held out: training has the same")
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=sum(job.n_saes for job in jobs))
+        with progress("comparing", sum(job.n_saes for job in jobs), "SAEs") as advance:
             for job in jobs:
-                progress.update(task, description="running the model")
                 job.store()
-                progress.update(task, description="training SAEs")
-                for score in job.scores(cluster):
-                    progress.advance(task)
-                    progress.console.print(_line(score), highlight=False)
+                for score in each(job.scores(cluster), advance):
+                    console.print(_line(score), highlight=False)
             results = {
                 **identity,
                 "train": train.name,

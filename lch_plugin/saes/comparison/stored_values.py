@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lch_plugin.errors import InputError
+from lch_plugin.progress import Advance
 from lch_plugin.saes.comparison.data import Items
 from lch_plugin.saes.sources.rows import Rows
 
@@ -40,13 +41,14 @@ class StoredValues:
             yield torch.from_numpy(np.array(self.rows[i * _BLOCK : (i + 1) * _BLOCK]))
 
 
-def store_values(rows: Rows, path: Path, n_rows: int) -> None:
+def store_values(rows: Rows, path: Path, n_rows: int, advance: Advance = lambda n: None) -> None:
     """Run a model and write the rows of one of its components.
 
     Args:
         rows: of the component.
         path: file to make.
         n_rows: how many there will be.
+        advance: called with the number of rows of each batch that is written.
 
     Raises:
         InputError: there are more or fewer.
@@ -69,6 +71,7 @@ def store_values(rows: Rows, path: Path, n_rows: int) -> None:
             if end > n_rows:
                 break
             file.write(np.ascontiguousarray(values).data)
+            advance(len(values))
     if end != n_rows:
         raise InputError(
             f"{rows.module}: its {rows.of} has {end} rows or more where {n_rows} were expected. "

@@ -19,6 +19,7 @@ through the model as it is: one forward pass, no graph.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -63,12 +64,41 @@ def push(
         NotDifferentiableError: the logits do not depend on the hook's space, or an operation of the
             model has no forward-mode derivative.
     """
-    rows = torch.arange(len(tokens), device=tokens.device)
+    at, along = positions[:, None], directions[:, None]
+    points, logits = derivative(model, hook_name, lambda: model(tokens), tokens.shape, at, along)
+    return points[:, 0], logits[:, 0]
+
+
+def derivative(
+    model: LensModel | HookedModel,
+    hook_name: str,
+    run: Callable[[], Float[Tensor, "row kept d_vocab"]],
+    shape: Sequence[int],
+    positions: Int[Tensor, "row place"],
+    directions: Float[Tensor, "row place d_in"],
+) -> tuple[Float[Tensor, "row place d_in"], Float[Tensor, "row place d_vocab"]]:
+    """Of the logits at some positions, along a direction at each of them, all moved together.
+
+    Args:
+        model: with the hook point attached.
+        hook_name: where the directions live.
+        run: a pass of the model, which gives logits at all positions or at the last of them.
+        shape: rows and positions of the pass.
+        positions: of each row, where it is moved.
+        directions: along which.
+
+    Returns:
+        The points moved from, and the derivatives of the logits.
+
+    Raises:
+        NotDifferentiableError: as `push`.
+    """
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
     points: list[Tensor] = []
 
     def edit(value: Tensor) -> Tensor:
         # Heads are joined, as SAELens does. OPT's blocks join batch and position.
-        x = value.reshape(*tokens.shape, -1)
+        x = value.reshape(*shape, -1)
         points.append(x[rows, positions])
         tangent = torch.zeros_like(x)
         tangent[rows, positions] = directions.to(x)
@@ -84,7 +114,7 @@ def push(
             forward_ad.dual_level(),
             edited_input(model, hook_name, edit),
         ):
-            moved = forward_ad.unpack_dual(model(tokens)).tangent
+            moved = forward_ad.unpack_dual(run()).tangent
     except NotImplementedError as error:
         raise NotDifferentiableError(
             f"the effect of {hook_name} on the logits is not known: {error} Load the model with "
@@ -94,7 +124,7 @@ def push(
         raise NotDifferentiableError(
             f"the logits do not depend on {hook_name}: nothing there reaches them."
         )
-    return points[0], moved[rows, positions]
+    return points[0], moved[rows, positions - (shape[1] - moved.shape[1])]
 
 
 def neuron_terms(

@@ -1,14 +1,15 @@
 """What the features of an SAE are about: text that excites them, logits, neurons, neighbours.
 
 Two passes over a text, in memory that does not grow with it: how often and how strongly each
-feature fires, and then histograms and max-activating examples of those that were chosen. On these
-alone, what each feature's direction does (`effects`).
+feature fires, and then histograms and max-activating examples of those that were chosen. Of a text
+that is short enough, the second is a look at what the first has kept. On these examples alone, what
+each feature's direction does (`effects`), of all features in one pass over each row (`pushing`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -27,18 +27,22 @@ from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import write_directory
 from lch_plugin.max_activating import ActivatingExample, activating_example
+from lch_plugin.progress import progress, track
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.dashboards.effects import closed_form, neuron_terms, push
 from lch_plugin.saes.dashboards.firing import Histogram, MaxActivatingExamples, Survey
+from lch_plugin.saes.dashboards.pushing import Pusher
 from lch_plugin.saes.evaluation.evaluate import DENSE
 from lch_plugin.saes.evaluation.feature_acts import FeatureActs, describe_text
-from lch_plugin.saes.sources.hook_points import attached, check_model
+from lch_plugin.saes.sources.hook_points import attached, check_model, d_vocab
 from lch_plugin.saes.sources.hooked_model import HookedModel
 
 # What a report has of each feature.
 N_BINS, N_BANDS, N_IN_BAND = 40, 4, 3
 N_TOKENS, N_NEURONS, N_NEIGHBOURS = 8, 6, 5
+# Numbers in memory at most: of the hook point along a text, and of logits' derivatives.
+_MAX_KEPT, _MAX_LOGITS = 2**26, 2**27
 _PACKAGES = ("lch-plugin", "torch", "sae-lens")
 
 
@@ -229,10 +233,12 @@ def features(
         feature_acts.check()
         effects = _Effects(feature_acts)
         survey = Survey(sae.cfg.d_sae, sae.device)
-        for tokens, batch, n in track(feature_acts, "how often features fire", transient=True):
+        text_values = _Kept(feature_acts)
+        n = feature_acts.n_batches
+        for tokens, values in track(text_values, "how often features fire", n, "batches"):
             if not survey.n_tokens:  # What cannot be answered is better known now than at the end.
-                effects.push(tokens[:1], tokens.new_zeros(1), 0)
-            survey.add(batch, n)
+                effects.try_out(tokens[:1])
+            survey.add(*feature_acts.firing(tokens, values))
         if not survey.n_tokens:
             raise InputError(
                 f"the text makes no row of {feature_acts.context_size} tokens. Pass more of it."
@@ -241,11 +247,14 @@ def features(
             indices = _sparse_and_strong(survey, n_features, max_density)
         chosen = torch.tensor(indices, device=sae.device, dtype=torch.long)
         found = _Found(survey.maximum[chosen], n_contexts, seed)
-        for tokens, batch, _ in track(feature_acts, "where they fire", transient=True):
+        n = text_values.n_batches
+        for tokens, values in track(text_values, "where they fire", n, "batches"):
+            batch, _ = feature_acts.firing(tokens, values)
             found.add(batch[..., chosen], tokens.to(sae.device))
+        done = effects.describe(found.top, indices)
         described = [
-            _describe(effects, survey, found, i, index)
-            for i, index in enumerate(track(indices, "what they do", transient=True))
+            _describe(effects, survey, found, i, index, own)
+            for i, (index, own) in enumerate(zip(indices, done, strict=True))
         ]
         return FeatureReport(
             hook_name=feature_acts.hook_name,
@@ -288,41 +297,91 @@ class _Found:
             band.add(draw * in_band, feature_acts, tokens)
 
 
+class _Kept:
+    """What a hook point has on a text: kept the first time, if it is little enough.
+
+    Attributes:
+        n_batches: how many there were, the first time.
+    """
+
+    def __init__(self, feature_acts: FeatureActs) -> None:
+        self._feature_acts = feature_acts
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._is_whole = False
+        self.n_batches = 0
+
+    def __iter__(self) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos ..."]]]:
+        if self._is_whole:
+            yield from self._batches
+            return
+        n = self.n_batches = 0
+        for tokens, values in self._feature_acts.batches():
+            self.n_batches += 1
+            n += values.numel()
+            if n <= _MAX_KEPT:
+                self._batches.append((tokens, values))
+            else:
+                self._batches.clear()
+            yield tokens, values
+        self._is_whole = n <= _MAX_KEPT
+
+
 class _Effects:
     """What the features of an SAE do to the model, and through which neurons.
 
     Attributes:
-        model: with the hook point attached.
         directions: decoder rows at unit length, on the model's device.
     """
 
     def __init__(self, feature_acts: FeatureActs) -> None:
-        self.model, self._hook_name = feature_acts.model, feature_acts.hook_name
-        self._batch_size = feature_acts.batch_size
+        self._model, self._hook_name = feature_acts.model, feature_acts.hook_name
         self._device = next(feature_acts.model.parameters()).device
+        self._push = Pusher(self._model, self._hook_name, feature_acts.batch_size)
+        self._names: dict[int, str] = {}
         self.directions = normalize(feature_acts.sae.W_dec.detach(), dim=-1).to(self._device)
         self._closed_form = closed_form(feature_acts.model, feature_acts.hook_name)
 
-    def push(
-        self, tokens: Int[Tensor, "row pos"], positions: Int[Tensor, " row"], index: int
-    ) -> tuple[Float[Tensor, "row d_in"], Float[Tensor, "row d_vocab"]]:
-        """`lch_plugin.saes.dashboards.effects.push` along one feature, in batches."""
-        batches = (t.to(self._device).split(self._batch_size) for t in (tokens, positions))
-        pushed = [
-            push(self.model, self._hook_name, t, p, self.directions[index].expand(len(t), -1))
-            for t, p in zip(*batches, strict=True)
-        ]
-        points, logits = zip(*pushed, strict=True)
-        return torch.cat(points), torch.cat(logits)
+    def try_out(self, tokens: Int[Tensor, "row pos"]) -> None:
+        """Raise what a push raises."""
+        tokens = tokens.to(self._device)
+        first = self.directions[:1].expand(len(tokens), -1)
+        push(self._model, self._hook_name, tokens, tokens.new_zeros(len(tokens)), first)
 
-    def describe(self, examples: MaxActivatingExamples, i: int, index: int) -> dict[str, Any]:
-        """What a feature does where it is most active: some attributes of a `Feature`."""
-        n = examples.count(i)
+    def describe(
+        self, examples: MaxActivatingExamples, indices: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """What features do where they are most active: some attributes of each `Feature`."""
+        counts = [examples.count(i) for i in range(len(indices))]
+        # As many features at a time as have room for their logits.
+        size = max(1, _MAX_LOGITS // (d_vocab(self._model) * max(1, *counts)))
+        described = []
+        with progress("what they do", sum(counts), "examples") as advance:
+            for start in range(0, len(indices), size):
+                group = range(start, min(start + size, len(indices)))
+                own = [indices[i] for i in group for _ in range(counts[i])]
+                if not own:
+                    described += [self._describe_one(None, None, 0) for _ in group]
+                    continue
+                tokens, positions = (
+                    torch.cat([t[: counts[i], i] for i in group]).to(self._device)
+                    for t in (examples.tokens, examples.positions)
+                )
+                points, logits = self._push(tokens, positions, self.directions[own], advance)
+                sizes = [counts[i] for i in group]
+                parts = zip(points.split(sizes), logits.split(sizes), group, strict=True)
+                described += [self._describe_one(x, of_x, indices[i]) for x, of_x, i in parts]
+        return described
+
+    def _describe_one(
+        self,
+        points: Float[Tensor, "n d_in"] | None,
+        logits: Float[Tensor, "n d_vocab"] | None,
+        index: int,
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {"promoted": [], "suppressed": [], "agreement": None}
         found |= {"along": None, "neurons": []}
-        if not n:
+        if points is None or logits is None or not len(points):
             return found
-        points, logits = self.push(examples.tokens[:n, i], examples.positions[:n, i], index)
         logits = logits.float() - logits.float().mean(-1, keepdim=True)
         mean = logits.mean(0)
         found["promoted"] = self._named(mean.topk(min(N_TOKENS, len(mean))))
@@ -337,12 +396,29 @@ class _Effects:
         return found
 
     def _named(self, top: Any) -> list[TokenLogit]:
-        names = _texts(self.model, top.indices.tolist())
+        names = self.texts(top.indices.tolist())
         return [TokenLogit(*pair) for pair in zip(names, top.values.tolist(), strict=True)]
 
+    def texts(self, ids: list[int]) -> list[str]:
+        """Each token as the text it stands for."""
+        new = [i for i in dict.fromkeys(ids) if i not in self._names]
+        if new:
+            found = self._model.tokenizer.batch_decode(
+                [[i] for i in new], clean_up_tokenization_spaces=False
+            )
+            self._names |= dict(zip(new, found, strict=True))
+        return [self._names[i] for i in ids]
 
-def _describe(effects: _Effects, survey: Survey, found: _Found, i: int, index: int) -> Feature:
-    """One feature, the ``i``-th of the chosen."""
+
+def _describe(
+    effects: _Effects,
+    survey: Survey,
+    found: _Found,
+    i: int,
+    index: int,
+    does: dict[str, Any],
+) -> Feature:
+    """One feature, the ``i``-th of the chosen, with what it does."""
     maximum, counts = float(survey.maximum[index]), found.histogram.counts[i]
     in_bands = counts.view(N_BANDS, -1).sum(1).tolist()
     cosines = effects.directions @ effects.directions[index]
@@ -354,13 +430,13 @@ def _describe(effects: _Effects, survey: Survey, found: _Found, i: int, index: i
         energy=float(survey.energy[index]),
         maximum=maximum,
         histogram=counts.tolist(),
-        contexts=_examples(effects.model, found.top, i),
+        contexts=_examples(effects, found.top, i),
         bands=[
             Band(
                 low=maximum * b / N_BANDS,
                 high=maximum * (b + 1) / N_BANDS,
                 n_tokens=in_bands[b],
-                contexts=_examples(effects.model, found.bands[b], i),
+                contexts=_examples(effects, found.bands[b], i),
             )
             for b in reversed(range(N_BANDS - 1))
         ],
@@ -368,29 +444,21 @@ def _describe(effects: _Effects, survey: Survey, found: _Found, i: int, index: i
             Neighbour(int(j), float(cosine))
             for j, cosine in zip(nearest.indices, nearest.values, strict=True)
         ],
-        **effects.describe(found.top, i, index),
+        **does,
     )
 
 
 def _examples(
-    model: LensModel | HookedModel, examples: MaxActivatingExamples, i: int
+    effects: _Effects, examples: MaxActivatingExamples, i: int
 ) -> list[ActivatingExample]:
     return [
         activating_example(
             examples.values[row, i].cpu(),
-            _texts(model, examples.tokens[row, i].tolist()),
+            effects.texts(examples.tokens[row, i].tolist()),
             int(examples.positions[row, i]),
         )
         for row in range(examples.count(i))
     ]
-
-
-def _texts(model: LensModel | HookedModel, ids: list[int]) -> list[str]:
-    """Each token as the text it stands for."""
-    texts: list[str] = model.tokenizer.batch_decode(
-        [[i] for i in ids], clean_up_tokenization_spaces=False
-    )
-    return texts
 
 
 def _sparse_and_strong(survey: Survey, n_features: int, max_density: float) -> list[int]:

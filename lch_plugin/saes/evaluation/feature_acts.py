@@ -116,6 +116,15 @@ class FeatureActs:
         root: nn.Module = self.model.model if isinstance(self.model, HookedModel) else self.model
         return root
 
+    @property
+    def n_batches(self) -> int | None:
+        """How many batches there are at most; None of a text that does not say."""
+        n_rows = self.n_rows
+        if isinstance(self.text, Cache | Tensor):
+            own = self.text.n_sequences if isinstance(self.text, Cache) else len(self.text)
+            n_rows = min(own, n_rows or own)
+        return None if n_rows is None else -(-n_rows // self.batch_size)
+
     def check(self) -> None:
         """Refuse an SAE that was trained on other values than the hook point has now.
 
@@ -162,9 +171,15 @@ class FeatureActs:
         self,
     ) -> Iterator[tuple[Int[Tensor, "row pos"], Float[Tensor, "row pos d_sae"], int]]:
         for tokens, values in self.batches():
-            counts, feature_acts = self.counts(tokens), self.encode(values)
-            feature_acts[~counts.to(feature_acts.device)] = 0
-            yield tokens, feature_acts, int(counts.sum())
+            yield tokens, *self.firing(tokens, values)
+
+    def firing(
+        self, tokens: Int[Tensor, "row pos"], values: Float[Tensor, "row pos ..."]
+    ) -> tuple[Float[Tensor, "row pos d_sae"], int]:
+        """Feature activations of values of the hook point, and how many of the tokens count."""
+        counts, feature_acts = self.counts(tokens), self.encode(values)
+        feature_acts[~counts.to(feature_acts.device)] = 0
+        return feature_acts, int(counts.sum())
 
     def batches(
         self,

@@ -34,6 +34,7 @@ from lch_plugin.adapters.states import evaluating
 from lch_plugin.centroids import centroid, fit_cotangent
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError, NonFiniteError, SiteError
+from lch_plugin.progress import progress
 from lch_plugin.saes.evaluation.sae_inputs import check_rows
 from lch_plugin.saes.sources.rows import Rows
 
@@ -107,10 +108,12 @@ def predicted_responses(
     mean = mu.mean(tuple(range(mu.ndim - 1)), keepdim=True).expand_as(mu)
     centroids = {**predictions, EXACT: mu, MEAN: mean}
     fits = []
-    with torch.no_grad():
+    kinds = get_args(Perturbation)
+    n_steps = len(kinds) * n_perturbations
+    with torch.no_grad(), progress("perturbing", n_steps, "perturbations") as advance:
         y = fn(x)
         v = fit_cotangent(cotangent, y).double()
-        for kind in get_args(Perturbation):
+        for kind in kinds:
             predicted: dict[str, list[Tensor]] = {name: [] for name in centroids}
             responses: dict[float, list[Tensor]] = {size: [] for size in sizes}
             for d in _perturbations(kind, x, n_perturbations, mixes_positions, generator):
@@ -119,6 +122,7 @@ def predicted_responses(
                 for size, changes in responses.items():
                     change = v * (fn(x + size * d) - y)
                     changes.append(_sum(change, mixes_positions) / size)
+                advance(1)
             predictors = {name: torch.cat(values) for name, values in predicted.items()}
             fits.append(_fit(kind, None, predictors[EXACT], predictors))
             fits += [_fit(kind, s, torch.cat(c), predictors) for s, c in responses.items()]

@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
-from rich.progress import track
 from sae_lens import SAE
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from lch_plugin.cotangents import Cotangent, Ones
 from lch_plugin.errors import InputError
 from lch_plugin.files import check_new_directory, write_directory
 from lch_plugin.padding import mark_tokens
+from lch_plugin.progress import track
 from lch_plugin.report import write_report
 from lch_plugin.saes.caching.records import record
 from lch_plugin.saes.evaluation import plots
@@ -119,7 +119,7 @@ def evaluation_report(
     ):
         feature_acts.check()
         seen = _Seen(feature_acts, positions, n_sequences)
-        evaluation = evaluate(sae, track(seen, "reconstruction", transient=True))
+        evaluation = evaluate(sae, track(seen, "reconstruction", feature_acts.n_batches, "batches"))
         tokens = torch.cat(seen.tokens)
         # Whatever they begin and end with is text.
         batches = [mark_tokens(ids, feature_acts.tokens(ids)) for ids in tokens.split(batch_size)]
@@ -127,9 +127,7 @@ def evaluation_report(
             f"variance explained {evaluation.explained_variance:.3f}, L0 {evaluation.l0:.2f}, "
             f"{evaluation.n_fired} of {sae.cfg.d_sae} features fire"
         )
-        console.print("responses to perturbations")
         fits = _responses(feature_acts, batches, positions, seed)
-        console.print("steering")
         features = _strongest(feature_acts, seen.rows, evaluation, n_features)
         effects = steering_effects(
             model,

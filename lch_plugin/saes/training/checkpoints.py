@@ -7,6 +7,7 @@ default since 2.6).
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lch_plugin.errors import InputError, OutputError
-from lch_plugin.files import CONTENTS, check_contents, remove_leftovers, write_directory
+from lch_plugin.files import (
+    CONTENTS,
+    check_contents,
+    remove_directory,
+    remove_leftovers,
+    write_directory,
+)
 from lch_plugin.records import check_plain, read_json, reason
 
 #: A directory with this file is a checkpoint.
@@ -47,6 +54,44 @@ _ORDER = (
 )
 
 _Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint, of one SAE or of several."""
+    return any(path.glob(CHECKPOINT_FILE)) or any(path.glob(f"*/{CHECKPOINT_FILE}"))
+
+
+class Regularly:
+    """Checkpoints every so many minutes, of which only the newest stays.
+
+    What is measured is the time since the last one was written, so that writing them never takes
+    most of it. Checkpoints that SAELens is told to write stay.
+
+    Args:
+        trainer: of SAELens, after `save_whole`.
+        minutes: between two.
+    """
+
+    def __init__(self, trainer: Any, minutes: float) -> None:
+        self._trainer, self._minutes = trainer, minutes
+        self._written: Path | None = None
+        self._since = time.monotonic()
+
+    def __call__(self) -> None:
+        """Write one if it is time; to be called between two steps."""
+        trainer = self._trainer
+        n, base = trainer.n_training_samples, trainer.cfg.checkpoint_path
+        is_under_way = 0 < n < trainer.cfg.total_training_samples
+        if not is_under_way or time.monotonic() - self._since < 60 * self._minutes:
+            return
+        path = Path(base, str(n))
+        is_new = not path.exists()
+        trainer.save_checkpoint(checkpoint_name=path.name)
+        if is_new and _is_good(path):
+            if self._written is not None:
+                remove_directory(self._written)
+            self._written = path
+        self._since = time.monotonic()
 
 
 def save_whole(trainer: Any, check: Callable[[], None]) -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAEConfig
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    MultiSAETrainingRunnerConfig,
+    TrainingSAEConfig,
+)
+from sae_lens import LoggingConfig as LoggingConfig
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
@@ -41,26 +47,46 @@ def runner_config(
         ... )
         >>> lch.saes.train(model, dataset, config)
     """
-    seqpos = slice(*settings.get("seqpos_slice", (None,)))
-    n_positions = len(range(settings.get("context_size", 128))[seqpos])
-    batch_size = settings.get("train_batch_size_tokens", 4096)
-    defaults: dict[str, Any] = {
-        "dataset_path": "passed in",
-        "model_name": "passed in",
-        "model_from_pretrained_kwargs": {},
-        "streaming": False,
-        "n_batches_in_buffer": max(20, -(-4 * batch_size // max(1, n_positions))),
-        "checkpoint_path": None,
-        "output_path": None,
-        "verbose": False,
-        "logger": LoggingConfig(log_to_wandb=False),
-    }
     return LanguageModelSAERunnerConfig(
         sae=sae,
         hook_name=hook_name,
         training_tokens=training_tokens,
-        **{**defaults, **settings},
+        **{"model_from_pretrained_kwargs": {}, "verbose": False, **_defaults(settings), **settings},
     )
+
+
+def layers_config(
+    saes: Mapping[str, TrainingSAEConfig], *, training_tokens: int, **settings: Any
+) -> MultiSAETrainingRunnerConfig:
+    """As `runner_config`, of SAEs on several hook points, from one pass over the text.
+
+    Args:
+        saes: by hook point, which is what each is called too.
+        training_tokens: how many to train on.
+        **settings: of ``MultiSAETrainingRunnerConfig``, in place of the defaults.
+    """
+    return MultiSAETrainingRunnerConfig(
+        saes=saes,
+        hook_names={name: name for name in saes},
+        training_tokens=training_tokens,
+        **{**_defaults(settings), **settings},
+    )
+
+
+def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """In place of SAELens' own, given the settings that somebody chose."""
+    seqpos = slice(*settings.get("seqpos_slice", (None,)))
+    n_positions = len(range(settings.get("context_size", 128))[seqpos])
+    batch_size = settings.get("train_batch_size_tokens", 4096)
+    return {
+        "dataset_path": "passed in",
+        "model_name": "passed in",
+        "streaming": False,
+        "n_batches_in_buffer": max(20, -(-4 * batch_size // max(1, n_positions))),
+        "checkpoint_path": None,
+        "output_path": None,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
 
 
 def sae_config(architecture: str, **settings: Any) -> TrainingSAEConfig:

@@ -19,8 +19,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from lch_plugin.errors import InputError, NonFiniteError
+from lch_plugin.progress import progress
 from lch_plugin.saes.evaluation.sae_inputs import check_width
 from lch_plugin.saes.sources.rows import Rows
+from lch_plugin.saes.training.quiet import saelens_quiet
 from lch_plugin.saes.training.starting import n_estimate_batches, start_at_data, starts_at_data
 from lch_plugin.saes.training.watching import Watch, check_scale
 
@@ -59,7 +61,7 @@ def train_on(
             that is zero; or no feature fires any more.
         NonFiniteError: a row, the loss or the weights are NaN or infinite.
     """
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), saelens_quiet():
         torch.manual_seed(seed)
         d_in, batches = shuffled(rows, config.train_batch_size_samples, buffer_size)
         check_width("each row", sae.d_in, d_in)
@@ -74,7 +76,8 @@ def train_on(
             record = {**rows.record(), "scale": scaler.scaling_factor, "seed": seed}
             dictionary.cfg.metadata.lch_centroid = record
         watch = Watch({"": trainer})
-        trained = trainer.fit()
+        with progress("training", config.total_training_samples, "rows") as watch.advance:
+            trained = trainer.fit()
         watch.check()
         return trained
 

@@ -18,7 +18,6 @@ import itertools
 import json
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -42,11 +41,13 @@ from torch import Tensor
 
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.files import write_directory
+from lch_plugin.progress import progress
 from lch_plugin.saes.caching.cache import Cache, Stream
 from lch_plugin.saes.evaluation.evaluate import evaluate
 from lch_plugin.saes.sources.hook_points import provenance
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.training.checkpoints import (
+    Regularly,
     n_batches_taken,
     read_resume_file,
     save_resume_file,
@@ -67,6 +68,7 @@ class Runner(LanguageModelSAETrainingRunner):
     ) -> None:
         super().__init__(config, override_dataset=dataset, override_model=model)
         self._n_estimate = 0
+        self.checkpoint_minutes: float | None = None
         if self._provenance() is not None:
             self.evaluator = self._evaluate
         if config.resume_from_checkpoint and not config.use_cached_activations:
@@ -83,7 +85,7 @@ class Runner(LanguageModelSAETrainingRunner):
             fresh=self.cfg.from_pretrained_path is None,
         )
         _sign(trainer, self._provenance(), self.cfg.seed)
-        return _fit(trainer, {"": trainer})
+        return _fit(trainer, {"": trainer}, self.checkpoint_minutes)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
@@ -112,9 +114,7 @@ class CachedRunner(Runner):
         self.cache = cache
         # SAELens asks for a dataset and for a tokenizer, and reads neither.
         rows = Dataset.from_dict({"tokens": [[0] * config.context_size]})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The training dataset contains fewer samples")
-            super().__init__(config, rows, _NoModel() if model is None else model)
+        super().__init__(config, rows, _NoModel() if model is None else model)
         buffer_size = config.n_batches_in_buffer * config.context_size
         self._stream = lambda seed: cache.stream(
             config.hook_name,
@@ -160,6 +160,7 @@ class MultiRunner(MultiSAETrainingRunner):
     ) -> None:
         super().__init__(config, override_dataset=dataset, override_model=model)
         self._n_estimate = 0
+        self.checkpoint_minutes: float | None = None
         self.evaluator = self._evaluate
         if config.resume_from_checkpoint:
             _skip_what_was_read(self.activations_store, config.resume_from_checkpoint)
@@ -178,7 +179,7 @@ class MultiRunner(MultiSAETrainingRunner):
             _sign(each, provenance(self.model, hooks[name]), self.cfg.seed)
         first = next(iter(trainer.trainers.values()))
         trainer.n_training_steps = first.n_training_steps
-        return _fit(trainer, trainer.trainers)
+        return _fit(trainer, trainer.trainers, self.checkpoint_minutes)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         super()._save_runner_checkpoint_files(checkpoint_path)
@@ -303,12 +304,15 @@ def _sign(trainer: SAETrainer[Any, Any], record: dict[str, Any] | None, seed: in
         trainer.sae.cfg.metadata.lch_centroid = {**record, "scale": scale, "seed": seed}
 
 
-def _fit(trainer: Any, parts: Mapping[str, SAETrainer[Any, Any]]) -> Any:
+def _fit(
+    trainer: Any, parts: Mapping[str, SAETrainer[Any, Any]], checkpoint_minutes: float | None
+) -> Any:
     """Train. Interrupted, save a checkpoint where no step is under way.
 
     Args:
         trainer: SAELens' trainer, of one SAE or of several.
         parts: the trainer of each SAE by its name; of one SAE the same.
+        checkpoint_minutes: as `lch_plugin.saes.train`.
 
     Raises:
         NonFiniteError, InputError: training diverged.
@@ -316,10 +320,19 @@ def _fit(trainer: Any, parts: Mapping[str, SAETrainer[Any, Any]]) -> Any:
     first = next(iter(parts.values()))
     watch = Watch(parts, trainer.cfg.checkpoint_path)
     save_whole(trainer, watch.check)
+    total = trainer.cfg.total_training_samples
     # SAELens does not ask, when it resumes, which checkpoints are still to come.
     thresholds = trainer.checkpoint_thresholds
     trainer.checkpoint_thresholds = [n for n in thresholds if n > trainer.n_training_samples]
-    with _stopping_between_steps(first) as stopped:
+    regularly = None
+    if checkpoint_minutes is not None and trainer.cfg.checkpoint_path is not None:
+        regularly = Regularly(trainer, checkpoint_minutes)
+    with (
+        _stopping_between_steps(first, regularly) as stopped,
+        progress("training", total, "tokens") as advance,
+    ):
+        advance(trainer.n_training_samples)
+        watch.advance = advance
         try:
             trained = trainer.fit()
             watch.check()
@@ -331,12 +344,15 @@ def _fit(trainer: Any, parts: Mapping[str, SAETrainer[Any, Any]]) -> Any:
 
 
 @contextmanager
-def _stopping_between_steps(trainer: SAETrainer[Any, Any]) -> Iterator[Callable[[], bool]]:
+def _stopping_between_steps(
+    trainer: SAETrainer[Any, Any], otherwise: Callable[[], None] | None
+) -> Iterator[Callable[[], bool]]:
     """Make the first SIGINT or SIGTERM wait until the step under way is complete.
 
     In the midst of a step the weights, the optimizer and the counts do not belong together, and a
     checkpoint of them could not be resumed exactly. A second signal does not wait. Signals that are
     ignored stay so, and in another thread than the main one, where none arrive, nothing changes.
+    While nobody asks to stop, ``otherwise`` is called between steps.
 
     Yields:
         Whether the loop was left between two steps.
@@ -358,6 +374,8 @@ def _stopping_between_steps(trainer: SAETrainer[Any, Any]) -> Iterator[Callable[
         if asked:
             left = True
             raise KeyboardInterrupt
+        if otherwise is not None:
+            otherwise()
         return between_steps()
 
     trainer.full_sparsity_window_log = check

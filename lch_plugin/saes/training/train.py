@@ -27,6 +27,7 @@ from lch_plugin.saes.sources.hook_points import attached, check_model
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.saes.sources.texts import check_dataset, load_text
 from lch_plugin.saes.training.checks import check_hooks, check_run
+from lch_plugin.saes.training.quiet import saelens_quiet
 from lch_plugin.saes.training.runners import CachedRunner, MultiRunner, Runner
 
 _Config: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
@@ -37,17 +38,27 @@ def train(
     model: LensModel | HookedModel | None,
     dataset: Any,
     config: LanguageModelSAERunnerConfig[Any],
+    *,
+    checkpoint_minutes: float | None = None,
 ) -> TrainingSAE[Any]: ...
 
 
 @overload
 def train(  # type: ignore[overload-cannot-match]
-    model: LensModel | HookedModel, dataset: Any, config: MultiSAETrainingRunnerConfig
+    model: LensModel | HookedModel,
+    dataset: Any,
+    config: MultiSAETrainingRunnerConfig,
+    *,
+    checkpoint_minutes: float | None = None,
 ) -> dict[str, TrainingSAE[Any]]: ...
 
 
 def train(
-    model: LensModel | HookedModel | None, dataset: Any, config: _Config
+    model: LensModel | HookedModel | None,
+    dataset: Any,
+    config: _Config,
+    *,
+    checkpoint_minutes: float | None = None,
 ) -> TrainingSAE[Any] | dict[str, TrainingSAE[Any]]:
     """Train what ``config`` describes, with SAELens' own runner, and return it.
 
@@ -87,6 +98,8 @@ def train(
         dataset: a `datasets` dataset of text or tokens as SAELens takes them, or anything else that
             `lch_plugin.saes.load_text` takes.
         config: SAELens' own configuration; its ``model_name`` is only recorded.
+        checkpoint_minutes: with ``config.checkpoint_path`` set, write a checkpoint every so many
+            minutes, of which the newest is kept; beside those of ``config.n_checkpoints``.
 
     Returns:
         The SAE; of a ``MultiSAETrainingRunnerConfig`` each SAE by its name.
@@ -100,14 +113,17 @@ def train(
             process is at work on it. A finished SAE is kept all the same, where the error says.
     """
     output = config.output_path
+    if checkpoint_minutes is not None and not checkpoint_minutes >= 0:
+        raise InputError(f"checkpoint_minutes={checkpoint_minutes} must be zero or more.")
     with (
         nullcontext() if output is None else claimed(output),
         torch.enable_grad(),
         torch.random.fork_rng(),
+        saelens_quiet(),
     ):
         torch.manual_seed(config.seed)
         if isinstance(config, LanguageModelSAERunnerConfig) and config.use_cached_activations:
-            return _train_on_cache(model, config)
+            return _train_on_cache(model, config, checkpoint_minutes)
         check_model(model)
         assert model is not None
         dataset = load_text(dataset)
@@ -118,8 +134,10 @@ def train(
             check_run(config)
             dataset = check_dataset(model, dataset, config.context_size, config.use_chat_formatting)
             # A shallow copy: SAELens sets the format of the dataset it is given.
-            runner = MultiRunner if isinstance(config, MultiSAETrainingRunnerConfig) else Runner
-            return runner(config, copy.copy(dataset), model).run()
+            make = MultiRunner if isinstance(config, MultiSAETrainingRunnerConfig) else Runner
+            runner = make(config, copy.copy(dataset), model)
+            runner.checkpoint_minutes = checkpoint_minutes
+            return runner.run()
 
 
 @contextmanager
@@ -147,7 +165,9 @@ def _hooks(config: _Config) -> dict[str, tuple[str, int, int | None]]:
 
 
 def _train_on_cache(
-    model: LensModel | HookedModel | None, config: LanguageModelSAERunnerConfig[Any]
+    model: LensModel | HookedModel | None,
+    config: LanguageModelSAERunnerConfig[Any],
+    checkpoint_minutes: float | None,
 ) -> TrainingSAE[Any]:
     assert config.cached_activations_path is not None
     cache = Cache(config.cached_activations_path)
@@ -168,7 +188,9 @@ def _train_on_cache(
         check_model(model)
         cache.check(model)
     check_run(config)
-    return CachedRunner(config, model, cache, _excluded(model, config)).run()
+    runner = CachedRunner(config, model, cache, _excluded(model, config))
+    runner.checkpoint_minutes = checkpoint_minutes
+    return runner.run()
 
 
 def _excluded(

@@ -31,8 +31,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from lch_plugin.errors import InputError
+from lch_plugin.progress import Advance, progress
 from lch_plugin.saes.evaluation.sae_inputs import check_width
 from lch_plugin.saes.training.on_rows import shuffled, with_lr_end
+from lch_plugin.saes.training.quiet import saelens_quiet
 from lch_plugin.saes.training.starting import n_estimate_batches
 
 
@@ -84,7 +86,7 @@ def train_transcoder(
         )
     joined = _Joined(pairs)
     sae = dataclasses.replace(sae, apply_b_dec_to_input=False)
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), saelens_quiet():
         torch.manual_seed(seed)
         _, batches = shuffled(joined, config.train_batch_size_samples, buffer_size)
         check_width("what the transcoder reads", sae.d_in, joined.d_in)
@@ -93,8 +95,19 @@ def train_transcoder(
             torch.cat(list(itertools.islice(batches, n_estimate_batches(config))))
         )
         scaled = (batch * scale.to(batch) for batch in batches)
-        SAETrainer(with_lr_end(config), training, scaled).fit()
+        total = config.total_training_samples
+        with progress("training", total, "rows") as advance:
+            SAETrainer(with_lr_end(config), training, _each_row(scaled, advance)).fit()
         return training.finished(scale)
+
+
+def _each_row(
+    batches: Iterator[Float[Tensor, "_ d_both"]], advance: Advance
+) -> Iterator[Float[Tensor, "_ d_both"]]:
+    """The same batches; ``advance`` hears of the rows of each."""
+    for batch in batches:
+        yield batch
+        advance(len(batch))
 
 
 class _Joined:

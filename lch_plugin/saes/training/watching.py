@@ -13,6 +13,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from lch_plugin.errors import InputError, NonFiniteError
+from lch_plugin.progress import Advance
 from lch_plugin.saes.training.checkpoints import newest_good
 
 # Steps in a row in which no feature at all fires, after which none will.
@@ -20,7 +21,10 @@ _SILENT = 100
 
 
 class Watch:
-    """Trainers that raise where training diverges.
+    """Trainers that raise where training diverges, and say how far they are.
+
+    Attributes:
+        advance: called with the number of rows of each step; of several trainers, of the first's.
 
     Args:
         trainers: of SAELens, by the name of the SAE.
@@ -32,6 +36,8 @@ class Watch:
     ) -> None:
         self._trainers, self._checkpoints = trainers, checkpoints
         self._n_steps = dict.fromkeys(trainers, 0)
+        self._first = next(iter(trainers))
+        self.advance: Advance = lambda n: None
         for name, trainer in trainers.items():
             trainer.step = partial(self._step, name, trainer.step)
 
@@ -55,6 +61,8 @@ class Watch:
             raise NonFiniteError(self._diverged(name, f"the loss is {loss}"))
         if self._n_steps[name] % _SILENT == 0:
             self._check_alive(name)
+        if name == self._first:
+            self.advance(len(batch))
         return output
 
     def _check_alive(self, name: str) -> None:
