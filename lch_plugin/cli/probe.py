@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lch_plugin.cli.options import COUNT, Device, Dtype, Model, Out, Seed
+from lch_plugin.cli.options import COUNT, SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def probe(
     settings: dict[str, Any] = {
         "components": component or ["mlp"],
         "probes": probe or ["mass-mean"],
-        "token": token if token in ("last", "mean") else _numbers("token", token)[0],
+        "token": token if (last := _number(token)) is None else last,
         "seeds": seeds,
         "k": [] if k is None else _numbers("k", k),
         "rank_by": rank_by,
@@ -109,12 +109,19 @@ def probe(
 
 
 def _numbers(name: str, text: str) -> list[int]:
+    parts = text.split(",")
+    found = [number for part in parts if (number := _number(part)) is not None]
+    if len(found) < len(parts):
+        raise InputError(f"--{name} {text!r} is no list of whole numbers: give such as 6,12.")
+    return found
+
+
+def _number(text: str) -> int | None:
+    """A whole number; None of any other text, or of more digits than Python reads."""
     try:
-        return [int(part) for part in text.split(",")]
+        return int(text)
     except ValueError:
-        raise InputError(
-            f"--{name} {text!r} is no list of whole numbers: give such as 6,12."
-        ) from None
+        return None
 
 
 def _cotangent(text: str) -> Callable[[TransformerBridge], AnyCotangent]:
@@ -125,8 +132,9 @@ def _cotangent(text: str) -> Callable[[TransformerBridge], AnyCotangent]:
     kind, _, value = text.partition(":")
     if text == "ones":
         return lambda model: Ones()
-    if kind == "random" and value.isdecimal():
-        return lambda model: Random(int(value))
+    seed = _number(value) if kind == "random" else None
+    if seed is not None and SEED["min"] <= seed <= SEED["max"]:
+        return lambda model: Random(seed)
     if kind == "logit" and value:
         return lambda model: Logit(single_token(model, value))
     raise InputError(

@@ -74,7 +74,8 @@ def collect(
         token: ``"last"``; ``"mean"`` over all tokens of the statement, which a token that the
             tokenizer puts before every text is none of; or a number, the mean over so many of the
             last, and over all where there are fewer.
-        cotangent: of the centroids; all ones if None.
+        cotangent: of the centroids; all ones if None. The function of a `Metric` gets the logits of
+            the statements that run together, whichever they are, and gives each a number.
         batch_size: statements that run together.
 
     Returns:
@@ -135,7 +136,7 @@ def collect(
                         f"hook point {name} did not fire: this model has no such place."
                     )
                 found = cache[name].float()
-                check_finite(name, found, "")
+                check_finite(name, found)
                 for row, at_row in zip(rows, found, strict=True):
                     values[name][row] = _chosen(model, ids[row], at_row, token).cpu()
     return values, records

@@ -103,7 +103,8 @@ def generalise(
 
     A set is split at random into 80 % to train on and 20 % to test on, with both labels as often in
     each; the other sets are tested on whole. The split, and how the control's labels are shuffled,
-    depend on the seed and the labels alone, so that probes on other sites meet the same statements.
+    depend on the seed, the labels and the place of the set in ``train`` alone, so that probes on
+    other sites meet the same statements.
 
     Args:
         values: of each set, a row a statement.
@@ -114,8 +115,8 @@ def generalise(
         centre: whether each set is first centred at its own mean, as Marks and Tegmark (arXiv
             2310.06824) do. That needs no labels, but the statements that are tested on, held-out
             ones too: the probe is told where a set lies. A set's mean lies between true and false
-            only if it has about as many of each. Of a linear probe this moves nothing but the
-            threshold, so areas stay as they are, and so do accuracies on a set's own test.
+            only if it has about as many of each. Of a linear probe with a threshold this moves
+            nothing else, so that areas, and accuracies on a set's own test, stay as they are.
 
     Raises:
         InputError: no seeds, a set to train on that is not there, labels that are not one of 0 and

@@ -74,19 +74,17 @@ def test_a_cotangent_of_the_logits_reaches_the_centroids(model, component) -> No
 def test_a_metric_of_the_logits_is_a_cotangent_too(model) -> None:
     metric = lch.cotangents.logit_difference(5, 6)
     values, (site, *_) = probes.collect(model, TEXTS[:1], layers=[1], cotangent=metric)
-    x = model.to_tokens(TEXTS[0])
-    grads = []
+    x, names, kept = model.to_tokens(TEXTS[0]), probes.hook_names("mlp", 1), []
 
     def keep(value, hook):
-        value.requires_grad_().register_hook(grads.append)
-        return value
+        kept.append(value.detach().requires_grad_())
+        return kept[-1]
 
-    logits = model.run_with_hooks(x, fwd_hooks=[("blocks.1.mlp.hook_out", keep)])
-    (logits[0, -1, 5] - logits[0, -1, 6]).backward()
-    at = {"input": probes.hook_names("mlp", 1)["input"]}
-    _, cache = model.run_with_cache(x, names_filter=at["input"])
-    h = cache[at["input"]].detach().requires_grad_()
-    (mu,) = torch.autograd.grad(model.blocks[1].mlp(h), h, grads[0])
+    logits = model.run_with_hooks(x, fwd_hooks=[(names["output"], keep)])
+    (v,) = torch.autograd.grad(logits[0, -1, 5] - logits[0, -1, 6], kept)
+    _, cache = model.run_with_cache(x, names_filter=names["input"])
+    h = cache[names["input"]].detach().requires_grad_()
+    (mu,) = torch.autograd.grad(model.blocks[1].mlp(h), h, v)
     torch.testing.assert_close(values[site["hook"]][0], mu[0, -1].float(), rtol=1e-4, atol=1e-6)
 
 

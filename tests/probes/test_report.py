@@ -118,7 +118,8 @@ def test_what_a_model_lacks_is_said_in_one_line(files: list[Path], tmp_path: Pat
     [
         (["--probe", "svm"], "probe 'svm' is not known"),
         (["--component", "head"], "component 'head' is not known"),
-        (["--token", "first"], "--token 'first' is no list of whole numbers"),
+        (["--token", "first"], "token 'first' is not known"),
+        (["--token", "4,5"], "token '4,5' is not known"),
         (["--token", "0"], "token 0 is not known"),
         (["--layers", "a"], "--layers 'a' is no list of whole numbers"),
         (["--cotangent", "logit:"], "--cotangent 'logit:' is not known: give ones, random:SEED"),
