@@ -149,18 +149,13 @@ def _print(found: dict[str, Any]) -> None:
 
     table = Table(
         *("probe", "site", "layer", "own test", "AUROC", "other sets", "AUROC"),
-        caption="per cent; in brackets: of shuffled labels",
+        caption="per cent; 50 is chance; controls are in the report",
     )
     for r in found["results"]:
         cells = [
-            "-" if (scores := r["summary"][where]) is None else _both(scores[measure])
-            for where in ("own", "others")
+            "-" if scores is None else f"{100 * scores[measure]['probe']['mean']:.1f}"
+            for scores in (r["summary"]["own"], r["summary"]["others"])
             for measure in ("accuracy", "auroc")
         ]
         table.add_row(r["probe"], f"{r['component']} {r['part']}", str(r["layer"]), *cells)
     Console().print(table)
-
-
-def _both(score: dict[str, Any]) -> str:
-    probe, control = (f"{100 * score[kind]['mean']:.1f}" for kind in ("probe", "control"))
-    return f"{probe} ({control})"

@@ -116,7 +116,8 @@ def generalise(
             2310.06824) do. That needs no labels, but the statements that are tested on, held-out
             ones too: the probe is told where a set lies. A set's mean lies between true and false
             only if it has about as many of each. Of a linear probe with a threshold this moves
-            nothing else, so that areas, and accuracies on a set's own test, stay as they are.
+            nothing else: areas, and accuracies on a set's own test, stay as they are but for
+            rounding.
 
     Raises:
         InputError: no seeds, a set to train on that is not there, labels that are not one of 0 and
