@@ -25,6 +25,8 @@ from common import EMBEDDED, parse, parser, save
 import lch_plugin as lch
 from lch_plugin.figures import ACTIVATIONS, CENTROIDS, GREY, new_figure
 
+NAMES = {"accuracy": "accuracy", "auroc": "area under the ROC curve"}
+
 
 def main() -> None:
     options = parser(__doc__, "meta-llama/Llama-3.1-8B")
@@ -67,7 +69,7 @@ def main() -> None:
 
     figure, axes = new_figure(9, 3.2, columns=2)
     colours = [CENTROIDS, ACTIVATIONS, ACTIVATIONS] * 2
-    for axis, measure in zip(axes, ("accuracy", "auroc"), strict=True):
+    for axis, (measure, name) in zip(axes, NAMES.items(), strict=True):
         scores = [others[measure]["probe"] for others in results.values()]
         means = [score["mean"] for score in scores]
         axis.barh(
@@ -79,7 +81,7 @@ def main() -> None:
         )
         axis.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
         axis.invert_yaxis()
-        axis.set(xlim=(0, 1), title=f"{measure}, mean over the other sets")
+        axis.set(xlim=(0, 1), title=f"{name}, mean over the other sets")
     save(args, results, figure, **{k: v for k, v in found["run"].items() if k != "model"})
 
 
