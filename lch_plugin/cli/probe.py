@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lch_plugin.cli.options import COUNT, Device, Dtype, Model, Out, Seed
+from lch_plugin.cli.options import COUNT, SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError
+
+if TYPE_CHECKING:
+    from lch_plugin.adapters.transformer_lens import TransformerBridge
+    from lch_plugin.cotangents import AnyCotangent
 
 
 def probe(
@@ -42,6 +47,22 @@ def probe(
     k: Annotated[
         str | None, typer.Option(help="Coordinates of sparse probes, as 1,4,16; none by default.")
     ] = None,
+    rank_by: Annotated[
+        str,
+        typer.Option(
+            help="How their coordinates are chosen: mean-difference, f or mutual-information."
+        ),
+    ] = "mean-difference",
+    centre: Annotated[
+        bool,
+        typer.Option(
+            "--centre",
+            help="Centre each set at its own mean, for which tested statements are read, too.",
+        ),
+    ] = False,
+    cotangent: Annotated[
+        str, typer.Option(help="Of the centroids: ones, random:SEED or logit:TOKEN.")
+    ] = "ones",
     model: Model = "",
     dtype: Dtype = None,
     device: Device = "cpu",
@@ -57,10 +78,12 @@ def probe(
     settings: dict[str, Any] = {
         "components": component or ["mlp"],
         "probes": probe or ["mass-mean"],
-        "token": token if token in ("last", "mean") else _numbers("token", token)[0],
+        "token": token if (last := _number(token)) is None else last,
         "seeds": seeds,
         "k": [] if k is None else _numbers("k", k),
+        "rank_by": rank_by,
     }
+    cotangent_of = _cotangent(cotangent)
     blocks = None if layers is None else _numbers("layers", layers)
     sets = [[probes.read_statements(path) for path in paths] for paths in (train, test or [])]
     if rows is not None:
@@ -76,6 +99,8 @@ def probe(
         test=sets[1],
         layers=blocks,
         **settings,
+        centre=centre,
+        cotangent=cotangent_of(bridge),
         seed=seed,
         revision=loaded.revision,
     )
@@ -84,22 +109,53 @@ def probe(
 
 
 def _numbers(name: str, text: str) -> list[int]:
+    parts = text.split(",")
+    found = [number for part in parts if (number := _number(part)) is not None]
+    if len(found) < len(parts):
+        raise InputError(f"--{name} {text!r} is no list of whole numbers: give such as 6,12.")
+    return found
+
+
+def _number(text: str) -> int | None:
+    """A whole number; None of any other text, or of more digits than Python reads."""
     try:
-        return [int(part) for part in text.split(",")]
+        return int(text)
     except ValueError:
-        raise InputError(
-            f"--{name} {text!r} is no list of whole numbers: give such as 6,12."
-        ) from None
+        return None
+
+
+def _cotangent(text: str) -> Callable[[TransformerBridge], AnyCotangent]:
+    """What a text says, once there is a model whose tokens it can name."""
+    from lch_plugin.circuits.prompt_batches import single_token
+    from lch_plugin.cotangents import Logit, Ones, Random
+
+    kind, _, value = text.partition(":")
+    if text == "ones":
+        return lambda model: Ones()
+    seed = _number(value) if kind == "random" else None
+    if seed is not None and SEED["min"] <= seed <= SEED["max"]:
+        return lambda model: Random(seed)
+    if kind == "logit" and value:
+        return lambda model: Logit(single_token(model, value))
+    raise InputError(
+        f"--cotangent {text!r} is not known: give ones, random:SEED or logit:TOKEN, such as "
+        "random:0 or 'logit: true'."
+    )
 
 
 def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("probe", "site", "layer", "own test", "other sets", "selectivity there")
+    table = Table(
+        *("probe", "site", "layer", "own test", "AUROC", "other sets", "AUROC"),
+        caption="per cent; 50 is chance; controls are in the report",
+    )
     for r in found["results"]:
-        own, others = r["summary"]["own"], r["summary"]["others"]
-        shown = [own["accuracy"], others and others["accuracy"], others and others["selectivity"]]
-        cells = ["-" if one is None else f"{100 * one['mean']:.1f} %" for one in shown]
+        cells = [
+            "-" if scores is None else f"{100 * scores[measure]['probe']['mean']:.1f}"
+            for scores in (r["summary"]["own"], r["summary"]["others"])
+            for measure in ("accuracy", "auroc")
+        ]
         table.add_row(r["probe"], f"{r['component']} {r['part']}", str(r["layer"]), *cells)
     Console().print(table)

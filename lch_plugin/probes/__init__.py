@@ -10,27 +10,38 @@ In the order of use::
 `lch_plugin.probes.run` does all of it for several sets and writes a page: ``lch probe``.
 
 Probes are scikit-learn's, and `MassMeanProbe` is one more estimator in its interface. Accuracies
-come with those of the same probe trained on shuffled labels, and with intervals over splits.
+stand beside areas under the ROC curve, which do not depend on the threshold. Both come with those
+of the same probe trained on shuffled labels, and with intervals over splits.
 """
 
 from lch_plugin.probes.collecting import PARTS, Component, Token, collect, hook_names
 from lch_plugin.probes.estimators import (
     PROBES,
+    RANKINGS,
     MassMeanProbe,
     make_probe,
     mean_difference,
     sparse_probe,
 )
-from lch_plugin.probes.generalisation import Generalisation, generalise, over_seeds
+from lch_plugin.probes.generalisation import (
+    Generalisation,
+    Interval,
+    Score,
+    generalise,
+    over_seeds,
+)
 from lch_plugin.probes.report import check, run
 from lch_plugin.probes.statements import Statements, check_apart, read_statements, sample
 
 __all__ = [
     "PARTS",
     "PROBES",
+    "RANKINGS",
     "Component",
     "Generalisation",
+    "Interval",
     "MassMeanProbe",
+    "Score",
     "Statements",
     "Token",
     "check",

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lch_plugin.adapters.checks import check_finite
 from lch_plugin.adapters.transformer_lens import TransformerBridge, attach
-from lch_plugin.cotangents import AnyCotangent
+from lch_plugin.cotangents import AnyCotangent, Cotangent, as_cotangent
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.progress import track
 
@@ -26,6 +27,9 @@ PARTS = ("centroid", "input", "output")
 
 def hook_names(component: Component, layer: int) -> dict[str, str]:
     """By part of `PARTS`, the hook point of one component where it is.
+
+    That is where centroids are, unless their cotangent is of the logits (`Logit`, `Metric`): those
+    are at hook points of the model, which the records of `collect` name.
 
     Raises:
         InputError: no such component.
@@ -70,16 +74,19 @@ def collect(
         token: ``"last"``; ``"mean"`` over all tokens of the statement, which a token that the
             tokenizer puts before every text is none of; or a number, the mean over so many of the
             last, and over all where there are fewer.
-        cotangent: of the centroids; all ones if None.
+        cotangent: of the centroids; all ones if None. The function of a `Metric` gets the logits of
+            the statements that run together, whichever they are, and gives each a number.
         batch_size: statements that run together.
 
     Returns:
-        Values by hook name, in float32 on the CPU, and the records of the centroids.
+        Values by hook name, in float32 on the CPU; and a record of each: its component, layer,
+        part and hook, and of centroids what they are of.
 
     Raises:
         InputError: the model is no TransformerBridge, no such component or token, or a statement
             that has no tokens or more than the model's context.
         SiteError, VanishingCentroidError: as `lch_plugin.attach`.
+        NonFiniteError: what is read is not finite.
 
     Example:
         >>> model = lch.load_demo_model()
@@ -104,24 +111,34 @@ def collect(
         for i in range(0, len(rows), batch_size)
     ]
     chosen = None if layers is None else list(layers)
-    with attach(model, layers=chosen, site=component, cotangent=cotangent) as handle:
-        records = handle.records()
-        names = [n for r in records for n in hook_names(component, r["layer"]).values()]
-        # Nothing after the last component is wanted.
-        end = max(r["layer"] for r in records) + 1
-        stop = end if end < model.cfg.n_layers else None
+    v = as_cotangent(cotangent)
+    with attach(model, layers=chosen, site=component, cotangent=v) as handle:
+        records: list[dict[str, Any]] = []
+        for name, of_centroid in zip(handle.centroid_names, handle.records(), strict=True):
+            at = {"component": component, "layer": of_centroid["layer"]}
+            hooks = hook_names(component, at["layer"]) | {"centroid": name}
+            records += [{**at, "part": part, "hook": hook} for part, hook in hooks.items()]
+            records[-len(PARTS)] |= of_centroid
+        names = [record["hook"] for record in records]
+        # Nothing after the last component is wanted, but for a cotangent of the logits.
+        end = max(record["layer"] for record in records) + 1
+        is_early = isinstance(v, Cotangent) and end < model.cfg.n_layers
         values = {name: torch.empty(len(ids), model.cfg.d_model) for name in names}
         for rows in track(batches, "reading statements"):
             tokens = torch.stack([ids[row] for row in rows])
             with torch.no_grad():
-                _, cache = model.run_with_cache(tokens, names_filter=names, stop_at_layer=stop)
+                _, cache = model.run_with_cache(
+                    tokens, names_filter=names, stop_at_layer=end if is_early else None
+                )
             for name in names:
                 if name not in cache:
                     raise SiteError(
                         f"hook point {name} did not fire: this model has no such place."
                     )
-                for row, at in zip(rows, cache[name].float(), strict=True):
-                    values[name][row] = _chosen(model, ids[row], at, token).cpu()
+                found = cache[name].float()
+                check_finite(name, found)
+                for row, at_row in zip(rows, found, strict=True):
+                    values[name][row] = _chosen(model, ids[row], at_row, token).cpu()
     return values, records
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.feature_selection import SelectKBest
+from sklearn.feature_selection import SelectKBest, f_classif, mutual_info_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -116,20 +117,43 @@ def make_probe(name: str) -> Any:
     return clone(PROBES[name])
 
 
-def sparse_probe(probe: Any, k: int) -> Any:
-    """A probe on the ``k`` coordinates in which the means of the classes differ most, refitted.
-
-    Gurnee et al., "Finding Neurons in a Haystack" (arXiv 2305.01610), choose neurons so.
-
-    Args:
-        probe: an estimator.
-        k: how many coordinates; all if there are fewer.
-    """
-    return make_pipeline(SelectKBest(mean_difference, k=k), probe)
-
-
 def mean_difference(X: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How far the means of two classes are apart in each coordinate, a score of `SelectKBest`."""
     labels = np.unique(y)
     difference: np.ndarray = np.abs(X[y == labels[-1]].mean(0) - X[y == labels[0]].mean(0))
     return difference
+
+
+#: What coordinates of a sparse probe can be ranked by: scores of `SelectKBest`.
+RANKINGS: dict[str, Any] = {
+    "mean-difference": mean_difference,
+    "f": f_classif,
+    "mutual-information": partial(mutual_info_classif, random_state=0),
+}
+
+
+def sparse_probe(probe: Any, k: int, rank_by: str = "mean-difference") -> Any:
+    """A probe on the ``k`` coordinates that rank first, fitted on these alone.
+
+    Gurnee et al., "Finding Neurons in a Haystack" (arXiv 2305.01610), rank neurons in several ways.
+    These are those that look at one coordinate at a time.
+
+    Args:
+        probe: an estimator.
+        k: how many coordinates.
+        rank_by: a name in `RANKINGS`: the difference of the classes' means, in the units of the
+            coordinate; scikit-learn's F statistic, which is free of units; or its estimate of the
+            mutual information with the label, which takes milliseconds a coordinate.
+
+    Raises:
+        InputError: no such ranking.
+
+    Example:
+        >>> X = np.array([[0.0, 1.0], [0.0, 3.0], [4.0, 1.0], [4.0, 3.0]])
+        >>> probe = lch.probes.sparse_probe(lch.probes.make_probe("logistic"), 1, rank_by="f")
+        >>> probe.fit(X + np.eye(4, 2), [0, 0, 1, 1])[0].get_support().tolist()
+        [True, False]
+    """
+    if rank_by not in RANKINGS:
+        raise InputError(f"rank_by={rank_by!r} is not known: give {', '.join(RANKINGS)}.")
+    return make_pipeline(SelectKBest(RANKINGS[rank_by], k=k), probe)

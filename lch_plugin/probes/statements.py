@@ -23,7 +23,7 @@ _COLUMNS = ("statement", "label")
 _LARGEST = 500_000_000  # bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statements:
     """Statements that differ from each other, and whether each is true.
 

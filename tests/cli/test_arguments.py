@@ -92,6 +92,9 @@ def test_numbers(command: str, option: str, place: Path) -> None:
         ),
         ("--architecture", ["", "mlp"]),
         ("--ray", ["", "auto", "localhost", "ray://localhost:10001", "localhost:x", "x" * 300]),
+        ("--token", ["", "x", "0", "-1", "1.5", "4,5", "9" * 5000]),
+        ("--cotangent", ["", "x", "random:", "random:-1", f"random:{2**32}", "logit:", "ones:1"]),
+        ("--rank-by", ["", "l1"]),
     ],
 )
 def test_other_values(option: str, values: list[str], place: Path) -> None:

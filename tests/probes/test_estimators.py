@@ -64,6 +64,26 @@ def test_a_sparse_probe_reads_the_coordinates_whose_means_differ_most() -> None:
     assert probe.score(X, y) == 1.0
 
 
+def test_coordinates_are_ranked_as_asked() -> None:
+    """The widest apart, the widest apart for its spread, and one that only information knows."""
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 2
+    X = rng.normal(size=(200, 4)) * [100, 1, 1, 1]
+    X[:, 0] += 60 * y
+    X[:, 1] += 2 * y
+    X[:, 2] = np.where(y, rng.choice([-3, 3], 200), 0) + 0.1 * rng.normal(size=200)
+    first = {"mean-difference": 0, "f": 1, "mutual-information": 2}
+    assert set(first) == set(probes.RANKINGS)
+    for name, expected in first.items():
+        probe = probes.sparse_probe(probes.make_probe("lda"), 1, rank_by=name).fit(X, y)
+        assert probe[0].get_support(indices=True).tolist() == [expected]
+
+
+def test_an_unknown_ranking_is_refused() -> None:
+    with pytest.raises(lch.InputError, match="rank_by='l1' is not known: give mean-difference"):
+        probes.sparse_probe(probes.make_probe("lda"), 1, rank_by="l1")
+
+
 def test_an_unknown_probe_is_refused() -> None:
     with pytest.raises(lch.InputError, match="probe 'svm' is not known: give mass-mean"):
         probes.make_probe("svm")

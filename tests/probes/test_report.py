@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -31,21 +33,25 @@ def test_the_command_writes_a_report(files: list[Path], tmp_path: Path) -> None:
     ends = ("centroid", "in", "out")
     assert hooks == [f"blocks.{layer}.mlp.hook_{end}" for layer in (1, 2) for end in ends]
     for r in found["results"]:
-        assert [len(r["accuracy"]), *map(len, r["accuracy"][0])] == [3, 3, 3]
-        for where in ("own", "others"):
-            means = {k: v["mean"] for k, v in r["summary"][where].items()}
-            expected = means["accuracy"] - means["control"]
-            assert means["selectivity"] == pytest.approx(expected)
+        for measure in ("accuracy", "auroc"):
+            cells = r[measure]["probe"]
+            assert [len(cells), *map(len, cells[0])] == [3, 3, 3]
+            for where in ("own", "others"):
+                means = {k: v["mean"] for k, v in r["summary"][where][measure].items()}
+                assert means["selectivity"] == pytest.approx(means["probe"] - means["control"])
+            # Row by row: the mean of a row's cells of other sets.
+            row = np.array(cells)[:, 1, [0, 2]]
+            assert r["trained_on"]["picked"][measure]["probe"]["mean"] == pytest.approx(row.mean())
     # Apples are told from pears by tokens that are in the mean; 16 statements are trained on.
     for r in found["results"]:
         if r["probe"] == "lda":
-            accuracy, control = (r["summary"]["others"][k]["mean"] for k in ("accuracy", "control"))
-            assert accuracy > control + 0.1
+            for score in r["summary"]["others"].values():
+                assert score["probe"]["mean"] > score["control"]["mean"] + 0.1
     assert {s["k"] for s in found["sparse"]} == {1, 4}
     page = (out / "report.html").read_text()
     assert "selectivity" in page
-    assert page.count("data:image/png") == 6
-    assert (out / "matrix_lda.png").exists()
+    assert page.count("data:image/png") == 12
+    assert (out / "matrix_lda_auroc.png").exists()
 
 
 def test_python_takes_two_components_and_one_set(files: list[Path], tmp_path: Path) -> None:
@@ -57,14 +63,68 @@ def test_python_takes_two_components_and_one_set(files: list[Path], tmp_path: Pa
     assert found["results"][0]["summary"]["others"] is None
 
 
+def test_settings_change_what_they_are_of_and_are_recorded(
+    files: list[Path], tmp_path: Path
+) -> None:
+    sets = [probes.read_statements(path) for path in files[:2]]
+    model = lch.load_demo_model()
+
+    def run(**settings: Any) -> dict[str, Any]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        return probes.run(model, sets, out, layers=[1], token="mean", k=[4], **settings)
+
+    plain = run()
+    assert (plain["run"]["centre"], plain["run"]["cotangent"]) == (False, "ones")
+    centred = run(centre=True)
+    assert centred["run"]["centre"] is True
+    for before, after in zip(plain["results"], centred["results"], strict=True):
+        np.testing.assert_allclose(before["auroc"]["probe"], after["auroc"]["probe"])
+        assert before["accuracy"]["probe"] != after["accuracy"]["probe"]
+    ranked = run(rank_by="mutual-information")
+    assert ranked["run"]["rank_by"] == "mutual-information"
+    assert ranked["results"] == plain["results"]
+    assert ranked["sparse"] != plain["sparse"]
+    logit = run(cotangent=lch.cotangents.Logit(5))
+    changed = [a != b for a, b in zip(plain["results"], logit["results"], strict=True)]
+    assert changed == [True, False, False]  # A cotangent is the centroids' alone.
+    assert logit["results"][0]["cotangent"] == logit["run"]["cotangent"] == "logit_5"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("ones", "ones"), ("random:3", "random3"), ("logit: apple", "logit_")]
+)
+def test_a_cotangent_is_given_as_text(
+    text: str, name: str, files: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = call("--train", files[0], "--layers", 1, "--cotangent", text, "--out", out)
+    assert done.exit_code == 0, done.output
+    run = json.loads((out / "results.json").read_text())["run"]
+    assert run["cotangent"].startswith(name)
+
+
+def test_what_a_model_lacks_is_said_in_one_line(files: list[Path], tmp_path: Path) -> None:
+    one, model = probes.read_statements(files[0]), lch.load_demo_model()
+    with pytest.raises(lch.InputError, match="this model has 128 coordinates"):
+        probes.run(model, [one], tmp_path / "out", k=[1, 128])
+    done = call("--train", files[0], "--cotangent", "logit: two words", "--out", tmp_path / "out")
+    assert isinstance(done.exception, lch.InputError)
+    assert "tokens of this tokenizer" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--probe", "svm"], "probe 'svm' is not known"),
         (["--component", "head"], "component 'head' is not known"),
-        (["--token", "first"], "--token 'first' is no list of whole numbers"),
+        (["--token", "first"], "token 'first' is not known"),
+        (["--token", "4,5"], "token '4,5' is not known"),
         (["--token", "0"], "token 0 is not known"),
         (["--layers", "a"], "--layers 'a' is no list of whole numbers"),
+        (["--cotangent", "logit:"], "--cotangent 'logit:' is not known: give ones, random:SEED"),
+        (["--cotangent", "random:-1"], "--cotangent 'random:-1' is not known"),
+        (["--rank-by", "l1"], "rank_by='l1' is not known"),
         (["--k", "0"], "a probe reads at least 1 coordinate"),
         (["--rows", "4"], "are too few"),
         (["--probe", "lda", "--probe", "lda"], "a probe is named twice"),
