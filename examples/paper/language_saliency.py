@@ -3,8 +3,8 @@
 The paper's setting: GPT-2, eight questions, the local centroid of the answer's log-probability at
 the token embeddings, 24 samples, Gaussian noise of .05 of the embeddings' standard deviation. Its
 figures show coloured tokens. Here the maps are judged too: deletion and insertion areas beside
-Captum's methods, as differences from Captum's Saliency, one plain gradient, with bootstrap intervals
-over prompts; and how far input times detached centroid is from adding up to the logit.
+Captum's methods, as differences from Captum's Saliency, one plain gradient, with bootstrap
+intervals over prompts; and how far input times detached centroid is from adding up to the logit.
 
     python examples/paper/language_saliency.py --out saliency           # gpt2, from the hub
     python examples/paper/language_saliency.py --small --out saliency   # the embedded model

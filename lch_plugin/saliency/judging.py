@@ -101,9 +101,9 @@ def randomisation(
 
     Layers go one after the other from the output down, and stay so (cascading; Adebayo et al.,
     "Sanity Checks for Saliency Maps", arXiv 1810.03292). The entries of each weight are shuffled,
-    which keeps their sizes: a norm whose weights are all ones stays as it is, and so do running means
-    of batch normalisation. An unembedding that shares its table with the embedding goes with it, at
-    the end. Scores that do not fall towards 0 are not of the model. Weights are as they were
+    which keeps their sizes: a norm whose weights are all ones stays as it is, and so do running
+    means of batch normalisation. An unembedding that shares its table with the embedding goes with
+    it, at the end. Scores that do not fall towards 0 are not of the model. Weights are as they were
     afterwards.
 
     Args:
