@@ -76,6 +76,26 @@ def dino_dogs(found: dict[str, Any]) -> None:
     assert all(0 <= p <= 1 for p in found["wilcoxon_p"].values())
 
 
+def language_saliency(found: dict[str, Any]) -> None:
+    assert all(one["completeness_error"] < 1e-5 for one in found["prompts"])
+    for name in set(found["methods"]) - {"random order"}:
+        for kind, sign in (("deletion", -1), ("insertion", 1)):
+            means = (found["methods"][one][kind]["mean"] for one in (name, "random order"))
+            assert sign * next(means) > sign * next(means), (name, kind)
+
+
+def saliency_sanity(found: dict[str, Any]) -> None:
+    for name, stages in found.items():
+        last = list(stages.values())[-1]
+        assert abs(sum(last) / len(last)) < 0.6, name
+
+
+def image_centroids(found: dict[str, Any]) -> None:
+    # Of maps that know the model, and one that does not.
+    for name in set(found) - {"random order"}:
+        assert found[name]["insertion"]["mean"] > found["random order"]["insertion"]["mean"], name
+
+
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     check.__name__: check
     for check in (
@@ -86,6 +106,9 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
         dino_saes,
         dictionary_similarity,
         dino_dogs,
+        language_saliency,
+        saliency_sanity,
+        image_centroids,
     )
 }
 

@@ -26,14 +26,8 @@ from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.saliency import AnswerMetric, Curves, by_method, completeness, curves
 
 CAPITALS = {
-    "France": " Paris",
-    "Italy": " Rome",
-    "Germany": " Berlin",
-    "Spain": " Madrid",
-    "Japan": " Tokyo",
-    "Russia": " Moscow",
-    "Egypt": " Cairo",
-    "Greece": " Athens",
+    **{"France": " Paris", "Italy": " Rome", "Germany": " Berlin", "Spain": " Madrid"},
+    **{"Japan": " Tokyo", "Russia": " Moscow", "Egypt": " Cairo", "Greece": " Athens"},
 }
 FACTS = {
     "The Eiffel Tower stands in the city of": " Paris",
@@ -54,10 +48,10 @@ DRAWN = ("local centroid, norm", "local centroid x input", "SmoothGrad")
 KINDS = ("deletion", "insertion")
 
 
-def prompts(model: str) -> dict[str, str]:
-    """Answers by prompt."""
+def prompts(model: str, chosen: str) -> dict[str, str]:
+    """Answers by prompt: eight of one template, or eight unlike each other."""
     capitals = {f"The capital of {c} is": city for c, city in CAPITALS.items()}
-    return SMALL if model == EMBEDDED else capitals | FACTS
+    return SMALL if model == EMBEDDED else {"capitals": capitals, "facts": FACTS}[chosen]
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -76,12 +70,13 @@ def random_order(metric: AnswerMetric, seed: int) -> torch.Tensor:
 def main() -> None:
     options = parser(__doc__, "gpt2")
     options.add_argument("--seeds", type=int, default=3, help="of the noise and of random orders")
+    options.add_argument("--prompts", choices=("capitals", "facts"), default="facts")
     args = parse(options)
     source = DEMO_MODEL_DIR if args.model == EMBEDDED else args.model
     loaded = lch.load(source, dtype="float32", device=args.device)
     areas: dict[str, dict[str, list[float]]] = {}
     records = []
-    for prompt, answer in prompts(args.model).items():
+    for prompt, answer in prompts(args.model, args.prompts).items():
         metric = AnswerMetric(loaded, prompt, answer)
         scores = by_method(metric, seed=args.seed)
         every = [scores | {"position, last first": torch.arange(len(metric.ids)) + 0.0}]

@@ -37,12 +37,12 @@ def main() -> None:
     options = parser(__doc__, "gpt2")
     options.add_argument("--seeds", type=int, default=3, help="of the shuffling")
     options.add_argument("--samples", type=int, default=4, help="of the local centroid")
-    options.add_argument("--prompts", type=int, default=8, help="the last so many")
+    options.add_argument("--prompts", choices=("capitals", "facts"), default="facts")
     args = parse(options)
     source = DEMO_MODEL_DIR if args.model == EMBEDDED else args.model
     loaded = lch.load(source, dtype="float32", device=args.device)
-    asked = list(prompts(args.model).items())[-args.prompts :]
-    metrics = [AnswerMetric(loaded, prompt, answer) for prompt, answer in asked]
+    asked = prompts(args.model, args.prompts)
+    metrics = [AnswerMetric(loaded, prompt, answer) for prompt, answer in asked.items()]
     methods: dict[str, Callable[[AnswerMetric], torch.Tensor]] = {
         "local centroid, norm": lambda metric: text(metric, n_samples=args.samples).norm,
         "detached centroid x input": detached,
@@ -71,7 +71,7 @@ def main() -> None:
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_ylabel("rank correlation with the intact model")
     axis.legend()
-    save(args, results, figure, prompts=dict(asked))
+    save(args, results, figure, asked=asked)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ class AnswerMetric:
 
     def __call__(self, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, " n"]:
         """The metric at prompts given as embeddings."""
+        x = x.to(self.embeddings)  # Captum's noise is float32, whatever the model is.
         value = self._of(x, self.answer)
         return value - self._of(x, self.foil) if self.foil else value
 

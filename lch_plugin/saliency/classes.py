@@ -65,7 +65,8 @@ class ClassMetric:
 
     def __call__(self, x: Float[Tensor, "n channel height width"]) -> Float[Tensor, " n"]:
         """The metric at images."""
-        return self._logits(x).log_softmax(-1)[:, self.target]
+        # Captum's noise is float32, whatever the model is.
+        return self._logits(x.to(self.image)).log_softmax(-1)[:, self.target]
 
     def name(self, target: int) -> str:
         """The name of a class in the model's config, or its number."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from PIL import Image
@@ -34,23 +36,12 @@ def load_demo_classifier(
         >>> (logits.argmax(-1) == labels[:4]).tolist()
         [True, True, True, True]
     """
-    body = load_demo_vision_model()
-    config = Dinov2Config(**{**body.config.to_dict(), "num_labels": N_CLASSES})
-    config.id2label = {i: str(i) for i in range(N_CLASSES)}
-    model = Dinov2ForImageClassification(config).eval()
-    model.dinov2.load_state_dict(body.state_dict())
-    images, labels = digits("train")
-    read: list[Tensor] = []
-    hook = model.classifier.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    with torch.no_grad():
-        for batch in images.split(256):
-            model(batch)
-        hook.remove()
-        fitted = LogisticRegression(max_iter=2000).fit(torch.cat(read).numpy(), labels.numpy())
-        model.classifier.weight.copy_(torch.from_numpy(fitted.coef_))
-        model.classifier.bias.copy_(torch.from_numpy(fitted.intercept_))
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
+    model = _without_head()
+    with torch.no_grad():
+        for own, fitted in zip(model.classifier.parameters(), _head(), strict=True):
+            own.copy_(fitted)
     model = model.to(device, dtype or torch.float32)
     return LoadedModel(model, as_pixels, str(DEMO_VISION_MODEL_DIR), DEMO_VISION_MODEL_DIR, None)
 
@@ -63,3 +54,24 @@ def as_pixels(picture: Image.Image, **_as_processors_take: str) -> dict[str, Ten
     small = picture.convert("L").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)
     return {"pixel_values": normalise(pixels[None, None])}
+
+
+def _without_head() -> Dinov2ForImageClassification:
+    body = load_demo_vision_model()
+    config = Dinov2Config(**{**body.config.to_dict(), "num_labels": N_CLASSES})
+    config.id2label = {i: str(i) for i in range(N_CLASSES)}
+    model = Dinov2ForImageClassification(config).eval()
+    model.dinov2.load_state_dict(body.state_dict())
+    return model
+
+
+@cache
+def _head() -> tuple[Tensor, Tensor]:
+    """Weight and bias."""
+    model, (images, labels), read = _without_head(), digits("train"), []
+    model.classifier.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    with torch.no_grad():
+        for batch in images.split(256):
+            model(batch)
+    fitted = LogisticRegression(max_iter=2000).fit(torch.cat(read).numpy(), labels.numpy())
+    return torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
