@@ -55,7 +55,7 @@ def judge(args: Namespace) -> tuple[dict[str, Any], Figure]:
                 name + kind: scores
                 for kind, around in neighbourhoods.items()
                 for name, scores in image_by_method(metric, seed=seed, **around).items()
-                if not kind or name == "local centroid"
+                if not kind or "local centroid" in name
             }
             for name, scores in maps.items():
                 found, shape = image_curves(metric, scores), (len(pixels), args.seeds)

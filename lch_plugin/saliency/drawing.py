@@ -17,12 +17,10 @@ from lch_plugin.figures import ACTIVATIONS, CENTROIDS, GREY, new_figure
 from lch_plugin.saliency.image_maps import clipped
 
 _FOR, _AGAINST = (194, 65, 12), (29, 78, 216)
-# Ours in warm colours, others in cold ones, so far as they go; each with a marker of its own.
-_COLOURS = (
-    *(CENTROIDS, "#f59e0b", "#7c2d12", ACTIVATIONS, "#0891b2", "#4c1d95", "#64748b"),
-    *(GREY, "#111827"),
-)
-_MARKERS = "os^DvPX*<"
+# Ours are warm and filled, others cold and hollow; each has a marker of its own.
+_WARM = (CENTROIDS, "#f59e0b", "#7c2d12")
+_COLD = (ACTIVATIONS, "#0891b2", "#6d28d9", "#111827", GREY)
+_MARKERS = "os^DvPX<>"
 
 
 def coloured(tokens: Sequence[str], scores: Sequence[float]) -> str:
@@ -71,7 +69,7 @@ def pixel_maps(
     shown = ((image - low) / (high - low)).float().cpu()
     shown = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
     shown = shown.permute(1, 2, 0)
-    pale = shown.mean(-1, keepdim=True).expand(-1, -1, 3) * 0.6 + 0.4
+    pale = shown.mean(-1, keepdim=True).expand(-1, -1, 3) * 0.35 + 0.65
     colours = [torch.tensor(to_rgb(colour)) for colour in (ACTIVATIONS, CENTROIDS)]
     columns, rows = _grid(1 + len(maps), 3)
     figure, axes = new_figure(2.4 * columns, 2.6 * rows, columns=columns, rows=rows)
@@ -93,7 +91,11 @@ def curve_figure(judged: Mapping[str, Mapping[str, Any]], unit: str, what: str) 
     Methods that give the same curve are one line with all their names.
     """
     kinds = {"deletion": 1.0, "insertion": -1.0}  # Low is good, and high.
-    styles = dict(zip(judged, zip(_COLOURS, _MARKERS, strict=True), strict=False))
+    warm, cold = iter(_WARM), iter(_COLD)
+    styles = {
+        name: (next(warm if "centroid" in name else cold, GREY), marker)
+        for name, marker in zip(judged, _MARKERS, strict=False)
+    }
     figure, axes = new_figure(10.0, 4.2 + 0.16 * len(judged), columns=2)
     for axis, (kind, sign) in zip(axes, kinds.items(), strict=True):
         lines: dict[tuple[float, ...], list[str]] = {}

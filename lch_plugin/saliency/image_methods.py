@@ -15,6 +15,7 @@ from lch_plugin.saliency.image_maps import Neighbourhood, images
 #: Every method by name, and last what knows nothing of the model.
 IMAGE_METHODS = (
     "local centroid",
+    "local centroid x input",
     "Saliency",
     "InputXGradient",
     "IntegratedGradients",
@@ -34,11 +35,11 @@ def image_by_method(
 ) -> dict[str, Float[Tensor, "height width"]]:
     """Scores of the pixels by each of `IMAGE_METHODS`.
 
-    The local centroid is the paper's: summed over channels, in absolute value. Captum's are summed
-    over channels. IntegratedGradients goes from an image of its mean colour to the image in 50
-    steps. SmoothGrad is Captum's NoiseTunnel over Saliency, at as many samples and with Gaussian
-    noise of the same standard deviation: it averages magnitudes, where the local centroid averages
-    with signs.
+    The local centroid is the paper's: summed over channels, in absolute value. Times the input it
+    has a sign. Captum's are summed over channels. IntegratedGradients goes from an image of its
+    mean colour to the image in 50 steps. SmoothGrad is Captum's NoiseTunnel over Saliency, at as
+    many samples and with Gaussian noise of the same standard deviation: it averages magnitudes,
+    where the local centroid averages with signs.
 
     Args:
         metric: of a class, at an image.
@@ -88,6 +89,7 @@ def image_by_method(
     draw = torch.Generator().manual_seed(seed)
     found = (
         local.centroids[0].sum(0).abs(),
+        (local.centroids[0] * image).sum(0),
         *(score()[0].sum(0).detach() for score in scores),
         torch.rand(image.shape[1:], generator=draw).to(image),
     )

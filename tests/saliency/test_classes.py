@@ -62,6 +62,7 @@ def test_captum_is_the_oracle(metric: ClassMetric) -> None:
     x = metric.image[None].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(metric(x).sum(), x)
     assert torch.allclose(found["local centroid"], gradient[0].sum(0).abs())
+    assert torch.allclose(found["local centroid x input"], (gradient * x)[0].sum(0))
     assert torch.allclose(found["Saliency"], gradient[0].abs().sum(0))
     assert torch.allclose(found["InputXGradient"], (gradient * x)[0].sum(0))
     assert torch.allclose(found["SmoothGrad"], found["Saliency"])
