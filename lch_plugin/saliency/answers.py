@@ -89,6 +89,11 @@ class AnswerMetric:
         self._check_length(len(prompt_ids) + max(len(self.answer), len(self.foil)) - 1)
         table = self._model.W_E if self._is_bridge else self._model.get_input_embeddings().weight
         self._device = table.device
+        if unknown := {*prompt_ids, *self.answer, *self.foil} - set(range(len(table))):
+            raise InputError(
+                f"token ids {sorted(unknown)} are not in the vocabulary, 0 to {len(table) - 1}: "
+                "give those of this model's tokenizer."
+            )
         self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.ids = torch.tensor(prompt_ids, device=self._device)
         self.tokens = self._texts(prompt_ids)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lch_plugin.adapters.arguments import output_of
+from lch_plugin.adapters.checks import check_finite
 from lch_plugin.centroids import centroid, mean_over_neighbourhood
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import at_least_float32
@@ -75,6 +76,7 @@ def images(
         InputError: images of another shape, not finite, constant or not normalised; settings out of
             range, sigma and radius both given; or a model in training mode.
         SiteError: there is no such module, or it was not called.
+        NonFiniteError: the model overflows.
 
     Example:
         >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.ReLU())
@@ -107,6 +109,7 @@ def images(
             )
             found.append(local.mean.view_as(image))
     centroids = torch.stack(found)
+    check_finite("the local centroid of an image", centroids)
     return ImageMaps(centroids, clipped(centroids.sum(1).abs(), percentile))
 
 

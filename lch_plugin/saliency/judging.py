@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from lch_plugin.adapters.checks import check_finite
 from lch_plugin.errors import InputError
 
 
@@ -66,6 +67,7 @@ def curves(
 
     Raises:
         InputError: not one finite score a row, or ``steps`` or ``chunk`` below 1.
+        NonFiniteError: the metric is not finite.
 
     Example:
         >>> x, weights = torch.eye(2), torch.tensor([1.0, 3.0])
@@ -91,7 +93,10 @@ def curves(
             first = (rank < part[:, None])[..., None]
             for deleted, kept in found.items():
                 kept.append(metric(torch.where(first == deleted, gone, x)))
-    return Curves(counts, torch.cat(found[True]), torch.cat(found[False]))
+    deletion, insertion = (torch.cat(found[deleted]) for deleted in (True, False))
+    check_finite("the curve of deletion", deletion)
+    check_finite("the curve of insertion", insertion)
+    return Curves(counts, deletion, insertion)
 
 
 def randomisation(

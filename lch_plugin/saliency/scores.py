@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lch_plugin.adapters.checks import check_finite
 from lch_plugin.centroids import centroid, local_centroid
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode, detached
@@ -60,6 +61,7 @@ def text(
 
     Raises:
         InputError: ``sigma`` negative or not finite, or ``n_samples`` below 1.
+        NonFiniteError: the model overflows.
 
     Example:
         >>> model = lch.load_demo_model()
@@ -80,6 +82,7 @@ def text(
         centre=True,
         generator=torch.Generator(x.device).manual_seed(seed),
     )
+    check_finite("the local centroid of the answer", mu)
     return TokenScores(metric.tokens, mu, mu.norm(dim=-1), (mu * x).sum(-1))
 
 
@@ -114,6 +117,13 @@ def completeness(metric: Metric, x: Float[Tensor, "pos d_model"]) -> Completenes
 
     Raises:
         InputError: ``metric`` is of log-probabilities.
+
+    Example:
+        >>> model = lch.load_demo_model()
+        >>> prompt = "Tom saw an apple and picked an"
+        >>> logit = lch.saliency.AnswerMetric(model, prompt, " apple", quantity="logit")
+        >>> lch.saliency.completeness(logit, logit.embeddings).error < 1e-4
+        True
     """
     if isinstance(metric, AnswerMetric) and metric.quantity != "logit":
         raise InputError("a log-probability is not affine: make the metric with quantity='logit'.")
@@ -127,7 +137,8 @@ def completeness(metric: Metric, x: Float[Tensor, "pos d_model"]) -> Completenes
     return Completeness(scores, value, offset, abs(total - value) / size)
 
 
-#: Every method by name; a larger score is a token that speaks more for the answer.
+#: Every method by name. A larger score is a token that matters more; of those with a sign, one that
+#: speaks more for the answer.
 METHODS = (
     "local centroid, norm",
     "local centroid x input",

@@ -227,6 +227,22 @@ def test_bad_input_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_ids_of_another_tokenizer_are_refused() -> None:
+    for prompt, answer in (([5, models.D_VOCAB], [1]), ([5], [models.D_VOCAB]), ([5], [-1])):
+        with pytest.raises(lch.InputError, match="not in the vocabulary"):
+            AnswerMetric(models.huggingface("gpt2"), prompt, answer)
+
+
+def test_scores_and_curves_that_are_not_finite_are_refused() -> None:
+    model = models.huggingface("gpt2")
+    model.lm_head.weight.data[9] = math.inf
+    of = AnswerMetric(model, PROMPT, ANSWER)
+    with pytest.raises(lch.NonFiniteError, match="local centroid"):
+        text(of, n_samples=1)
+    with pytest.raises(lch.NonFiniteError, match="curve"):
+        curves(of, of.embeddings, torch.arange(4.0), of.baseline)
+
+
 def test_an_answer_that_merges_with_the_prompt_is_refused(loaded: Any) -> None:
     with pytest.raises(lch.InputError, match="merges"):
         AnswerMetric(loaded, "Tom saw an app", "le")

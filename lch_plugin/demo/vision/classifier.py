@@ -68,7 +68,8 @@ def _without_head() -> Dinov2ForImageClassification:
 @cache
 def _head() -> tuple[Tensor, Tensor]:
     """Weight and bias."""
-    model, (images, labels), read = _without_head(), digits("train"), []
+    model, read = _without_head(), list[Tensor]()
+    images, labels = digits("train")
     model.classifier.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     with torch.no_grad():
         for batch in images.split(256):
