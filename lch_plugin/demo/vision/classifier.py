@@ -58,8 +58,9 @@ def as_pixels(picture: Image.Image, **_as_processors_take: str) -> dict[str, Ten
 
 def _without_head() -> Dinov2ForImageClassification:
     body = load_demo_vision_model()
-    config = Dinov2Config(**{**body.config.to_dict(), "num_labels": N_CLASSES})
-    config.id2label = {i: str(i) for i in range(N_CLASSES)}
+    names = {i: str(i) for i in range(N_CLASSES)}
+    ids = {name: i for i, name in names.items()}
+    config = Dinov2Config(**{**body.config.to_dict(), "id2label": names, "label2id": ids})
     model = Dinov2ForImageClassification(config).eval()
     model.dinov2.load_state_dict(body.state_dict())
     return model
