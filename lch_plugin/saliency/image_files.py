@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -37,7 +38,7 @@ def read_picture(path: str | Path) -> Image.Image:
         raise InputError(
             f"{path} is a picture of mode {picture.mode}, not of eight bits a channel: convert it."
         )
-    if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+    if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
         raise InputError(
             f"{path} is transparent in places, where a model would see what is hidden there: put "
             "it on a background."
