@@ -100,6 +100,27 @@ def grokking_modular(found: dict[str, Any]) -> None:
     assert found["summary"]["alignment"]["alignment"][0][1] > 0.9
 
 
+def language_saliency(found: dict[str, Any]) -> None:
+    assert all(one["completeness_error"] < 1e-5 for one in found["prompts"])
+    for name in set(found["methods"]) - {"random order"}:
+        for kind, sign in (("deletion", -1), ("insertion", 1)):
+            means = (found["methods"][one][kind]["mean"] for one in (name, "random order"))
+            assert sign * next(means) > sign * next(means), (name, kind)
+
+
+def saliency_sanity(found: dict[str, Any]) -> None:
+    for name, stages in found.items():
+        last = list(stages.values())[-1]
+        assert abs(sum(last) / len(last)) < 0.6, name
+
+
+def image_centroids(found: dict[str, Any]) -> None:
+    for name in set(found) - {"random order"}:
+        assert found[name]["deletion"]["mean"] < found["random order"]["deletion"]["mean"], name
+    best = min(found, key=lambda name: found[name]["deletion"]["mean"])
+    assert best == "IntegratedGradients"
+
+
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     check.__name__: check
     for check in (
@@ -113,6 +134,9 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
         spurious_features,
         grokking_digits,
         grokking_modular,
+        language_saliency,
+        saliency_sanity,
+        image_centroids,
     )
 }
 

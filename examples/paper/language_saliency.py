@@ -3,7 +3,8 @@
 The paper's setting: GPT-2, eight questions, the local centroid of the answer's log-probability at
 the token embeddings, 24 samples, Gaussian noise of .05 of the embeddings' standard deviation. Its
 figures show coloured tokens. Here the maps are judged too: deletion and insertion areas beside
-Captum's methods, as differences from InputXGradient with bootstrap intervals over prompts.
+Captum's methods, as differences from Captum's Saliency, one plain gradient, with bootstrap
+intervals over prompts; and how far input times detached centroid is from adding up to the logit.
 
     python examples/paper/language_saliency.py --out saliency           # gpt2, from the hub
     python examples/paper/language_saliency.py --small --out saliency   # the embedded model
@@ -12,32 +13,45 @@ Captum's methods, as differences from InputXGradient with bootstrap intervals ov
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
+from common import EMBEDDED, parse, parser, save
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, spearmanr
 
 import lch_plugin as lch
 from lch_plugin.demo import DEMO_MODEL_DIR
+from lch_plugin.saliency import AnswerMetric, Curves, by_method, completeness, curves
 
 CAPITALS = {
-    "France": " Paris",
-    "Italy": " Rome",
-    "Germany": " Berlin",
-    "Spain": " Madrid",
-    "Japan": " Tokyo",
-    "Russia": " Moscow",
-    "Egypt": " Cairo",
-    "Greece": " Athens",
+    **{"France": " Paris", "Italy": " Rome", "Germany": " Berlin", "Spain": " Madrid"},
+    **{"Japan": " Tokyo", "Russia": " Moscow", "Egypt": " Cairo", "Greece": " Athens"},
+}
+FACTS = {
+    "The Eiffel Tower stands in the city of": " Paris",
+    "Every water molecule has two atoms of hydrogen and one of": " oxygen",
+    "The sun rises in the east and sets in the": " west",
+    "The first president of the United States was George": " Washington",
+    "Romeo and Juliet is a tragedy by William": " Shakespeare",
+    "A week has seven days, and a year has twelve": " months",
+    "The opposite of hot is": " cold",
+    "Then Mary and John went to the store, and John gave a drink to": " Mary",
 }
 SMALL = {
     "Tom saw an apple and picked an": " apple",
     "I climbed up the pear tree and picked a": " pear",
 }
+REFERENCE = "Saliency"
+DRAWN = ("local centroid, norm", "local centroid x input", "SmoothGrad")
+KINDS = ("deletion", "insertion")
+
+
+def prompts(model: str, chosen: str) -> dict[str, str]:
+    """Answers by prompt: eight of one template, or eight unlike each other."""
+    capitals = {f"The capital of {c} is": city for c, city in CAPITALS.items()}
+    return SMALL if model == EMBEDDED else {"capitals": capitals, "facts": FACTS}[chosen]
 
 
 def interval(values: np.ndarray) -> list[float]:
@@ -48,53 +62,61 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
+def random_order(metric: AnswerMetric, seed: int) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(len(metric.ids), generator=draw).to(metric.embeddings)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gpt2")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    source = DEMO_MODEL_DIR if args.small else args.model
-    loaded = lch.load(source, dtype="float32")
-    capitals = {f"The capital of {c} is": city for c, city in CAPITALS.items()}
-    prompts = SMALL if args.small else capitals
+    options = parser(__doc__, "gpt2")
+    options.add_argument("--seeds", type=int, default=3, help="of the noise and of random orders")
+    options.add_argument("--prompts", choices=("capitals", "facts"), default="facts")
+    args = parse(options)
+    source = DEMO_MODEL_DIR if args.model == EMBEDDED else args.model
+    loaded = lch.load(source, dtype="float32", device=args.device)
     areas: dict[str, dict[str, list[float]]] = {}
-    for prompt, answer in prompts.items():
-        metric = lch.saliency.AnswerMetric(loaded, prompt, answer)
-        by_seed = [lch.saliency.by_method(metric, seed=seed) for seed in range(args.seeds)]
-        by_seed[0]["position, last first"] = torch.arange(len(metric.ids)).to(metric.embeddings)
-        for name in by_seed[0]:
-            # Only two methods draw noise; prompts are what the intervals are over.
-            judged = [
-                lch.saliency.curves(metric, metric.embeddings, s[name], metric.baseline)
-                for s in by_seed
-                if name in s
-            ]
-            kinds = areas.setdefault(name, {"deletion": [], "insertion": []})
-            kinds["deletion"].append(float(np.mean([j.deletion_area for j in judged])))
-            kinds["insertion"].append(float(np.mean([j.insertion_area for j in judged])))
-    results = {"model": loaded.path.name, "seeds": args.seeds, "prompts": prompts, "methods": {}}
+    records = []
+    for prompt, answer in prompts(args.model, args.prompts).items():
+        metric = AnswerMetric(loaded, prompt, answer)
+        scores = by_method(metric, seed=args.seed)
+        every = [scores | {"position, last first": torch.arange(len(metric.ids)) + 0.0}]
+        for seed in range(args.seed + 1, args.seed + args.seeds):
+            every.append(by_method(metric, methods=DRAWN, seed=seed))
+        for seed, one in enumerate(every, start=args.seed):
+            one["random order"] = random_order(metric, seed)
+        found: dict[str, list[Curves]] = {}
+        for name, values in [pair for one in every for pair in one.items()]:
+            judged = curves(metric, metric.embeddings, values.to(args.device), metric.baseline)
+            found.setdefault(name, []).append(judged)
+        for name, judged in found.items():
+            kinds = areas.setdefault(name, {kind: [] for kind in KINDS})
+            for kind in KINDS:
+                kinds[kind].append(fmean(getattr(one, f"{kind}_area") for one in judged))
+        same = spearmanr(scores["local centroid, norm"].cpu(), scores[REFERENCE].cpu()).statistic
+        logit = AnswerMetric(loaded, prompt, answer, quantity="logit")
+        error = completeness(logit, logit.embeddings).error
+        intact = float(found[REFERENCE][0].deletion[0])
+        records.append(
+            {"prompt": prompt, "tokens": len(metric.ids), "log_probability": intact}
+            | {"rank_correlation_with_reference": float(same), "completeness_error": error}
+        )
+        print(records[-1])
+    results: dict[str, dict[str, dict[str, object]]] = {}
     for name, kinds in areas.items():
         print(f"{name:28}", end="")
-        row = {}
         for kind, values in kinds.items():
-            less = np.array(values) - np.array(areas["InputXGradient"][kind])
-            row[kind] = {"areas": values, "mean": float(np.mean(values)), "less": interval(less)}
-            low, high = row[kind]["less"]
-            print(f"{kind} {np.mean(values):8.3f} [{low:+.2f}, {high:+.2f}]  ", end="")
-        results["methods"][name] = row
+            less = interval(np.array(values) - np.array(areas[REFERENCE][kind]))
+            row = {"areas": values, "mean": fmean(values), "less_reference": less}
+            results.setdefault(name, {})[kind] = row
+            print(f"{kind} {fmean(values):8.3f} [{less[0]:+.2f}, {less[1]:+.2f}]  ", end="")
         print()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=2))
     figure = Figure(figsize=(9, 3.5), dpi=150, layout="constrained")
-    for column, kind in enumerate(("deletion", "insertion")):
+    for column, kind in enumerate(KINDS):
         axis = figure.add_subplot(1, 2, column + 1)
-        axis.barh(list(areas), [np.mean(kinds[kind]) for kinds in areas.values()])
+        axis.barh(list(areas), [fmean(kinds[kind]) for kinds in areas.values()])
         axis.invert_yaxis()
         axis.set_title(f"{kind} area, nats")
-    figure.savefig(args.out / "areas.png")
+    save(args, {"prompts": records, "methods": results}, figure, reference=REFERENCE)
 
 
 if __name__ == "__main__":

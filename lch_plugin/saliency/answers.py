@@ -6,17 +6,20 @@ tokens. Only the prompt's embeddings are the input: those of the answer stay as 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lch_plugin.adapters import huggingface
 from lch_plugin.errors import InputError
 from lch_plugin.loading import LoadedModel
+from lch_plugin.mlp import at_least_float32
+from lch_plugin.saliency.checks import check_evaluation
 
 Quantity = Literal["log_probability", "logit"]
 
@@ -27,6 +30,7 @@ class AnswerMetric:
     With ``log_probability`` it is the sum over the answer's tokens of their log-probabilities, in
     nats, less that of the foil if there is one. With ``logit`` it is the sum of their logits, which
     is linear in the last residual stream. Of single tokens both differences are the same number.
+    Logits are taken to float32 first if the model has them in half precision.
 
     Attributes:
         embeddings: of the prompt, ``(pos, d_model)``, as the model has them.
@@ -45,7 +49,8 @@ class AnswerMetric:
 
     Raises:
         InputError: an empty prompt or answer, tokens of an answer that merge with those of the
-            prompt, an answer equal to the foil, a text longer than the context, or no tokenizer.
+            prompt, an answer equal to the foil, a text longer than the context, no tokenizer, or a
+            model that predicts no next token or would drop units at random.
 
     Example:
         >>> model = lch.load_demo_model()
@@ -68,6 +73,8 @@ class AnswerMetric:
             raise InputError(f"quantity={quantity!r}: give one of {get_args(Quantity)}.")
         self._model = model.model if isinstance(model, LoadedModel) else model
         self._is_bridge = hasattr(self._model, "to_tokens")
+        _check_predicts_next_token(self._model)
+        check_evaluation(self._model)
         self._tokenizer = tokenizer or getattr(
             model, "processor" if isinstance(model, LoadedModel) else "tokenizer", None
         )
@@ -82,6 +89,12 @@ class AnswerMetric:
         self._check_length(len(prompt_ids) + max(len(self.answer), len(self.foil)) - 1)
         table = self._model.W_E if self._is_bridge else self._model.get_input_embeddings().weight
         self._device = table.device
+        if unknown := {*prompt_ids, *self.answer, *self.foil} - set(range(len(table))):
+            raise InputError(
+                f"token ids {sorted(unknown)} are not in the vocabulary, 0 to {len(table) - 1}: "
+                "give those of this model's tokenizer."
+            )
+        self._keeps_last = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self.ids = torch.tensor(prompt_ids, device=self._device)
         self.tokens = self._texts(prompt_ids)
         self.embeddings = self._embed(self.ids)
@@ -89,6 +102,7 @@ class AnswerMetric:
 
     def __call__(self, x: Float[Tensor, "n pos d_model"]) -> Float[Tensor, " n"]:
         """The metric at prompts given as embeddings."""
+        x = x.to(self.embeddings)  # Captum's noise is float32, whatever the model is.
         value = self._of(x, self.answer)
         return value - self._of(x, self.foil) if self.foil else value
 
@@ -97,13 +111,16 @@ class AnswerMetric:
         if len(answer) > 1:  # What the last token of the answer leads to is not asked.
             x = torch.cat([x, self._embed(ids[:-1]).to(x).expand(len(x), -1, -1)], 1)
         logits = self._logits(x, ids)[:, -len(answer) :]
+        logits = logits.to(at_least_float32(logits))
         if self.quantity == "log_probability":
             logits = logits.log_softmax(-1)
         return logits.gather(-1, ids.expand(len(x), -1)[..., None]).sum((1, 2))
 
     def _logits(self, x: Tensor, answer: Tensor) -> Tensor:
         if not self._is_bridge:
-            logits: Tensor = self._model(inputs_embeds=x, use_cache=False).logits
+            # Of the last positions alone, where the model can: a vocabulary is wide.
+            last = {"logits_to_keep": len(answer)} if self._keeps_last else {}
+            logits: Tensor = self._model(inputs_embeds=x, use_cache=False, **last).logits
             return logits
         from lch_plugin.adapters.transformer_lens import HookedTransformer, run_edited
 
@@ -170,3 +187,14 @@ class AnswerMetric:
         if self._tokenizer is None:
             return [str(i) for i in ids]
         return [self._tokenizer.decode([i]) for i in ids]
+
+
+def _check_predicts_next_token(model: Any) -> None:
+    """Refuse a model of transformers whose logits are of something else, or that has none."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise InputError(
+            f"a {type(model).__name__} predicts no next token, so no answer after a prompt: give a "
+            "causal language model."
+        )

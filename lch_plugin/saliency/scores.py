@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lch_plugin.adapters.checks import check_finite
 from lch_plugin.centroids import centroid, local_centroid
-from lch_plugin.errors import InputError, ToolkitError
+from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode, detached
 from lch_plugin.saliency.answers import AnswerMetric
+from lch_plugin.saliency.checks import captum_attr
 
 Metric = Callable[[Tensor], Tensor]
 
@@ -59,6 +61,7 @@ def text(
 
     Raises:
         InputError: ``sigma`` negative or not finite, or ``n_samples`` below 1.
+        NonFiniteError: the model overflows.
 
     Example:
         >>> model = lch.load_demo_model()
@@ -79,6 +82,7 @@ def text(
         centre=True,
         generator=torch.Generator(x.device).manual_seed(seed),
     )
+    check_finite("the local centroid of the answer", mu)
     return TokenScores(metric.tokens, mu, mu.norm(dim=-1), (mu * x).sum(-1))
 
 
@@ -113,6 +117,13 @@ def completeness(metric: Metric, x: Float[Tensor, "pos d_model"]) -> Completenes
 
     Raises:
         InputError: ``metric`` is of log-probabilities.
+
+    Example:
+        >>> model = lch.load_demo_model()
+        >>> prompt = "Tom saw an apple and picked an"
+        >>> logit = lch.saliency.AnswerMetric(model, prompt, " apple", quantity="logit")
+        >>> lch.saliency.completeness(logit, logit.embeddings).error < 1e-4
+        True
     """
     if isinstance(metric, AnswerMetric) and metric.quantity != "logit":
         raise InputError("a log-probability is not affine: make the metric with quantity='logit'.")
@@ -126,7 +137,8 @@ def completeness(metric: Metric, x: Float[Tensor, "pos d_model"]) -> Completenes
     return Completeness(scores, value, offset, abs(total - value) / size)
 
 
-#: Every method by name; a larger score is a token that speaks more for the answer.
+#: Every method by name. A larger score is a token that matters more; of those with a sign, one that
+#: speaks more for the answer.
 METHODS = (
     "local centroid, norm",
     "local centroid x input",
@@ -139,42 +151,64 @@ METHODS = (
 
 
 def by_method(
-    metric: AnswerMetric, *, n_samples: int = 24, sigma: float = 0.05, seed: int = 0
+    metric: AnswerMetric,
+    *,
+    methods: Sequence[str] = METHODS,
+    n_samples: int = 24,
+    sigma: float = 0.05,
+    seed: int = 0,
 ) -> dict[str, Float[Tensor, " pos"]]:
     """Scores of the tokens by each of `METHODS`: ours, and Captum's beside them.
 
     IntegratedGradients goes from the mean embedding to the prompt in 50 steps. SmoothGrad is
-    Captum's NoiseTunnel over Saliency, at as many samples and the same noise as the local centroid.
+    Captum's NoiseTunnel over Saliency, at as many samples and the same noise as the local centroid;
+    it averages magnitudes, where the local centroid averages with signs.
     The detached centroid is that of the same metric: log-probabilities count to first order.
 
+    Args:
+        metric: of the answer.
+        methods: some of `METHODS`.
+        n_samples, sigma, seed: as `text`.
+
     Raises:
+        InputError: as `text`, or a method is none of `METHODS`.
         ToolkitError: Captum is not installed.
     """
-    try:
-        from captum import attr
-    except ImportError as error:
-        raise ToolkitError(
-            "comparing saliency methods needs Captum: pip install 'lch-plugin[saliency]'"
-        ) from error
+    if unknown := set(methods) - set(METHODS):
+        raise InputError(f"methods {sorted(unknown)} are unknown: give some of {METHODS}.")
+    attr = captum_attr()
     x = metric.embeddings
-    local = text(metric, n_samples=n_samples, sigma=sigma, seed=seed)
     inputs = x[None].clone().requires_grad_()
-    baseline = metric.baseline.expand_as(x)[None]
-    frozen = centroid(detached(metric), x[None])[0]
-    signed: Any = attr.InputXGradient(metric).attribute(inputs)
-    integrated: Any = attr.IntegratedGradients(metric).attribute(
-        inputs, baselines=baseline, n_steps=50, internal_batch_size=25
-    )
-    plain: Any = attr.Saliency(metric).attribute(inputs)
-    with torch.random.fork_rng():  # Captum draws from the global generator.
-        torch.manual_seed(seed)
-        smooth: Any = attr.NoiseTunnel(attr.Saliency(metric)).attribute(
-            inputs, nt_type="smoothgrad", nt_samples=n_samples, stdevs=sigma * float(x.std())
+
+    @cache
+    def local() -> TokenScores:
+        return text(metric, n_samples=n_samples, sigma=sigma, seed=seed)
+
+    def integrated() -> Tensor:
+        found: Tensor = attr.IntegratedGradients(metric).attribute(
+            inputs,
+            baselines=metric.baseline.expand_as(x)[None],
+            n_steps=50,
+            internal_batch_size=25,
         )
-    found = (
-        local.norm,
-        local.input_times_centroid,
-        (frozen * x).sum(-1),
-        *(value[0].sum(-1).detach() for value in (plain, signed, integrated, smooth)),
+        return found[0].sum(-1)
+
+    def smooth() -> Tensor:
+        with torch.random.fork_rng():  # Captum draws from the global generator.
+            torch.manual_seed(seed)
+            found: Tensor = attr.NoiseTunnel(attr.Saliency(metric)).attribute(
+                inputs, nt_type="smoothgrad", nt_samples=n_samples, stdevs=sigma * float(x.std())
+            )
+        return found[0].sum(-1)
+
+    scores: tuple[Callable[[], Tensor], ...] = (
+        lambda: local().norm,
+        lambda: local().input_times_centroid,
+        lambda: (centroid(detached(metric), x[None])[0] * x).sum(-1),
+        lambda: attr.Saliency(metric).attribute(inputs)[0].sum(-1),
+        lambda: attr.InputXGradient(metric).attribute(inputs)[0].sum(-1),
+        integrated,
+        smooth,
     )
-    return dict(zip(METHODS, found, strict=True))
+    known = dict(zip(METHODS, scores, strict=True))
+    return {name: known[name]().detach() for name in methods}

@@ -67,7 +67,8 @@ def test_whole_numbers(command: str, option: str, place: Path) -> None:
 
 @pytest.mark.parametrize(("command", "option"), of_type(float))
 def test_numbers(command: str, option: str, place: Path) -> None:
-    needed = ["--prompt", "I", "--layer", "0"] if option == "--radius" else NEEDED[command]
+    of_prompt = (command, option) == ("circuit", "--radius")
+    needed = ["--prompt", "I", "--layer", "0"] if of_prompt else NEEDED[command]
     for value in NO_FLOAT + ([] if option in MAY_BE_ZERO else ["0"]):
         assert option.strip("-") in refused(*command.split(), *needed, option, value)
 

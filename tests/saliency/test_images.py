@@ -11,6 +11,7 @@ from torch import nn
 
 import lch_plugin as lch
 from lch_plugin.saliency import images
+from lch_plugin.saliency.image_maps import Neighbourhood
 
 F64 = torch.float64
 
@@ -51,6 +52,34 @@ def test_noise_is_in_units_of_the_range_of_the_image(
     assert torch.allclose(found.centroids[0], truth.mean(0))
 
 
+def test_a_ball_is_of_the_whole_image_in_units_of_its_range(
+    net: nn.Sequential, batch: torch.Tensor
+) -> None:
+    image = batch[0]
+    points = lch.sample_neighbourhood(
+        image.flatten(),
+        radius=3 * float(image.max() - image.min()),
+        n_samples=5,
+        generator=torch.Generator().manual_seed(0),
+    )
+    points = points.view(5, *image.shape).requires_grad_()
+    (truth,) = torch.autograd.grad(net(points).sum(), points)
+    found = images(net, batch[:1], radius=3.0, n_samples=5)
+    assert torch.allclose(found.centroids[0], truth.mean(0))
+
+
+def test_the_deviation_of_a_neighbourhood_is_that_of_its_points(batch: torch.Tensor) -> None:
+    for settings in ({"sigma": 0.3}, {"radius": 2.0}):
+        around = Neighbourhood(**settings)
+        points = lch.sample_neighbourhood(
+            batch[0].flatten(),
+            **around.around(batch[0]),
+            n_samples=20_000,
+            generator=torch.Generator().manual_seed(0),
+        )
+        assert around.deviation(batch[0]) == pytest.approx(float(points.std(0).mean()), rel=0.01)
+
+
 def test_images_and_samples_run_together_as_one_by_one(
     net: nn.Sequential, batch: torch.Tensor
 ) -> None:
@@ -81,6 +110,7 @@ def test_maps_are_clipped_at_the_percentile(net: nn.Sequential, batch: torch.Ten
         (lambda x: x[0], "shape"),
         (lambda x: torch.full_like(x, math.nan), "not finite"),
         (lambda x: torch.ones_like(x), "constant"),
+        (lambda x: 255 * x, "normalise it"),
     ],
 )
 def test_bad_images_are_refused(
@@ -90,7 +120,16 @@ def test_bad_images_are_refused(
         images(net, change(batch))
 
 
-@pytest.mark.parametrize("setting", [{"sigma": -1.0}, {"percentile": 0.0}, {"chunk": 0}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"sigma": -1.0},
+        {"radius": math.nan},
+        {"sigma": 0.1, "radius": 0.1},
+        {"percentile": 0.0},
+        {"chunk": 0},
+    ],
+)
 def test_settings_out_of_range_are_refused(
     net: nn.Sequential, batch: torch.Tensor, setting: Any
 ) -> None:
@@ -109,3 +148,11 @@ def test_a_huggingface_model_of_images_has_maps() -> None:
     x = image.clone().requires_grad_()
     (truth,) = torch.autograd.grad(model(x).last_hidden_state.sum(), x)
     assert torch.allclose(images(model, image, sigma=0.0, n_samples=1).centroids, truth)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm2d(2)])
+def test_a_model_in_training_mode_is_refused(batch: torch.Tensor, layer: nn.Module) -> None:
+    model = nn.Sequential(layer.to(F64), nn.Flatten(), nn.Linear(72, 5).to(F64))
+    with pytest.raises(lch.InputError, match="training mode"):
+        images(model, batch)
+    images(model.eval(), batch, n_samples=1)

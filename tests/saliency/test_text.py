@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import captum.attr
+import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 import lch_plugin as lch
 from lch_plugin.cli import app
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.saliency import AnswerMetric, by_method, completeness, curves, randomisation, text
+from lch_plugin.saliency.drawing import curve_figure
 from tests import models
 
 PROMPT, ANSWER, FOIL = [5, 6, 7, 8], [9, 10], [11]
@@ -122,6 +125,79 @@ def test_curves_of_a_linear_model_are_best_in_the_order_of_its_terms() -> None:
     assert all(best.insertion_area > other.insertion_area for other in others)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_curves_in_steps_and_chunks_are_points_of_the_whole_curve(steps: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, scores = (torch.rand(7, n, dtype=F64, generator=draw) for n in (2, 1))
+
+    def metric(x: torch.Tensor) -> torch.Tensor:
+        return x.prod(1).sum(1)
+
+    args = (metric, x, scores[:, 0], torch.ones(2, dtype=F64))
+    whole, some = curves(*args), curves(*args, steps=steps, chunk=2)
+    assert len(some.counts) == min(steps, 7) + 1
+    assert torch.equal(some.deletion, whole.deletion[some.counts])
+    assert torch.equal(some.insertion, whole.insertion[some.counts])
+    truth = np.trapezoid(some.deletion.numpy(), some.counts.numpy()) / 7
+    assert math.isclose(some.deletion_area, truth)
+
+
+def test_some_methods_alone_score_as_all_do(loaded: Any) -> None:
+    of = AnswerMetric(loaded, "Tom saw an apple and picked an", " apple")
+    some = ("SmoothGrad", "local centroid, norm")
+    found, every = by_method(of, methods=some, n_samples=3), by_method(of, n_samples=3)
+    assert tuple(found) == some
+    assert all(torch.equal(found[name], every[name]) for name in some)
+    with pytest.raises(lch.InputError, match="LIME"):
+        by_method(of, methods=["LIME"])
+
+
+def test_half_precision_is_rounded_once_and_not_in_the_logarithm() -> None:
+    of = AnswerMetric(models.huggingface("gpt2", torch.bfloat16), PROMPT, ANSWER)
+    found = of(of.embeddings[None])
+    assert found.dtype == torch.float32
+    rest = of._embed(torch.tensor(ANSWER))
+    logits = of._model(inputs_embeds=torch.cat([of.embeddings, rest])[None]).logits[0].float()
+    rows = logits[len(PROMPT) - 1 : len(PROMPT) + 1].log_softmax(-1)
+    assert torch.allclose(found[0], rows[range(2), ANSWER].sum(), rtol=0.01)
+    assert all(scores.isfinite().all() for scores in by_method(of, n_samples=3).values())
+
+
+def test_a_model_that_predicts_no_next_token_is_refused() -> None:
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    for model in (BertForMaskedLM(config).eval(), lch.load_demo_vision_model()):
+        with pytest.raises(lch.InputError, match="predicts no next token"):
+            AnswerMetric(model, PROMPT, ANSWER)
+
+
+def test_a_model_in_training_mode_is_refused() -> None:
+    model = models.huggingface("gpt2", F64).train()
+    with pytest.raises(lch.InputError, match="training mode"):
+        AnswerMetric(model, PROMPT, ANSWER)
+    AnswerMetric(model.eval(), PROMPT, ANSWER)
+
+
+def test_curves_that_coincide_are_one_line_and_the_best_is_first() -> None:
+    rows = {"a": [3.0, 1.0], "b": [3.0, 0.0], "c": [3.0, 1.0]}
+    judged = {
+        name: {
+            **{"counts": [0, 1], "deletion": row, "insertion": row[::-1]},
+            **{f"{kind}_area": sum(row) / 2 for kind in ("deletion", "insertion")},
+        }
+        for name, row in rows.items()
+    }
+    deletion, insertion = curve_figure(judged, "nats", "tokens").axes
+    assert [len(axis.lines) for axis in (deletion, insertion)] == [2, 2]
+    told = [[t.get_text() for t in axis.get_legend().get_texts()] for axis in (deletion, insertion)]
+    assert told == [["1.5  b", "2  a = c"], ["2  a = c", "1.5  b"]]
+
+
 def test_randomised_weights_change_scores_and_come_back() -> None:
     of = metric()
     model = of._model
@@ -149,6 +225,22 @@ def test_bad_input_is_one_line(
     with pytest.raises(lch.InputError, match=said) as error:
         AnswerMetric(loaded, prompt, answer, foil)
     assert "\n" not in str(error.value)
+
+
+def test_ids_of_another_tokenizer_are_refused() -> None:
+    for prompt, answer in (([5, models.D_VOCAB], [1]), ([5], [models.D_VOCAB]), ([5], [-1])):
+        with pytest.raises(lch.InputError, match="not in the vocabulary"):
+            AnswerMetric(models.huggingface("gpt2"), prompt, answer)
+
+
+def test_scores_and_curves_that_are_not_finite_are_refused() -> None:
+    model = models.huggingface("gpt2")
+    model.lm_head.weight.data[9] = math.inf
+    of = AnswerMetric(model, PROMPT, ANSWER)
+    with pytest.raises(lch.NonFiniteError, match="local centroid"):
+        text(of, n_samples=1)
+    with pytest.raises(lch.NonFiniteError, match="curve"):
+        curves(of, of.embeddings, torch.arange(4.0), of.baseline)
 
 
 def test_an_answer_that_merges_with_the_prompt_is_refused(loaded: Any) -> None:
