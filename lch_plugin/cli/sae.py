@@ -32,6 +32,7 @@ from lch_plugin.cli.sae_inputs import (
     Layers,
     SkipEmpty,
     TrainingText,
+    load_bridge,
     model_and_text,
     read_text,
 )
