@@ -86,7 +86,7 @@ def language_saliency(found: dict[str, Any]) -> None:
 
 def saliency_sanity(found: dict[str, Any]) -> None:
     for name, one in found.items():
-        assert -1 <= one["position"] <= 1
+        assert set(one["correlation"]) == {"position", "length of the embedding"}
         means = [sum(values) / len(values) for values in one["stages"].values()]
         assert means[-1] < means[0], name
 

@@ -61,17 +61,23 @@ def main() -> None:
             for seed in range(args.seed, args.seed + args.seeds)
         ]
         scores = torch.cat([ranks(method(m)) for m in metrics])
-        places = torch.cat([ranks(torch.arange(len(m.ids)) + 0.0) for m in metrics])
-        position = float(spearmanr(scores.cpu(), places).statistic)
+        known = {
+            "position": [torch.arange(len(m.ids)) + 0.0 for m in metrics],
+            "length of the embedding": [m.embeddings.norm(dim=-1) for m in metrics],
+        }
+        with_known = {
+            of: float(spearmanr(scores.cpu(), torch.cat(list(map(ranks, values))).cpu()).statistic)
+            for of, values in known.items()
+        }
         stages = list(runs[0])
         mean = [fmean(run[stage] for run in runs) for stage in stages]
-        print(f"{name}: rank correlation with the position {position:+.2f}")
+        print(name, {of: round(value, 2) for of, value in with_known.items()})
         for stage, value in zip(stages, mean, strict=True):
             every = " ".join(f"{run[stage]:+.2f}" for run in runs)
             print(f"  {stage:28} {value:+.3f}   {every}")
         axis.plot(mean, style, label=name, markersize=4)
         by_stage = {stage: [run[stage] for run in runs] for stage in stages}
-        results[name] = {"position": position, "stages": by_stage}
+        results[name] = {"correlation": with_known, "stages": by_stage}
     axis.set_xticks(range(len(stages)), stages, rotation=90, fontsize=7)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_ylabel("rank correlation with the intact model")
