@@ -62,11 +62,6 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
-def random_order(metric: AnswerMetric, seed: int) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.rand(len(metric.ids), generator=draw).to(metric.embeddings)
-
-
 def main() -> None:
     options = parser(__doc__, "gpt2")
     options.add_argument("--seeds", type=int, default=3, help="of the noise and of random orders")
@@ -83,7 +78,8 @@ def main() -> None:
         for seed in range(args.seed + 1, args.seed + args.seeds):
             every.append(by_method(metric, methods=DRAWN, seed=seed))
         for seed, one in enumerate(every, start=args.seed):
-            one["random order"] = random_order(metric, seed)
+            draw = torch.Generator().manual_seed(seed)
+            one["random order"] = torch.rand(len(metric.ids), generator=draw)
         found: dict[str, list[Curves]] = {}
         for name, values in [pair for one in every for pair in one.items()]:
             judged = curves(metric, metric.embeddings, values.to(args.device), metric.baseline)

@@ -17,6 +17,7 @@ import torch
 from common import EMBEDDED, parse, parser, save
 from language_saliency import prompts
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 import lch_plugin as lch
 from lch_plugin.demo import DEMO_MODEL_DIR
@@ -59,14 +60,24 @@ def main() -> None:
             )
             for seed in range(args.seed, args.seed + args.seeds)
         ]
+        scores = torch.cat([ranks(method(m)) for m in metrics])
+        known = {
+            "position": [torch.arange(len(m.ids)) + 0.0 for m in metrics],
+            "length of the embedding": [m.embeddings.norm(dim=-1) for m in metrics],
+        }
+        with_known = {
+            of: float(spearmanr(scores.cpu(), torch.cat(list(map(ranks, values))).cpu()).statistic)
+            for of, values in known.items()
+        }
         stages = list(runs[0])
         mean = [fmean(run[stage] for run in runs) for stage in stages]
-        print(name)
+        print(name, {of: round(value, 2) for of, value in with_known.items()})
         for stage, value in zip(stages, mean, strict=True):
             every = " ".join(f"{run[stage]:+.2f}" for run in runs)
             print(f"  {stage:28} {value:+.3f}   {every}")
         axis.plot(mean, style, label=name, markersize=4)
-        results[name] = {stage: [run[stage] for run in runs] for stage in stages}
+        by_stage = {stage: [run[stage] for run in runs] for stage in stages}
+        results[name] = {"correlation": with_known, "stages": by_stage}
     axis.set_xticks(range(len(stages)), stages, rotation=90, fontsize=7)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_ylabel("rank correlation with the intact model")
