@@ -23,7 +23,7 @@ def test_the_command_writes_a_report(files: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     train = [part for path in files[:2] for part in ("--train", path)]
     options = ["--test", files[2], "--layers", "-2", "--probe", "mass-mean", "--probe", "lda"]
-    done = call(*train, *options, "--k", "4", "--token", "mean", "--seed", 5, "--out", out)
+    done = call(*train, *options, "--token", "mean", "--seed", 5, "--out", out)
     assert done.exit_code == 0, done.output
     found = json.loads((out / "results.json").read_text())
     assert found["run"]["seeds"] == [5, 6, 7]
@@ -47,10 +47,9 @@ def test_the_command_writes_a_report(files: list[Path], tmp_path: Path) -> None:
         if r["probe"] == "lda":
             for score in r["summary"]["others"].values():
                 assert score["probe"]["mean"] > score["control"]["mean"] + 0.1
-    assert [s["k"] for s in found["sparse"]] == [4] * 6
     page = (out / "report.html").read_text()
     assert "selectivity" in page
-    assert page.count("data:image/png") == 12
+    assert page.count("data:image/png") == 8
     assert (out / "matrix_lda_auroc.png").exists()
 
 
@@ -70,46 +69,38 @@ def test_settings_change_what_they_are_of_and_are_recorded(
     model = lch.load_demo_model()
 
     def run(**settings: Any) -> dict[str, Any]:
-        out = tmp_path / str(len(settings))
-        return probes.run(model, sets, out, layers=[1], token="mean", k=[4], **settings)
+        out = tmp_path / "-".join(settings)
+        return probes.run(model, sets, out, layers=[1], token="mean", **settings)
 
-    plain = run()
-    assert [plain["run"][k] for k in ("centre", "cotangent", "rank_by")] == [
-        False,
-        "ones",
-        "mean-difference",
-    ]
-    changed = run(centre=True, cotangent=lch.cotangents.Logit(5), rank_by="mutual-information")
-    assert [changed["run"][k] for k in ("centre", "cotangent", "rank_by")] == [
-        True,
-        "logit_5",
-        "mutual-information",
-    ]
-    assert changed["results"][0]["cotangent"] == "logit_5"
-    for before, after in zip(plain["results"], changed["results"], strict=True):
-        # A cotangent is the centroids' alone, and centring moves the threshold alone.
-        same_areas = np.allclose(before["auroc"]["probe"], after["auroc"]["probe"])
-        assert same_areas == (before["part"] != "centroid")
+    plain = run(k=[4])
+    centred = run(centre=True)
+    for before, after in zip(plain["results"], centred["results"], strict=True):
+        np.testing.assert_allclose(before["auroc"]["probe"], after["auroc"]["probe"])
         assert before["accuracy"]["probe"] != after["accuracy"]["probe"]
-    # Other coordinates, since centring does not change areas.
-    areas = [
-        [s["summary"]["others"]["auroc"] for s in found["sparse"] if s["part"] != "centroid"]
-        for found in (plain, changed)
-    ]
-    assert areas[0] != areas[1]
+    ranked = run(k=[4], rank_by="mutual-information")
+    assert ranked["results"] == plain["results"]
+    assert ranked["sparse"] != plain["sparse"]
+    logit = run(cotangent=lch.cotangents.Logit(5))
+    changed = [a != b for a, b in zip(plain["results"], logit["results"], strict=True)]
+    assert changed == [True, False, False]  # A cotangent is the centroids' alone.
+    assert logit["results"][0]["cotangent"] == "logit_5"
 
 
 @pytest.mark.parametrize(
     ("text", "name"), [("ones", "ones"), ("random:3", "random3"), ("logit: apple", "logit_")]
 )
-def test_a_cotangent_is_given_as_text(
+def test_settings_are_given_as_text(
     text: str, name: str, files: list[Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = call("--train", files[0], "--layers", 1, "--cotangent", text, "--out", out)
+    options = ["--layers", 1, "--k", "4", "--rank-by", "f", "--centre", "--out", out]
+    done = call("--train", files[0], "--cotangent", text, *options)
     assert done.exit_code == 0, done.output
-    run = json.loads((out / "results.json").read_text())["run"]
-    assert run["cotangent"].startswith(name)
+    found = json.loads((out / "results.json").read_text())
+    assert found["run"]["cotangent"].startswith(name)
+    assert found["run"]["centre"] is True
+    assert found["run"]["rank_by"] == "f"
+    assert [sparse["k"] for sparse in found["sparse"]] == [4, 4, 4]
 
 
 def test_what_a_model_lacks_is_said_in_one_line(files: list[Path], tmp_path: Path) -> None:
