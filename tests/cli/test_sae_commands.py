@@ -103,10 +103,10 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
 
     monkeypatch.chdir(tmp_path)
     source = ["--model", model, "--text", text, "--dry-run"]
+    caching = ["cache", TWO[0], "--n-tokens", "10000", "--context-size", "100"]
     for arguments, words in (
-        (["cache", TWO[0], "--n-tokens", "10000", "--context-size", "100"], "tokens  10,000\n"),
-        (["cache", TWO[0], "--n-tokens", "10000", "--context-size", "100"], "disk    5.2 MB\n"),
-        (["train", PATTERN, "--layers", "all", *SMALL], "tokens  2,048\n"),
+        (caching, "tokens  10,000\ndisk    5.2 MB\n"),
+        (["train", PATTERN, "--layers", "0,1", *SMALL], "tokens  2,048\n"),
     ):
         found = CliRunner().invoke(app, ["sae", *arguments, *source], catch_exceptions=False)
         assert found.exit_code == 0, found.output

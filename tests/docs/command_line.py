@@ -26,7 +26,8 @@ def _each(command: Any, name: str = "lch") -> Iterator[tuple[str, Any]]:
 
 
 def _described(name: str, command: Any) -> str:
-    hints = get_type_hints(command.callback)
+    # An option of the class of commands, and of no function.
+    hints = {"config": Path, **get_type_hints(command.callback)}
     parameters = [p for p in command.params if p.name in hints]
     arguments = [p.name.upper() for p in parameters if _is_argument(p)]
     return (

@@ -80,7 +80,7 @@ def _defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     batch_size = settings.get("train_batch_size_tokens", 4096)
     return {
         "dataset_path": "passed in",
-        "model_name": "passed in",
+        "model_name": "passed-in",  # Part of a name in wandb, where a space is refused.
         "streaming": False,
         "n_batches_in_buffer": max(20, -(-4 * batch_size // max(1, n_positions))),
         "checkpoint_path": None,
