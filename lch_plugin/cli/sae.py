@@ -210,7 +210,7 @@ def cache(
         batch_size=batch_size,
         max_shard_size=max_shard_size,
         cluster=on,
-        load=on and partial(_bridge, model, dtype, device),
+        load=None if on is None else partial(_bridge, model, dtype, device),
     )
     typer.echo(f"{out}: {made.n_tokens:,} tokens at {len(made.hook_names)} hook points")
 
