@@ -236,7 +236,8 @@ class _Worker(Generic[T, R]):
 
 def _spread(ray: Any, workers: list[Any], tasks: Iterator[T]) -> Iterator[tuple[T, Any]]:
     """Each worker one task, and another when it is done."""
-    free, running = list(workers), {}
+    free = list(workers)
+    running: dict[Any, tuple[Any, T]] = {}
     while True:
         for task in tasks if free else ():
             worker = free.pop()

@@ -83,8 +83,8 @@ def test_with_a_worker_killed_it_is_that_of_one_process_byte_for_byte(
 def test_the_command_does_the_same(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(TEXTS))
+    arguments = ["--text", str(text), "--n-tokens", "600", "--context-size", "64"]
     for out, more in (("one", []), ("two", ["--workers", "1"])):
-        arguments = ["--text", str(text), "--n-tokens", "600", "--context-size", "64"]
         code, said = run("sae", "cache", HOOKS[0], *arguments, "--out", str(tmp_path / out), *more)
         assert code == 0, said
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -92,7 +92,8 @@ def test_the_command_does_the_same(tmp_path: Path) -> None:
         (["--ray", "127.0.0.1:1"], "this process is connected to the Ray at"),
         (["--workers", "3"], "room for 2"),
     ):
-        code, found = run("sae", "cache", HOOKS[0], "--out", str(tmp_path / "three"), *more)
+        three = str(tmp_path / "three")
+        code, found = run("sae", "cache", HOOKS[0], *arguments, "--out", three, *more)
         assert code == 1
         assert said in found
         assert not (tmp_path / "three").exists()
