@@ -77,7 +77,7 @@ def test_settings_change_what_they_are_of_and_are_recorded(
     for before, after in zip(plain["results"], centred["results"], strict=True):
         np.testing.assert_allclose(before["auroc"]["probe"], after["auroc"]["probe"])
         assert before["accuracy"]["probe"] != after["accuracy"]["probe"]
-    ranked = run(k=[4], rank_by="mutual-information")
+    ranked = run(k=[4], rank_by="f")
     assert ranked["results"] == plain["results"]
     assert ranked["sparse"] != plain["sparse"]
     logit = run(cotangent=lch.cotangents.Logit(5))
