@@ -164,9 +164,9 @@ def test_a_cache_goes_on_when_its_command_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    from lch_plugin.saes.caching import writing
+    from lch_plugin.saes.caching import computing
 
-    write, n = writing.write_shard, iter(range(100))
+    write, n = computing.write_shard, iter(range(100))
 
     def stop_at_the_third(*args: Any, **kwargs: Any) -> Any:
         if next(n) == 2:
@@ -175,7 +175,7 @@ def test_a_cache_goes_on_when_its_command_is_repeated(
 
     arguments = [*CACHE, "--n-tokens", "4000", "--max-shard-size", "1KB"]
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "write_shard", stop_at_the_third)
+        patch.setattr(computing, "write_shard", stop_at_the_third)
         code, said = run(*arguments)
     assert code == 130
     partial = tmp_path / ".cache.partial"
