@@ -4,7 +4,7 @@
 #   make test    lint, types, documentation and tests: what CI runs
 #   make test-tl4    of these, adapters, circuits and documentation beside TransformerLens 4
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
-#   make test-slow     the scripts of the paper's experiments, small: minutes
+#   make test-slow     the scripts of the paper's experiments, small, and slow tests: minutes
 #   make real     the three uses on SmolLM2-135M and Gemma 3 270M: half an hour; TRUTH=DIR for probes
 #   make faults  kills, flipped bits, full disks: the table of docs/results/faults.md
 #   make docs    the documentation, into site/
@@ -39,16 +39,15 @@ test: $(VENV)/ready check docs
 # What reads TransformerLens itself; the whole suite runs there as well.
 test-tl4: $(LENS4)/ready
 	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -n auto --dist loadgroup \
-		--ignore tests/adapters/huggingface --ignore tests/adapters/nnsight \
-		--ignore tests/adapters/test_padding.py tests/adapters \
-		tests/circuits/edges tests/circuits/graphs tests/circuits/scores \
+		tests/adapters/transformer_lens tests/circuits/scores tests/lens \
 		tests/test_documentation.py tests/test_families.py tests/test_imports.py
 
 test-lowest: $(LOWEST)/ready
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
 
 test-slow: $(VENV)/ready
-	$(BIN)/pytest tests_slow
+	$(BIN)/pytest -m "slow or not slow" tests_slow
+	$(BIN)/pytest -m slow
 
 real: $(VENV)/ready
 	$(BIN)/python -W ignore examples/real_models/weights.py real/weights

@@ -125,7 +125,7 @@ def run(which: tuple[Any, list[list[str]]], given: Any, **kw: Any) -> dict[str, 
     return found
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompts=prompts_of,
     side=st.sampled_from(["left", "right"]),
@@ -151,7 +151,7 @@ def test_texts(name: str, prompts: list[list[int]], side: str, pad: int, ends: b
     check(found, alone, torch.stack(rows))
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompts=prompts_of,
     side=st.sampled_from(["left", "right"]),
@@ -171,7 +171,7 @@ def test_masks(
     check(found, alone, mask)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(prompts=prompts_of, pad=st.sampled_from([SHARED, OWN]), known=st.booleans())
 @pytest.mark.parametrize("name", ["bridge", "hooked"])
 def test_ids_alone(name: str, prompts: list[list[int]], pad: int, known: bool) -> None:
@@ -186,7 +186,7 @@ def test_ids_alone(name: str, prompts: list[list[int]], pad: int, known: bool) -
     check(found, [run(which, torch.tensor([prompt])) for prompt in own], mask)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     prompts=prompts_of,
     side=st.sampled_from(["left", "right"]),

@@ -163,6 +163,7 @@ def test_values_of_a_file_are_as_the_command_line_has_them() -> None:
     assert given(True, takes_many=False) is True
 
 
+@pytest.mark.slow
 def test_logging_is_saelens_own(model: str, text: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Without an account it can be kept on the disk."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -180,6 +181,7 @@ def test_logging_is_saelens_own(model: str, text: str, tmp_path: Path, monkeypat
         assert message in " ".join(said.split())
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_minute_are_kept_one_at_a_time(tmp_path: Path) -> None:
     from sae_lens import TopKTrainingSAEConfig
 

@@ -80,6 +80,7 @@ def test_with_a_worker_killed_it_is_that_of_one_process_byte_for_byte(
     lch.saes.cache(model, TEXTS, cache.path, **SETTINGS, **nowhere)
 
 
+@pytest.mark.slow
 def test_the_command_does_the_same(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n".join(TEXTS))
@@ -109,6 +110,7 @@ def other_model() -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_worker_without_the_models_files_says_so_and_nothing_stays(
     model: Any, tmp_path: Path
 ) -> None:

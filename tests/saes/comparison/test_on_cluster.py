@@ -12,7 +12,11 @@ from lch_plugin.cluster import Cluster
 from lch_plugin.demo import DEMO_MODEL_DIR
 from lch_plugin.saes.comparison.embedded import labelled_stories
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("ray_here")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.usefixtures("ray_here"),
+]
 
 SMALL = lch.saes.ComparisonSettings(
     k=(2,),
