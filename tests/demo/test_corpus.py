@@ -46,6 +46,7 @@ def test_no_held_out_prompt_is_in_a_training_story(texts: list[str]) -> None:
             assert example.prompt not in everything
 
 
+@pytest.mark.slow
 def test_no_passage_of_a_held_out_story_is_in_a_training_story() -> None:
     """Nor within one: "Paul was cold because he was late" is in "Unlike Mary, Paul was cold..."."""
     training = "\n".join(stories(20_000, seed=0))

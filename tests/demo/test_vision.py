@@ -167,6 +167,7 @@ def test_no_model_where_none_is(tmp_path: Path) -> None:
         load_demo_vision_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_training_beats_an_untrained_network(model: Dinov2Model) -> None:
     trained, untrained = evaluate(model)["CLS"], score_untrained(model, n=1)["CLS"]
     assert trained.knn > untrained.knn + 0.15

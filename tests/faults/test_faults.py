@@ -31,6 +31,7 @@ from lch_plugin.files import (
 )
 from tests.faults.cycles import CYCLES, repeat
 from tests.faults.harness import Artifacts, Bench
+from tests.slow import all_but
 
 # One process makes what is broken once.
 pytestmark = pytest.mark.xdist_group("faults")
@@ -243,6 +244,6 @@ def test_a_lock_is_its_threads_own(tmp_path: Path) -> None:
 # --- adapters ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", CYCLES)
+@pytest.mark.parametrize("adapter", all_but(["bridge", "huggingface"], CYCLES))
 def test_attaching_again_and_again_leaves_nothing(adapter: str) -> None:
     assert repeat(adapter, 30) is None

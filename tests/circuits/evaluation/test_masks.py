@@ -67,6 +67,7 @@ def test_derivatives_in_what_is_kept_are_those_of_a_circuit(
             torch.testing.assert_close(derivative, slope, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_learned_circuits_are_nearer_to_the_model_on_other_prompts() -> None:
     """The embedded model: of every size, and from what the scores left out or overdid."""
     model = lch.load_demo_model()

@@ -186,6 +186,7 @@ def test_the_plot_has_every_node_and_names_the_largest() -> None:
     assert names == [str(one.node) for one in scores().top(5, by="magnitude")]
 
 
+@pytest.mark.slow
 def test_another_metric(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--n", "4", "--share", "0.01", "--seed", "3", "--out", str(out))

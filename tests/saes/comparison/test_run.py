@@ -405,6 +405,7 @@ def lch_sae_compare(*arguments: str) -> Any:
     return CliRunner().invoke(app, command, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_a_file_of_texts_and_two_components(tmp_path: Path) -> None:
     """One label a text; a fifth is held out. A component's features are its own, in each SAE."""
     texts = labelled_stories(120).inputs

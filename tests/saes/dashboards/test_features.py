@@ -28,6 +28,7 @@ from lch_plugin.saes import FeatureReport, HookedModel, features
 from lch_plugin.saes.sources.hook_points import provenance
 from tests import models
 from tests.browser import CHROMIUM, browse
+from tests.slow import all_but
 
 HOOK = "blocks.2.mlp.hook_centroid"
 D_SAE = 96
@@ -542,7 +543,7 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
         CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", ["features", "evaluate"])
+@pytest.mark.parametrize("command", all_but(["features"], ["features", "evaluate"]))
 def test_the_commands_take_a_hook_that_the_metadata_lack(command: str, tmp_path: Path) -> None:
     sae = dictionary()
     sae.cfg.metadata.hook_name = None

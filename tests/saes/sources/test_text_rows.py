@@ -283,6 +283,7 @@ def first_bad(rows: Any) -> int | None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.one_of(texts, tokens), st.booleans(), st.integers(1, 7))
 def test_memory_and_streams_agree_with_the_rules(rows: Any, is_fixed: bool, at_once: int) -> None:

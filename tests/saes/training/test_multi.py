@@ -152,6 +152,7 @@ def test_an_interrupted_run_goes_on(
     assert 0 < moved < 0.2
 
 
+@pytest.mark.slow
 def test_one_learning_rate_serves_layers_whose_centroids_differ_by_orders_of_magnitude() -> None:
     """Scaled, SAEs learn equally well everywhere; unscaled, only where the scale happens to fit."""
     explained: dict[str, list[float]] = {}

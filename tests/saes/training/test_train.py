@@ -33,6 +33,7 @@ import lch_plugin as lch
 from lch_plugin.adapters.transformer_lens import attached_readers
 from lch_plugin.cotangents import Logit, logit_difference
 from tests import models
+from tests.slow import all_but
 
 HOOK = "blocks.1.mlp.hook_centroid"
 DATA = Dataset.from_dict({"tokens": models.tokens(256, 16).tolist()})
@@ -87,7 +88,7 @@ def config(
     return LanguageModelSAERunnerConfig(sae=sae, **{**defaults, **kw})
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", all_but(["topk", "jumprelu"], ARCHITECTURES))
 def test_a_trained_sae_saves_loads_and_reconstructs(architecture: str, tmp_path: Path) -> None:
     model, out = models.bridge("gpt2"), tmp_path / "sae"
     sae = lch.saes.train(
