@@ -49,6 +49,8 @@ def lens(
 
     if not prompt.strip():
         raise InputError("the prompt is empty: there is no token to read.")
+    if "" in (token or ()):
+        raise InputError("--token is empty: give the text of one token, or leave it out.")
     check_new_directory(out)
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,10 +164,10 @@ def train(
 
         typer.echo(str(training_estimate(bridge, data, of_hook, shared, values)))
         return
-    keeping(lambda: last_checkpoint(Path(f"{out}-checkpoints"), resume))
     minutes = _MINUTES if checkpoints is None else None
     if bridge is not None and of_layers is not None:
         several = layers_config(of_hook, output_path=str(out), **shared)
+        keeping(partial(last_checkpoint, Path(f"{several.checkpoint_path}"), resume))
         trained = saes.train(bridge, data, several, checkpoint_minutes=minutes)
         for name, sae in trained.items():
             _say(out / name, sae)
@@ -174,6 +175,8 @@ def train(
     for name, configuration in of_hook.items():
         own = out if of_layers is None else out / name
         runner = saes.runner_config(configuration, name, output_path=str(own), **shared)
+        # SAELens has put a directory of the run's own below the one that it was given.
+        keeping(partial(last_checkpoint, Path(f"{runner.checkpoint_path}"), resume))
         _say(own, saes.train(bridge, data, runner, checkpoint_minutes=minutes))
 
 

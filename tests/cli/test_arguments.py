@@ -93,7 +93,7 @@ def test_numbers(command: str, option: str, place: Path) -> None:
         ),
         ("--architecture", ["", "mlp"]),
         ("--ray", ["", "auto", "localhost", "ray://localhost:10001", "localhost:x", "x" * 300]),
-        ("--token", ["", "x", "0", "-1", "1.5", "4,5", "9" * 5000]),
+        ("--token", [""]),
         ("--cotangent", ["", "x", "random:", "random:-1", f"random:{2**32}", "logit:", "ones:1"]),
         ("--rank-by", ["", "l1"]),
     ],
@@ -108,6 +108,11 @@ def test_other_values(option: str, values: list[str], place: Path) -> None:
     for name in having:
         for value in values:
             refused(*name.split(), *NEEDED[name], option, value)
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1", "1.5", "4,5", "9" * 5000])
+def test_the_token_of_probes_is_last_mean_or_how_many(value: str, place: Path) -> None:
+    refused("probe", *NEEDED["probe"], "--token", value)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_what_a_stopped_run_says_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
     fit = runners._stopping_between_steps
 
-    def stopping(trainer: Any) -> Any:
+    def stopping(trainer: Any, *more: Any) -> Any:
         step, n = trainer.step, iter(range(100))
 
         def stop_at_the_third(batch: Any) -> Any:
@@ -147,7 +147,7 @@ def test_what_a_stopped_run_says_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
             return step(batch)
 
         trainer.step = stop_at_the_third
-        return fit(trainer)
+        return fit(trainer, *more)
 
     arguments = [*TRAIN, "--tokens", "4096"]
     with monkeypatch.context() as patch:
