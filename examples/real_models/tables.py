@@ -55,7 +55,7 @@ def _exactness(found: Found) -> Rows:
 def _evaluation(found: Found) -> Rows:
     of, run = found["evaluation"], found["run"]
     r_squared = {
-        (fit["perturbation"], fit["size"]): fit["r_squared"]["reconstruction"]
+        (fit["perturbation"], fit["size"]): fit["r_squared"]["SAE"]
         for fit in found["responses"] or []
     }
     yield [
@@ -84,13 +84,13 @@ def _circuit(found: Found) -> Rows:
 
 def _probe(found: Found) -> Rows:
     for one in found["results"]:
-        own, others = (one["summary"][where] for where in ("own", "others"))
         yield [
             one["probe"],
             one["hook"],
             *(
-                f"{100 * where['accuracy']['mean']:.1f}" if where else "–"
-                for where in (own, others)
+                f"{100 * one['summary'][where][measure]['probe']['mean']:.1f}"
+                for where in ("own", "others")
+                for measure in ("accuracy", "auroc")
             ),
         ]
 
@@ -124,8 +124,8 @@ TABLES: dict[str, tuple[str, list[str], Callable[[Found], Rows]]] = {
         _circuit,
     ),
     "probe": (
-        "Probes of truth, accuracy in %",
-        ["probe", "at", "own test set", "other sets"],
+        "Probes of truth, in %",
+        ["probe", "at", "accuracy, own sets", "AUROC", "accuracy, other sets", "AUROC"],
         _probe,
     ),
     "saliency": (
