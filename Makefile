@@ -2,7 +2,7 @@
 #
 #   make demo    the demonstration, into demo-report/ (anew each time)
 #   make test    lint, types, documentation and tests: what CI runs
-#   make test-tl4    of these, adapters, circuits and documentation beside TransformerLens 4
+#   make test-tl4    of these, adapters, circuits and the lens beside TransformerLens 4
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
 #   make test-slow     the scripts of the paper's experiments, small, and slow tests: minutes
 #   make real     the three uses on SmolLM2-135M and Gemma 3 270M: half an hour; TRUTH=DIR for probes
@@ -40,14 +40,15 @@ test: $(VENV)/ready check docs
 test-tl4: $(LENS4)/ready
 	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -n auto --dist loadgroup \
 		tests/adapters/transformer_lens tests/circuits/scores tests/lens \
-		tests/test_documentation.py tests/test_families.py tests/test_imports.py
+		tests/test_families.py tests/test_imports.py
 
 test-lowest: $(LOWEST)/ready
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready $(LENS4)/ready
 	$(BIN)/pytest -m "slow or not slow" tests_slow
 	$(BIN)/pytest -m slow
+	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest tests/test_documentation.py
 
 real: $(VENV)/ready
 	$(BIN)/python -W ignore examples/real_models/weights.py real/weights

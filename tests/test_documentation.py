@@ -172,6 +172,7 @@ def test_examples_run(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 @needs_saes
 def test_the_vision_example_takes_other_models_and_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -79,6 +79,7 @@ def test_the_page_is_self_contained_and_shows_the_results(report: Path) -> None:
     assert f"corrected for the {len(ablations)} tests" in page
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(report: Path, tmp_path: Path) -> None:
     demo.run(tmp_path / "again", seed=1)
     again = (tmp_path / "again" / "results.json").read_bytes()
