@@ -118,6 +118,7 @@ def row(
     listened = build(shape, device, dtype)
     for name in lch.attach(listened).hook_names:
         listened.add_hook(name, lambda value, hook: None)
+    peak = matmul_rate(device, dtype, n, rounds)
     found = []
     for kind in ("eager", "compiled"):
         if kind == "compiled":
@@ -147,7 +148,7 @@ def row(
                 f"{ratio(seconds, 'limit', 'forward'):.3f}",
                 f"{ratio(seconds, 'centroids', 'forward'):.3f}",
                 f"{ratio(seconds, 'centroids', 'limit'):.3f}",
-                f"{rate / matmul_rate(device, dtype, n, rounds):.2f}",
+                f"{rate / peak:.2f}",
                 f"{above / (tokens * d_mlp * dtype.itemsize):.2f}",
             ]
         )

@@ -99,19 +99,19 @@ class Job:
         Those of SAEs that are made on a cluster come as they are done.
         """
         there = [which for which in self._all if is_there(self.stored.sae(which))]
-        for which in itertools.chain(there, self._make(cluster, set(self._all) - set(there))):
+        missing = [which for which in self._all if which not in there]
+        for which in itertools.chain(there, self._make(cluster, missing)):
             yield _read_json(self.stored.sae(which) / SCORES)
 
-    def _make(self, cluster: Cluster | None, missing: set[Which]) -> Iterator[Which]:
-        tasks = [which for which in self._all if which in missing]
+    def _make(self, cluster: Cluster | None, missing: list[Which]) -> Iterator[Which]:
         if cluster is None:
-            for which in tasks:
+            for which in missing:
                 self.stored.make(which)
                 yield which
             return
         with (
             shared(self.directory) as place,
-            closing(cluster.run(partial(_on_worker, place, self.stored), tasks)) as done,
+            closing(cluster.run(partial(_on_worker, place, self.stored), missing)) as done,
         ):
             for which, _ in done:
                 yield which
