@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -217,6 +219,20 @@ def autograd_centroids(
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+@contextmanager
+def no_hooks_added(model: nn.Module) -> Iterator[None]:
+    """Fail if the body leaves a hook; a bridge sets some of its own at its first pass."""
+
+    def hooks() -> list[tuple[int, int]]:
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    with torch.no_grad():
+        model(tokens())
+    before = hooks()
+    yield
+    assert hooks() == before
 
 
 def sae_bridge(**kw: Any) -> Any:
