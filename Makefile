@@ -2,7 +2,7 @@
 #
 #   make demo    the demonstration, into demo-report/ (anew each time)
 #   make test    lint, types, documentation and tests: what CI runs
-#   make test-tl4    of these, adapters, circuits and the lens beside TransformerLens 4
+#   make test-tl4    of these, adapters and the lens beside TransformerLens 4
 #   make test-lowest   the tests, on the lowest versions that pyproject.toml allows
 #   make test-slow     the scripts of the paper's experiments, small, and slow tests: minutes
 #   make real     the three uses on SmolLM2-135M and Gemma 3 270M: half an hour; TRUTH=DIR for probes
@@ -39,8 +39,7 @@ test: $(VENV)/ready check docs
 # What reads TransformerLens itself; the whole suite runs there as well.
 test-tl4: $(LENS4)/ready
 	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -n auto --dist loadgroup \
-		tests/adapters/transformer_lens tests/circuits/scores tests/lens \
-		tests/test_families.py tests/test_imports.py
+		tests/adapters/transformer_lens tests/lens tests/test_families.py tests/test_imports.py
 
 test-lowest: $(LOWEST)/ready
 	$(LOWEST)/bin/python -m pytest -n auto --dist loadgroup
@@ -48,7 +47,8 @@ test-lowest: $(LOWEST)/ready
 test-slow: $(VENV)/ready $(LENS4)/ready
 	$(BIN)/pytest -m "slow or not slow" tests_slow
 	$(BIN)/pytest -m slow
-	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest tests/test_documentation.py
+	PYTHONPATH="$(CURDIR)/$(LENS4)" $(BIN)/pytest -m "slow or not slow" \
+		tests/circuits/scores tests/test_documentation.py tests/test_families.py
 
 real: $(VENV)/ready
 	$(BIN)/python -W ignore examples/real_models/weights.py real/weights

@@ -11,4 +11,9 @@ import pytest
 def all_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
     """The same values, those that are not among ``quick`` marked slow."""
     chosen = set(quick)
-    return [v if v in chosen else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+    def slow(value: Any) -> Any:
+        of_each_name = value if isinstance(value, tuple) else (value,)
+        return pytest.param(*of_each_name, marks=pytest.mark.slow)
+
+    return [v if v in chosen else slow(v) for v in values]

@@ -21,6 +21,7 @@ from typer.main import get_command
 import lch_plugin as lch
 from lch_plugin import cli, demo
 from tests import families
+from tests.slow import all_but
 from tests.toolkits import HAS_SAES, needs_saes, require_saes
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,13 @@ PAGES = sorted(
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n\Z")
 #: So few blocks may have that mark.
 MAX_NOT_RUN = 3
+#: Pages and examples that take more than ten seconds.
+SLOW = {
+    "centroids_by_site.py",
+    "vision_sae.py",
+    "docs/how-to/concepts.md",
+    "docs/how-to/find_a_circuit.md",
+}
 #: In blocks, names and examples that need SAELens.
 NAMES_SAES = re.compile("sae", re.IGNORECASE)
 
@@ -48,7 +56,7 @@ def blocks(page: str, language: str) -> Iterator[tuple[str, bool]]:
 PAGES_WITH_PYTHON = [page for page in PAGES if any(run for _, run in blocks(page, "python"))]
 
 
-@pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
+@pytest.mark.parametrize("page", all_but(set(PAGES_WITH_PYTHON) - SLOW, PAGES_WITH_PYTHON))
 def test_the_pages_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one script: without SAELens, up to the first block of SAEs."""
     shown = [code for code, run in blocks(page, "python") if run]
@@ -157,7 +165,7 @@ def check_command(line: str, *, whole: bool) -> None:
     command.make_context(line, words, resilient_parsing=not whole)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", all_but(set(EXAMPLES) - SLOW, EXAMPLES))
 def test_examples_run(
     example: str,
     tmp_path: Path,

@@ -29,6 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lch_plugin as lch
 from tests import families
+from tests.slow import all_but
 from tests.toolkits import HAS_HOOKED
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference" / "families.md"
@@ -58,6 +59,14 @@ REASONS = {
     r"is not affine|no detached linearisation": "not affine",
     r"did not fire": "does not fire",
 }
+
+
+#: Run by `make test`; the others by `make test-slow`.
+COMMON = (
+    *("bert", "bloom", "cohere", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2"),
+    *("gpt_neox", "gpt_oss", "gptj", "llama", "mamba", "mistral", "mixtral", "olmo2", "opt"),
+    *("phi3", "qwen2", "qwen3", "t5gemma", "vit"),
+)
 
 
 # ---------------------------------------------------------------- the truth
@@ -501,7 +510,7 @@ def write_page(rows: dict[str, dict[str, str]]) -> None:
 
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", families.FAMILIES)
+@pytest.mark.parametrize("name", all_but(COMMON, families.FAMILIES))
 def test_every_site_of_a_family_is_right_and_as_the_page_says(name: str) -> None:
     assert row(name) == rows_on_page().get(name)
 

@@ -263,8 +263,11 @@ def test_saes_are_there_or_say_in_one_line_why_not(tmp_path: Path) -> None:
     [
         ["--help"],
         ["sae", "train", "--help"],
-        ["centroids", "Tom saw an apple"],
-        ["circuit", "--prompt", "Tom saw an", "--layer", "1", "--samples", "4"],
+        pytest.param(["centroids", "Tom saw an apple"], marks=pytest.mark.slow),
+        pytest.param(
+            ["circuit", "--prompt", "Tom saw an", "--layer", "1", "--samples", "4"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_without_saelens_all_other_commands_work(command: list[str], tmp_path: Path) -> None:

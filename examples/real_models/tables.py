@@ -69,6 +69,26 @@ def _evaluation(found: Found) -> Rows:
     ]
 
 
+def _comparison(found: Found) -> Rows:
+    (component,), (compared,) = found["components"], found["comparisons"]
+    for line in compared["summary"]:
+        scores = line["scores"]
+        yield [
+            component["module"],
+            line["of"],
+            *(
+                f"{scores[name]['mean']:.3f} ± {scores[name]['sd']:.3f}"
+                for name in (
+                    "explained_variance",
+                    "label: probe",
+                    "label: sparse_probe_1",
+                    "label: neighbours",
+                )
+            ),
+            f"{line['cosine']:.3f}",
+        ]
+
+
 def _circuit(found: Found) -> Rows:
     run, of = found["run"], found["circuit"]
     low, high = of["interval"]
@@ -117,6 +137,19 @@ TABLES: dict[str, tuple[str, list[str], Callable[[Found], Rows]]] = {
             "R², random directions",
         ],
         _evaluation,
+    ),
+    "compare": (
+        "The same SAEs at matched sites (means and standard deviations of three seeds)",
+        [
+            "component",
+            "SAE of its",
+            "variance explained",
+            "probe of the package",
+            "probe on one feature",
+            "neighbours agree",
+            "cosine between seeds",
+        ],
+        _comparison,
     ),
     "circuit": (
         "Circuits",

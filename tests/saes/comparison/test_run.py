@@ -458,6 +458,7 @@ def test_a_directory_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert component["test"]["n_inputs"] == 30
 
 
+@pytest.mark.slow
 def test_an_embedded_task(tmp_path: Path) -> None:
     """BatchTopK on stories, another seed, two tokens left out; words and passages are labelled."""
     options = "--task stories --architecture batchtopk --seed 7 --skip 2 --items 40 --lr 2e-3"
