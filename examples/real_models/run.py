@@ -88,7 +88,9 @@ def steps(model: Model, weights: Path, out: Path, truth: Path | None) -> Iterato
         yield trained
         held_out = ("--text", text[1], "--n-tokens", str(N_EVALUATED))
         of_model = (str(trained.out), "--model", source, *held_out)
-        yield step(f"evaluate {layer} {site}", "sae", "evaluate", *of_model)
+        # Steering is a pass for each feature and strength: a quarter of an hour for each SAE.
+        evaluate = ("sae", "evaluate", *of_model, "--n-features", "0")
+        yield step(f"evaluate {layer} {site}", *evaluate)
         if site == "centroid" and layer == model.layers[1]:
             yield step("features", "sae", "features", *of_model, "--n-features", "200")
     corpus = ("--dataset", str(out.parent / "corpus"), "--test-split", "test", "--k", "32")

@@ -204,7 +204,9 @@ def evaluate(
     text: HeldOutText = "",
     column: Column = None,
     skip_empty: SkipEmpty = False,
-    n_features: Annotated[int, typer.Option(help="How many to steer along.", **COUNT)] = 12,
+    n_features: Annotated[
+        int, typer.Option(help="How many to steer along, 0 for no steering.", **COUNT_OR_NONE)
+    ] = 12,
     hook: Hook = None,
     n_tokens: TextTokens = None,
     batch_size: Rows = 16,

@@ -18,7 +18,10 @@ from lch_plugin.cli.options import (
     LearningRate,
     Model,
     Out,
+    Ray,
     Seed,
+    Workers,
+    cluster,
     source,
 )
 from lch_plugin.cli.sae_inputs import (
@@ -80,6 +83,8 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Directory of a checkpoint.")] = None,
     wandb: Annotated[bool, typer.Option("--wandb", help="Log to wandb, as SAELens does.")] = False,
     dry_run: DryRun = False,
+    ray: Ray = None,
+    workers: Workers = None,
     dtype: Dtype = None,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -89,6 +94,7 @@ def train(
     from lch_plugin import saes
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
+    from lch_plugin.progress import progress
     from lch_plugin.saes.sources.hook_points import attached, widths
     from lch_plugin.saes.sources.layers import (
         check_layers,
@@ -99,6 +105,14 @@ def train(
     from lch_plugin.saes.training.checkpoints import CHECKPOINT_FILE, is_checkpoint
     from lch_plugin.saes.training.configs import layers_config, sae_config
 
+    on = cluster(ray, workers, device)
+    if on is not None and not (cache and layers):
+        raise InputError(
+            "--ray and --workers train an SAE each on several layers of a cache: give --layers "
+            "and --cache."
+        )
+    if on is not None and resume is not None:
+        raise InputError(f"--resume {resume} needs no --ray or --workers. Leave them out.")
     chosen, logging = settings.split(settings.parse(setting), wandb=wandb)
     settings.check(architecture, chosen, chosen.get("d_sae", d_sae))
     of_layers = parse_layers(layers)
@@ -172,8 +186,20 @@ def train(
         for name, sae in trained.items():
             _say(out / name, sae)
         return
-    for name, configuration in of_hook.items():
-        own = out if of_layers is None else out / name
+    runners = {
+        out if of_layers is None else out / name: (configuration, name)
+        for name, configuration in of_hook.items()
+    }
+    if on is not None:
+        configs = [
+            saes.runner_config(*of, output_path=str(own), **shared) for own, of in runners.items()
+        ]
+        with progress("training", len(configs), "SAEs") as advance:
+            for config, sae in saes.train_many(configs, on, checkpoint_minutes=minutes):
+                _say(Path(str(config.output_path)), sae)
+                advance(1)
+        return
+    for own, (configuration, name) in runners.items():
         runner = saes.runner_config(configuration, name, output_path=str(own), **shared)
         # SAELens has put a directory of the run's own below the one that it was given.
         keeping(partial(last_checkpoint, Path(f"{runner.checkpoint_path}"), resume))

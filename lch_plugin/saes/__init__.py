@@ -26,6 +26,7 @@ from lch_plugin.saes.sources.images import Images
 from lch_plugin.saes.sources.rows import Rows
 from lch_plugin.saes.sources.texts import load_text
 from lch_plugin.saes.training.configs import runner_config
+from lch_plugin.saes.training.many import train_many
 from lch_plugin.saes.training.on_rows import train_on
 from lch_plugin.saes.training.train import train
 from lch_plugin.saes.training.transcoders import train_transcoder
@@ -58,6 +59,7 @@ __all__ = [
     "steering",
     "steering_effects",
     "train",
+    "train_many",
     "train_on",
     "train_transcoder",
 ]

@@ -82,7 +82,7 @@ def evaluation_report(
         out: directory to make.
         hook_name: what the SAE reads; by default what its metadata say.
         n_tokens: how much of the text to read at most; all of it if None.
-        n_features: features to steer along.
+        n_features: features to steer along; 0 for no steering, which takes most of the time.
         strengths, n_random: as `steering_effects`.
         n_sequences: rows of text on which responses and steering are measured.
         skip: first tokens of each row that do not count, beside those that the SAE was trained
@@ -101,9 +101,9 @@ def evaluation_report(
     """
     check_new_directory(out)
     check_model(model)
-    if skip < 0 or min(n_features, n_sequences) < 1:
+    if min(skip, n_features) < 0 or n_sequences < 1:
         raise InputError(
-            f"skip={skip} must be zero or more, and n_features={n_features} and "
+            f"skip={skip} and n_features={n_features} must be zero or more, and "
             f"n_sequences={n_sequences} at least 1."
         )
     check_steering(strengths, n_random)
@@ -128,17 +128,24 @@ def evaluation_report(
             f"{evaluation.n_fired} of {sae.cfg.d_sae} features fire"
         )
         fits = _responses(feature_acts, batches, positions, seed)
-        features = _strongest(feature_acts, seen.rows, evaluation, n_features)
-        effects = steering_effects(
-            model,
-            batches,
-            feature_acts.hook_name,
-            sae.W_dec[features],
-            strengths=strengths,
-            positions=positions,
-            n_random=n_random,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        figures = {"density": plots.density_histogram(evaluation)}
+        if fits is not None:
+            figures["responses"] = plots.response_fits(fits)
+        steering = None
+        if n_features:
+            features = _strongest(feature_acts, seen.rows, evaluation, n_features)
+            effects = steering_effects(
+                model,
+                batches,
+                feature_acts.hook_name,
+                sae.W_dec[features],
+                strengths=strengths,
+                positions=positions,
+                n_random=n_random,
+                generator=torch.Generator().manual_seed(seed),
+            )
+            steering = _describe(model, effects, features, evaluation)
+            figures["steering"] = plots.steering(effects)
         results = {
             "run": {
                 **record(model, {feature_acts.hook_name: sae.cfg.d_in}),
@@ -157,11 +164,8 @@ def evaluation_report(
             },
             "evaluation": evaluation.to_dict(),
             "responses": None if fits is None else [dataclasses.asdict(fit) for fit in fits],
-            "steering": _describe(model, effects, features, evaluation),
+            "steering": steering,
         }
-    figures = {"density": plots.density_histogram(evaluation), "steering": plots.steering(effects)}
-    if fits is not None:
-        figures["responses"] = plots.response_fits(fits)
     write_directory(out, lambda it: write_report(it, "evaluate.html", results, figures))
     return results
 

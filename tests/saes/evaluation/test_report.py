@@ -219,6 +219,17 @@ def test_in_half_precision_the_page_says_so(tmp_path: Path) -> None:
     assert "responses to small perturbations are" in (out / "report.html").read_text()
 
 
+def test_without_steering_the_rest_is_there(tmp_path: Path) -> None:
+    sae = load_sae(saved(tmp_path / "sae", CENTROID))
+    out, model = tmp_path / "out", lch.load_demo_model()
+    results = evaluation_report(model, sae, TEXTS, out, n_tokens=128, n_features=0)
+    assert results["steering"] is None
+    assert results["responses"]
+    page = (out / "report.html").read_text()
+    assert "Steering along features" not in page
+    assert not (out / "steering.png").exists()
+
+
 def test_models_that_transformerlens_does_not_know(tmp_path: Path) -> None:
     hook = "transformer.h.1.mlp.hook_centroid"
     sae = load_sae(saved(tmp_path / "sae", hook, d_in=models.D_MODEL))
@@ -241,7 +252,7 @@ def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
     for setting, message in (
         ({"skip": -1}, "at least 1"),
         ({"skip": 64}, "skip=64 leaves none"),
-        ({"n_features": 0}, "at least 1"),
+        ({"n_features": -1}, "zero or more"),
         ({"n_sequences": 0}, "at least 1"),
         ({"n_tokens": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
