@@ -45,22 +45,26 @@ class Shape:
             return torch.randn(self.batch, 3, 224, 224)
         return torch.randint(0, self.config["vocab_size"], (self.batch, self.pos))
 
-    def huggingface(self) -> PreTrainedModel:
+    def huggingface(
+        self, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> PreTrainedModel:
         config = AutoConfig.for_model(self.model_type, **self.config)
         auto = AutoModelForImageClassification if self.model_type == "vit" else AutoModelForCausalLM
-        model = auto.from_config(config, attn_implementation="eager").eval()
+        with torch.device(device):  # One of 7 B is not made twice.
+            model = auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
         model.config.architectures = [type(model).__name__]
         return model
 
-    def build(self) -> TransformerBridge:
+    def build(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> TransformerBridge:
         # For a model of images TransformerLens asks the hub for a processor, which noise can do
         # without.
         with mock.patch.object(AutoProcessor, "from_pretrained", return_value=None):
             return TransformerBridge.boot_transformers(
                 "benchmark",
-                hf_model=self.huggingface(),
+                hf_model=self.huggingface(device, dtype),
                 tokenizer=AutoTokenizer.from_pretrained(DEMO_MODEL_DIR),
-                device="cpu",
+                device=device,
+                dtype=dtype,
             )
 
 

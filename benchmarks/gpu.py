@@ -22,11 +22,8 @@ import statistics
 import torch
 from common import Shape, Task, in_turn, machine, ratio, table
 from rich.console import Console
-from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lch_plugin as lch
-from lch_plugin.demo import DEMO_MODEL_DIR
 
 _LLAMA = {"vocab_size": 32000, "num_key_value_heads": 32, "num_attention_heads": 32}
 SHAPES = {
@@ -48,21 +45,6 @@ TINY = {
         16,
     )
 }
-
-
-def build(shape: Shape, device: str, dtype: torch.dtype) -> TransformerBridge:
-    """A model that is made on the device: one of 7 B is not made twice."""
-    config = AutoConfig.for_model(shape.model_type, **shape.config)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    model.config.architectures = [type(model).__name__]
-    return TransformerBridge.boot_transformers(
-        "benchmark",
-        hf_model=model.eval(),
-        tokenizer=AutoTokenizer.from_pretrained(DEMO_MODEL_DIR),
-        device=device,
-        dtype=dtype,
-    )
 
 
 def waiting(task: Task, device: str) -> Task:
@@ -96,7 +78,7 @@ def matmul_rate(device: str, dtype: torch.dtype, n: int, rounds: int) -> float:
 def row(
     label: str, shape: Shape, device: str, dtype: torch.dtype, rounds: int, n: int
 ) -> list[list[str]]:
-    model = build(shape, device, dtype)
+    model = shape.build(device, dtype)
     x = shape.input().to(device)
     tokens = x.numel()
     weights = [
@@ -115,7 +97,7 @@ def row(
         for W in weights:
             buffer @ W.T
 
-    listened = build(shape, device, dtype)
+    listened = shape.build(device, dtype)
     for name in lch.attach(listened).hook_names:
         listened.add_hook(name, lambda value, hook: None)
     peak = matmul_rate(device, dtype, n, rounds)
