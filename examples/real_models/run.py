@@ -95,7 +95,7 @@ def steps(model: Model, weights: Path, out: Path, truth: Path | None) -> Iterato
             yield step("features", "sae", "features", *of_model, "--n-features", "200")
     corpus = ("--dataset", str(out.parent / "corpus"), "--test-split", "test", "--k", "32")
     module = f"model.layers.{model.layers[1]}.mlp"
-    size = ("--d-sae", "2304", "--rows", str(N_CACHED), "--test-rows", str(N_EVALUATED))
+    size = ("--d-sae", "1152", "--rows", "32768", "--test-rows", str(N_EVALUATED))
     compared = ("--model", source, "--module", module, *corpus, *size, "--items", "1000")
     yield step("compare", "sae", "compare", *compared)
     for task in model.tasks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from reprlib import repr as shortened
 from typing import Any
@@ -31,6 +31,8 @@ from lch_plugin.saes.sources.rows import Rows
 from lch_plugin.saes.sources.texts import is_empty
 
 BATCH_SIZE = 32
+# Of a batch of texts, padding among them.
+_BATCH_TOKENS = 4096
 _TEXTS_AT_ONCE = 256
 # As tokenizers' users write "no label" for a token.
 _NO_LABEL = (None, -100, "-100", "")
@@ -268,8 +270,8 @@ def _pad(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[dict[
     """Batches, padded on the right: models with learned positions count them from the left."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = []
-    for start in range(0, len(ids), BATCH_SIZE):
-        chunk = [torch.tensor(tokens) for tokens in ids[start : start + BATCH_SIZE]]
+    for texts in _chunks(ids):
+        chunk = [torch.tensor(tokens) for tokens in texts]
         mask = [torch.ones_like(tokens) for tokens in chunk]
         batches.append(
             {
@@ -278,6 +280,20 @@ def _pad(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[dict[
             }
         )
     return batches
+
+
+def _chunks(ids: list[list[int]]) -> Iterator[list[list[int]]]:
+    """Neighbours, so many that one long text does not make padding of most of a batch."""
+    chunk: list[list[int]] = []
+    longest = 0
+    for tokens in ids:
+        longest = max(longest, len(tokens))
+        if chunk and (len(chunk) == BATCH_SIZE or (len(chunk) + 1) * longest > _BATCH_TOKENS):
+            yield chunk
+            chunk, longest = [], len(tokens)
+        chunk.append(tokens)
+    if chunk:
+        yield chunk
 
 
 def _items(

@@ -31,6 +31,7 @@ from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR
 from lch_plugin.files import resumable_directory
 from lch_plugin.loading import LoadedModel
 from lch_plugin.saes import ComparisonSettings, Labelled, Rows, compare, evaluate, load_labelled
+from lch_plugin.saes.comparison import data as preparing
 from lch_plugin.saes.comparison import stored_component
 from lch_plugin.saes.comparison.components import make_component
 from lch_plugin.saes.comparison.data import Split, prepare
@@ -106,6 +107,21 @@ def test_items_are_the_words_and_passages_that_are_labelled(gpt2: LoadedModel) -
             for start, end, label in spans
         ]
         assert texts_of_items(gpt2, split, name) == expected
+
+
+def test_one_long_text_does_not_make_padding_of_a_batch(
+    other_words: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a " * 10] * 40 + ["a " * 120] * 40  # And a token at either end.
+    labelled = Labelled(texts, {"kind": ["x", "y"] * 40}, "")
+    found = {}
+    for limit in (4096, 1000):
+        monkeypatch.setattr(preparing, "_BATCH_TOKENS", limit)
+        split = ready(other_words, labelled)
+        found[limit] = [tuple(batch["input_ids"].shape) for batch in split.batches]
+        texts_of_items(other_words, split, "kind")
+    assert found[4096] == [(32, 12), (32, 122), (16, 122)]
+    assert found[1000] == [(32, 12), (8, 12), *[(8, 122)] * 5]
 
 
 def test_tokens_that_the_tokenizer_added_belong_to_no_word(other_words: LoadedModel) -> None:
