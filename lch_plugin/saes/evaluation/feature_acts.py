@@ -305,5 +305,6 @@ def describe_text(text: Any) -> str:
         return str(text.path)
     if isinstance(text, str | Path):
         return str(text)
-    kind = type(text).__name__
-    return f"{kind} of {len(text):,}" if hasattr(text, "__len__") else kind
+    # As `load_text` has it of what it reads.
+    kind = getattr(getattr(text, "info", None), "description", "") or type(text).__name__
+    return f"{kind}: {len(text):,} rows" if hasattr(text, "__len__") else kind

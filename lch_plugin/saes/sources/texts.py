@@ -110,7 +110,9 @@ def _read(source: Source, split: str, streaming: bool, skip_empty: bool) -> Any:
     if isinstance(source, Dataset | IterableDataset):
         return source
     if isinstance(source, str | Path):
-        return _load(source, split, streaming)
+        found = _load(source, split, streaming)
+        found.info.description = str(source)  # For records of what was run on it.
+        return found
     if not isinstance(source, Sequence):
         raise InputError(
             f"the text is a {type(source).__name__}, which is no text. {_FORMS}, and a list of "
