@@ -18,13 +18,17 @@ def write_tables(out: Path, models: Sequence[str]) -> None:
         lines = [
             [model, *row]
             for model in models
-            for step in sorted((out / model).glob(f"{kind}*/results.json"))
+            for step in sorted((out / model).glob(f"{kind}*/results.json"), key=_when)
             for row in rows(json.loads(step.read_text(encoding="utf-8")))
         ]
         if lines:
             parts.append(_table(title, ["model", *columns], lines))
     (out / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(f"wrote {out / 'tables.md'}")
+
+
+def _when(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -36,7 +40,7 @@ def _costs(out: Path, models: Sequence[str]) -> str:
     steps = [
         (model, json.loads(path.read_text(encoding="utf-8")))
         for model in models
-        for path in sorted((out / model).glob("*.json"), key=lambda path: path.stat().st_mtime)
+        for path in sorted((out / model).glob("*.json"), key=_when)
     ]
     rows = [
         [model, s["step"], f"{s['seconds']:.0f}", f"{s['peak_bytes'] / 2**30:.1f}"]
