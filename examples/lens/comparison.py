@@ -25,10 +25,10 @@ from typing import Any
 import pandas as pd
 import torch
 from drawing import figure, tables
-from fits import CORPORA, LINEARIZATIONS, PART, SKIP_FIRST, fit, texts
+from fits import CORPORA, LINEARIZATIONS, SKIP_FIRST, fit, texts
 from measure import Reader, Run, cells, first_reads, means, run
 from prompts import pairs
-from scores import by_kind, predictions, reads, same_tokens
+from scores import by_kind, lens_names, predictions, reads, same_tokens
 from torch import Tensor
 from tuned import tuned_lens
 
@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true", help="the embedded model, small fits")
     parser.add_argument("--fit-texts", default="20,100", help="of the first corpus")
-    parser.add_argument("--other-texts", type=int, default=20, help="texts of the second corpus")
+    parser.add_argument("--other-texts", type=int, default=8, help="of the second corpus")
     parser.add_argument("--fit-tokens", type=int, default=24, help="of each text")
     parser.add_argument("--tuned-texts", type=int, default=100, help="whole texts; 0 for none")
     parser.add_argument("--layers", help="that blocks read, from 1; about five if not given")
@@ -101,7 +101,7 @@ def parse() -> argparse.Namespace:
     if args.small == bool(args.model):
         parser.error("give a model directory, or --small for the embedded model")
     if args.small:
-        args.fit_texts, args.other_texts, args.tuned_texts = "8", 8, 0
+        args.fit_texts, args.other_texts, args.tuned_texts = "8", 4, 0
         args.prompts, args.resamples = 4, 50
     args.fit_texts = [int(n) for n in args.fit_texts.split(",") if n]
     args.layers = args.layers and [int(layer) for layer in args.layers.split(",")]
@@ -124,23 +124,19 @@ def fitted(
         return lambda x, layer: unembed(model, lens.transport(x, layer - 1))
 
     readers, corpora = {}, {}
-    few, (first, second) = min(args.fit_texts), CORPORA
-    half = few // PART // 2 * PART
+    first, second = CORPORA
+    n_other = min(args.other_texts, min(args.fit_texts) // 2)
     for kind in LINEARIZATIONS:
         for n in args.fit_texts:
             readers[f"{kind}, {n} {first}"] = averaged(kind, first, n)
-    for kind in LINEARIZATIONS:
-        one = averaged(kind, first, half)
-        pairs_of_one = {f"{half} {first}, {half} others": (one, averaged(kind, first, half, half))}
-        if args.other_texts >= half:
-            other = averaged(kind, second, half)
-            pairs_of_one[f"{half} {first}, {half} {second}"] = (one, other)
-        if args.other_texts:
-            other = averaged(kind, second, args.other_texts)
-            readers[f"{kind}, {args.other_texts} {second}"] = other
-            names = f"{few} {first}, {args.other_texts} {second}"
-            pairs_of_one[names] = (readers[f"{kind}, {few} {first}"], other)
-        corpora[kind] = pairs_of_one
+        if n_other:
+            one, same = (averaged(kind, first, n_other, start) for start in (0, n_other))
+            other = averaged(kind, second, n_other)
+            readers[f"{kind}, {n_other} {second}"] = other
+            corpora[kind] = {
+                f"{n_other} {first}, {n_other} others": (one, same),
+                f"{n_other} {first}, {n_other} {second}": (one, other),
+            }
     return readers, corpora
 
 
@@ -155,7 +151,10 @@ def measured(
     paths = out / "cells.csv", out / "reads.jsonl"
     known = set()
     if paths[0].is_file():
-        known = set(pd.read_csv(paths[0], usecols=["prompt"])["prompt"])
+        kept = pd.read_csv(paths[0])
+        if not set(lens_names(kept)) >= set(readers):
+            raise SystemExit(f"{paths[0]} has other lenses: delete it and {paths[1].name}.")
+        known = set(kept["prompt"])
     mean = means(runs)
     for i, one in enumerate(runs):
         if one.pair.prompt in known:

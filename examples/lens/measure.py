@@ -111,7 +111,7 @@ def patched(model: Any, ids: Tensor, layer: int, at: Tensor, new: Tensor) -> Ten
     found = []
     for places, values in zip(at.split(_ROWS), new.split(_ROWS), strict=True):
 
-        def replace(x: Tensor, hook: Any, places: Tensor = places, to: Tensor = values) -> Tensor:
+        def replace(x: Tensor, places: Tensor = places, to: Tensor = values, **_: Any) -> Tensor:
             x = x.clone()
             x[torch.arange(len(places)), places] = to
             return x
@@ -125,7 +125,7 @@ def patched(model: Any, ids: Tensor, layer: int, at: Tensor, new: Tensor) -> Ten
 def token_rows(
     model: Any, ids: Tensor, layer: int, tokens: tuple[int, ...], linearization: Any
 ) -> Tensor:
-    """``w^T A_p`` of each token, ``(token, pos, d_model)``: the centroid of the span to its logit."""
+    """``w^T A_p`` of each token, ``(token, pos, d_model)``: centroids of the span to its logit."""
     site = lch.Site("span", layers=(layer, model.cfg.n_layers - 1), linearization=linearization)
     span = lch.lens.component_map(model, site, ids)
 

@@ -15,35 +15,13 @@ from lch_plugin.demo.tasks import examples
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 NAMES = [
-    "Mary",
-    "John",
-    "Tom",
-    "Anna",
-    "James",
-    "Sarah",
-    "David",
-    "Laura",
-    "Paul",
-    "Alice",
-    "Peter",
-    "Susan",
-    "Mark",
-    "Emma",
-]
+    "Mary", "John", "Tom", "Anna", "James", "Sarah", "David", "Laura", "Paul", "Alice", "Peter",
+    "Susan", "Mark", "Emma",
+]  # fmt: skip
 WORDS = [
-    "river",
-    "window",
-    "garden",
-    "engine",
-    "letter",
-    "mountain",
-    "bottle",
-    "horse",
-    "market",
-    "winter",
-    "paper",
-    "doctor",
-]
+    "river", "window", "garden", "engine", "letter", "mountain", "bottle", "horse", "market",
+    "winter", "paper", "doctor",
+]  # fmt: skip
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
     "Russia": "Moscow", "Greece": "Athens", "Ireland": "Dublin", "Egypt": "Cairo",

@@ -76,7 +76,7 @@ def r2(x: Any, y: Any) -> float:
 
 
 def reads(first: list[dict[str, Any]], layers: list[int]) -> dict[str, Any]:
-    """Of prompts whose likeliest token is the answer: the first of the layers with the answer on top.
+    """Of prompts that the model solves: the first of the layers where a lens has the answer on top.
 
     And what goes with the last position there, and at the layer before.
     """

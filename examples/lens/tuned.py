@@ -22,7 +22,7 @@ N_TOKENS, N_STEPS, N_ROWS, RATE = 128, 150, 192, 1e-3
 def tuned_lens(
     model: Any, loaded: Any, texts: list[str], layers: list[int], seed: int, out: Path
 ) -> tuple[Any, str]:
-    """A `TunedLens` with fitted translators of these layers and "", or None and why there is none."""
+    """A `TunedLens` with fitted translators of these layers, or why there is none."""
     if not texts:
         return None, "no texts were given to fit it on"
     try:

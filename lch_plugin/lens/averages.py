@@ -115,7 +115,10 @@ def average(
     ids = [model.to_tokens(text)[:, :n_tokens] for text in long]
     if linearization == "detached":  # A mean of maps that are not exact would be of nothing.
         read(model, ids[0], layers=0, tokens=0)
-    added = {"linearization": linearization, "lch-plugin": version("lch-plugin")}
+    added: dict[str, Any] = {
+        "linearization": linearization,
+        "lch-plugin": version("lch-plugin"),
+    }
     if site == "resid_post" and last == len(blocks) - 1:
         detached = linearization == "detached"
         scope = _frozen(blocks[chosen[0]]) if detached else nullcontext()

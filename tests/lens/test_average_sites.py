@@ -68,7 +68,7 @@ def test_after_attention_it_is_the_mean_jacobian_in_what_attention_writes(
     lens = lch.lens.average(llama, TEXTS, linearization, [0, 1], site="resid_mid", **SETTINGS)
     for layer in (0, 1):
         expected = written_out(llama, f"blocks.{layer}.attn.hook_out", 2, linearization)
-        torch.testing.assert_close(lens.jacobians[layer], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lens.jacobians[layer], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("linearization", ["jacobian", "detached"])
@@ -77,17 +77,17 @@ def test_with_a_norm_behind_attention_it_is_in_what_the_norm_writes(
 ) -> None:
     lens = lch.lens.average(gemma3, TEXTS, linearization, [1], site="resid_mid", **SETTINGS)
     expected = written_out(gemma3, "blocks.1.ln1_post.hook_out", 2, linearization)
-    torch.testing.assert_close(lens.jacobians[1], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lens.jacobians[1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("linearization", ["jacobian", "detached"])
 def test_it_ends_at_an_earlier_block(llama: Any, linearization: Any) -> None:
     lens = lch.lens.average(llama, TEXTS, linearization, [0], end=1, **SETTINGS)
     expected = written_out(llama, "blocks.0.hook_out", 1, linearization)
-    torch.testing.assert_close(lens.jacobians[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lens.jacobians[0], expected, rtol=1e-4, atol=1e-5)
     own = lch.lens.average(llama, TEXTS, linearization, site="resid_mid", end=0, **SETTINGS)
     expected = written_out(llama, "blocks.0.attn.hook_out", 0, linearization)
-    torch.testing.assert_close(own.jacobians[0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own.jacobians[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_head_or_an_mlp_writes_is_transported(llama: Any) -> None:
@@ -109,7 +109,7 @@ def test_up_to_the_last_block_this_mean_is_that_of_the_fit(llama: Any) -> None:
     ids = [llama.to_tokens(text) for text in TEXTS]
     span = Span((0, 1), "resid_post", 2, "detached")
     for layer, found in mean_jacobians(llama, ids, span, skip_first=1, batch_size=7).items():
-        torch.testing.assert_close(fitted.jacobians[layer], found.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fitted.jacobians[layer], found.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_saved_loaded_and_merged_with_its_own_kind_alone(
