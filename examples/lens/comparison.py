@@ -67,7 +67,7 @@ def main() -> None:
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     settings |= {"layers": layers, "skip_first": SKIP_FIRST, "dtype": "float32"}
-    settings |= {"model": str(args.model or "embedded"), "n_prompts": len(runs)}
+    settings |= {"model": Path(args.model).name if args.model else "embedded", "n_prompts": len(runs)}
     record = {
         "settings": settings,
         "versions": {name: version(name) for name in VERSIONS},
@@ -88,7 +88,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="a directory; the embedded model if --small")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--small", action="store_true", help="the embedded model, small fits")
-    parser.add_argument("--fit-texts", default="20,100", help="of the first corpus")
+    parser.add_argument(
+        "--fits",
+        default="detached:20,jacobian:20,detached:100,jacobian:100",
+        help="averages over so many texts of the first corpus",
+    )
     parser.add_argument("--other-texts", type=int, default=8, help="of the second corpus")
     parser.add_argument("--fit-tokens", type=int, default=24, help="of each text")
     parser.add_argument("--tuned-texts", type=int, default=100, help="whole texts; 0 for none")
@@ -101,9 +105,9 @@ def parse() -> argparse.Namespace:
     if args.small == bool(args.model):
         parser.error("give a model directory, or --small for the embedded model")
     if args.small:
-        args.fit_texts, args.other_texts, args.tuned_texts = "8", 4, 0
+        args.fits, args.other_texts, args.tuned_texts = "detached:8,jacobian:8", 4, 0
         args.prompts, args.resamples = 4, 50
-    args.fit_texts = [int(n) for n in args.fit_texts.split(",") if n]
+    args.fits = [(kind, int(n)) for kind, n in (one.split(":") for one in args.fits.split(","))]
     args.layers = args.layers and [int(layer) for layer in args.layers.split(",")]
     return args
 
@@ -125,18 +129,14 @@ def fitted(
 
     readers, corpora = {}, {}
     first, second = CORPORA
-    n_other = min(args.other_texts, min(args.fit_texts) // 2)
-    for kind in LINEARIZATIONS:
-        for n in args.fit_texts:
-            readers[f"{kind}, {n} {first}"] = averaged(kind, first, n)
-        if n_other:
-            one, same = (averaged(kind, first, n_other, start) for start in (0, n_other))
-            other = averaged(kind, second, n_other)
-            readers[f"{kind}, {n_other} {second}"] = other
-            corpora[kind] = {
-                f"{n_other} {first}, {n_other} others": (one, same),
-                f"{n_other} {first}, {n_other} {second}": (one, other),
-            }
+    for kind, n in args.fits:
+        readers[f"{kind}, {n} {first}"] = averaged(kind, first, n)
+    n = args.other_texts
+    for kind in LINEARIZATIONS if n else ():
+        one, same = (averaged(kind, first, n, start) for start in (0, n))
+        other = averaged(kind, second, n)
+        names = f"{n} {first}, {n} others", f"{n} {first}, {n} {second}"
+        corpora[kind] = dict(zip(names, ((one, same), (one, other)), strict=True))
     return readers, corpora
 
 

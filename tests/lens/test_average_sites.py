@@ -143,7 +143,9 @@ def test_it_is_not_read_out_as_a_lens_of_block_outputs(
             lambda lens, layer: lens.steering_hooks(llama, 3, [layer]),
             lambda lens, layer: lens.validate_model(llama),
         ):
-            with pytest.raises(ValueError, match=r"target|block 2, from resid_mid"):
+            with pytest.raises(
+                ValueError, match=r"targets layer 1|block 2, from|outside the model"
+            ):
                 read(lens, layer)
 
 
