@@ -67,7 +67,10 @@ def main() -> None:
     }
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     settings |= {"layers": layers, "skip_first": SKIP_FIRST, "dtype": "float32"}
-    settings |= {"model": Path(args.model).name if args.model else "embedded", "n_prompts": len(runs)}
+    settings |= {
+        "model": Path(args.model).name if args.model else "embedded",
+        "n_prompts": len(runs),
+    }
     record = {
         "settings": settings,
         "versions": {name: version(name) for name in VERSIONS},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from matplotlib.figure import Figure
+from scores import TARGETS
 
 from lch_plugin.figures import ACTIVATIONS, CENTROIDS, GREY, new_figure
 
@@ -24,17 +25,21 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
             some = _rows(rows, place, replaced, lens)
             x, y = [row["layer"] for row in some], [row["spearman"] for row in some]
             axis.plot(x, y, "o-", color=colours[lens], label=lens, linewidth=1.4, markersize=3)
-            low, high = zip(*(row["spearman_interval"] for row in some), strict=True)
-            axis.fill_between(x, low, high, color=colours[lens], alpha=0.08)
+            if lens in _COLOURS:  # More than these bands nobody can tell apart.
+                low, high = zip(*(row["spearman_interval"] for row in some), strict=True)
+                axis.fill_between(x, low, high, color=colours[lens], alpha=0.1, linewidth=0)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=f"{place} position, {replaced} in its place", ylim=(-0.6, 1.05))
-        axis.set(xlabel="layer", ylabel="Spearman, predicted and measured")
-    axes[0].legend(frameon=False, fontsize=7)
+        axis.set(title=f"{place} position, {replaced} in its place", ylim=(-1.05, 1.05))
+        axis.set(xlabel="layer", ylabel="Spearman, predicted and measured", xticks=x)
+    handles, labels = axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return drawn
 
 
-def _rows(rows: list[dict[str, Any]], place: str, replaced: str, lens: str) -> list[dict[str, Any]]:
-    wanted = {"place": place, "replaced": replaced, "lens": lens, "target": "measured"}
+def _rows(
+    rows: list[dict[str, Any]], place: str, replaced: str, lens: str, target: str = TARGETS[0]
+) -> list[dict[str, Any]]:
+    wanted = {"place": place, "replaced": replaced, "lens": lens, "target": target}
     return [row for row in rows if wanted.items() <= row.items()]
 
 
@@ -44,15 +49,14 @@ def tables(results: dict[str, Any], layers: list[int]) -> str:
     for place, replaced in _GROUPS:
         n = _rows(rows, place, replaced, lenses[0])[0]["n"]
         parts.append(f"**{place} position, {replaced} in its place** ({n} cells a layer)\n")
-        body = []
-        for lens in lenses:
-            cells = []
-            for row in _rows(rows, place, replaced, lens):
-                low, high = row["spearman_interval"]
-                cells.append(f"{row['spearman']:.2f} [{low:.2f}, {high:.2f}], {row['r2']:.2f}")
-            body.append([lens, *cells])
-        parts.append(_table(["Spearman [95 %], R²", *map(str, layers)], body))
-    parts.append("**Each kind of prompt, Spearman of all layers**\n")
+        for target, name in zip(TARGETS, ("the answer's logit", "less the foil's"), strict=True):
+            body = []
+            for lens in lenses:
+                some = _rows(rows, place, replaced, lens, target)
+                control = sum(row["shuffled"] for row in some) / len(some)
+                body.append([lens, *map(_cell, some), f"{control:.2f}"])
+            parts.append(_table([name, *map(str, layers), "control, mean"], body))
+    parts.append("**Each kind of prompt, Spearman of all layers, the answer's logit**\n")
     head = ["kind, place", *lenses]
     kinds = results["kinds"]
     body = [[f"{k['kind']}, {k['place']}", *(f"{k[one]:.2f}" for one in lenses)] for k in kinds]
@@ -77,6 +81,13 @@ def tables(results: dict[str, Any], layers: list[int]) -> str:
     parts.append(_table(["lenses", *map(str, layers)], body))
     parts += [f"Not run: {name}: {why}.\n" for name, why in results["not run"].items()]
     return "\n".join(parts)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """Spearman's correlation, its interval if there is one, and R²."""
+    interval = row.get("spearman_interval")
+    shown = "" if interval is None else " [{:.2f}, {:.2f}]".format(*interval)
+    return f"{row['spearman']:.2f}{shown}; {row['r2']:.2f}"
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:

@@ -103,7 +103,7 @@ EMBEDDED_KINDS = ("a_an", "ioi", "agreement", "induction")  # What the embedded 
 
 
 def pairs(model: Any, n: int, seed: int, *, embedded: bool = False) -> list[Pair]:
-    """So many of each kind, which the model's tokenizer can read."""
+    """So many of each kind, in turn, which the model's tokenizer can read."""
     found = []
     for kind in EMBEDDED_KINDS if embedded else KINDS:
         if embedded:
@@ -117,8 +117,8 @@ def pairs(model: Any, n: int, seed: int, *, embedded: bool = False) -> list[Pair
         some = list(itertools.islice(dict.fromkeys(readable), n))
         if len(some) < n:
             raise SystemExit(f"{kind}: the tokenizer reads {len(some)} of {n} pairs as needed.")
-        found += some
-    return found
+        found.append(some)
+    return [pair for turn in zip(*found, strict=True) for pair in turn]
 
 
 def is_readable(model: Any, pair: Pair) -> bool:
