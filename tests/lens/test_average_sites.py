@@ -17,6 +17,8 @@ from tests import models
 
 TEXTS = ["w3 w7 w1 w9 w4", "w5 w6 w2 w2 w9 w11"]
 SETTINGS: dict[str, Any] = {"skip_first": 1}
+# The other stands in the first test.
+BOTH = [pytest.param("jacobian", marks=pytest.mark.slow), "detached"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_after_attention_it_is_the_mean_jacobian_in_what_attention_writes(
         torch.testing.assert_close(lens.jacobians[layer], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("linearization", ["jacobian", "detached"])
+@pytest.mark.parametrize("linearization", BOTH)
 def test_with_a_norm_behind_attention_it_is_in_what_the_norm_writes(
     gemma3: Any, linearization: Any
 ) -> None:
@@ -80,7 +82,7 @@ def test_with_a_norm_behind_attention_it_is_in_what_the_norm_writes(
     torch.testing.assert_close(lens.jacobians[1], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("linearization", ["jacobian", "detached"])
+@pytest.mark.parametrize("linearization", BOTH)
 def test_it_ends_at_an_earlier_block(llama: Any, linearization: Any) -> None:
     lens = lch.lens.average(llama, TEXTS, linearization, [0], end=1, **SETTINGS)
     expected = written_out(llama, "blocks.0.hook_out", 1, linearization)
