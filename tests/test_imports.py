@@ -107,6 +107,7 @@ ROOMS = {
         "reading",
         "components",
         "singular",
+        "spans",
         "averages",
         "run",
     ),
