@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.saes.sae import TrainingSAE
@@ -17,7 +17,7 @@ from lch_plugin.errors import InputError
 from lch_plugin.saes.caching.cache import Cache
 from lch_plugin.saes.training.train import train
 
-Config = LanguageModelSAERunnerConfig[Any]
+Config: TypeAlias = LanguageModelSAERunnerConfig[Any]
 
 
 def train_many(
