@@ -64,11 +64,21 @@ def test_numbers_are_those_of_a_reading(results: dict[str, Any]) -> None:
     )
 
 
+def test_tokens_layers_and_biases_add_up_to_each_logit(results: dict[str, Any]) -> None:
+    assert results["writers"] == ["embed", "0", "1", "2", "3", "unembed"]
+    for of in results["targets"]:
+        flow, biases = torch.tensor(of["flow"]), torch.tensor(of["biases"])
+        assert flow.shape == (6, 8, len(of["tokens"]))
+        total = flow.sum((0, 1)) + biases.sum(0)
+        torch.testing.assert_close(total, torch.tensor(of["logits"]), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(flow.sum(0), torch.tensor(of["parts"])[0], rtol=1e-3, atol=1e-2)
+
+
 def test_the_page_needs_nothing_else(directory: Path, results: dict[str, Any]) -> None:
     page = (directory / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
     assert results["run"]["linearization"] == "detached"
     assert (directory / "lens.png").stat().st_size > 1000
 
