@@ -92,7 +92,7 @@ def flow(
     target: int = -1,
     tokens: str | int | Sequence[str | int] | None = None,
     linearization: Linearization = "detached",
-    attention_mask: Shaped[Tensor, "*one pos"] | None = None,
+    attention_mask: Shaped[Tensor, ...] | None = None,
 ) -> Flow:
     """Which prompt tokens the logits of a target come from, through which layers, and from biases.
 

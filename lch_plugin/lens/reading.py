@@ -167,7 +167,7 @@ def read(
     target: int = -1,
     tokens: str | int | Sequence[str | int] | None = None,
     linearization: Linearization = "detached",
-    attention_mask: Shaped[Tensor, "*one pos"] | None = None,
+    attention_mask: Shaped[Tensor, ...] | None = None,
 ) -> Reading:
     """What the residual stream at each layer and position adds to the logits of the target.
 

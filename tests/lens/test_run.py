@@ -95,7 +95,13 @@ def test_the_page_draws_what_is_chosen_and_says_what_a_cell_holds(
         document.getElementById("show").onchange();
         const followed = cells();
         document.querySelectorAll("#grid tbody tr")[1].querySelector("td").click();
-        return {first, followed, cell: document.getElementById("cell").textContent,
+        const flow = () => [...document.querySelectorAll("#flow tbody tr")].map(
+            (row) => [...row.children].map((cell) => cell.textContent));
+        const said = flow();
+        document.getElementById("less").value = 2;
+        document.getElementById("less").onchange();
+        return {said, difference: flow(), total: document.getElementById("total").textContent,
+                first, followed, cell: document.getElementById("cell").textContent,
                 wide: document.documentElement.scrollWidth > innerWidth};
     """
     found, said = browse(directory / "report.html", script, tmp_path, width=500)
@@ -109,6 +115,17 @@ def test_the_page_draws_what_is_chosen_and_says_what_a_cell_holds(
     ]
     assert found["cell"].startswith("layer 0")
     assert not found["wide"]
+    # The second picture: rows of tokens, of biases and of sums; then the difference of two tokens.
+    rows = found["said"]
+    assert [row[0] for row in rows] == [
+        *(f"{p}: {word}" for p, word in enumerate(results["words"])),
+        *("biases", "sum"),
+    ]
+    assert rows[4][3:-1] == [f"{layer[4][0]:.2f}" for layer in last["flow"][1:-1]]
+    assert float(rows[-1][1]) == pytest.approx(last["logits"][0], abs=0.02)
+    logits = last["logits"][0] - last["logits"][1]
+    assert float(found["difference"][-1][1]) == pytest.approx(logits, abs=0.02)
+    assert found["total"].startswith(f"{found['difference'][-1][1]} = ")
 
 
 def test_a_notebook_shows_the_first_token() -> None:
