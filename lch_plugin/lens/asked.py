@@ -64,8 +64,9 @@ class Prompt:
         return at
 
     def texts(self, model: LensModel) -> tuple[str, ...]:
-        """What the ids at all positions read."""
-        return tuple(text(model, i) for i in self.given.tolist())
+        """What the tokens read, at all positions."""
+        pairs = zip(self.given.tolist(), self.is_token.tolist(), strict=True)
+        return tuple(text(model, i) if is_token else "[padding]" for i, is_token in pairs)
 
 
 def as_prompt(model: LensModel, prompt: Any, attention_mask: Tensor | None = None) -> Prompt:
@@ -96,11 +97,13 @@ def _tokens_of(
 ) -> Bool[Tensor, " pos"] | None:
     """Which positions are tokens, if some may not be."""
     is_ids = isinstance(prompt, Tensor) and not prompt.is_floating_point()
-    if attention_mask is not None and (not is_ids or attention_mask.shape != prompt.shape):
-        raise InputError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}: it goes with the ids of a "
-            "prompt, one number for each."
-        )
+    if attention_mask is not None:
+        shape = getattr(attention_mask, "shape", None)
+        if not is_ids or shape != prompt.shape:
+            raise InputError(
+                f"attention_mask has shape {shape and tuple(shape)}: it goes with the ids of a "
+                "prompt, as a tensor of their shape."
+            )
     if not is_ids or not prompt.numel() or prompt.shape[:-1] not in ((), (1,)):
         return None
     rows = prompt.reshape(1, -1)

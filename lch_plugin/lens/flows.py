@@ -53,7 +53,7 @@ class Flow:
         layers: names of the first dimension: ``"embed"``, the numbers of the blocks, ``"unembed"``.
         token_ids, tokens: of the last dimension, and their texts.
         target: the position whose logits these are, counted from 0.
-        prompt: texts of the prompt's tokens, and of its padding.
+        prompt: texts of the prompt's tokens, ``"[padding]"`` elsewhere.
         linearization: of everything between the embeddings and the logits.
     """
 
@@ -150,6 +150,7 @@ def layer_names(run: ResidualPass) -> tuple[str, ...]:
     return ("embed", *map(str, range(len(run.streams) - 1)), "unembed")
 
 
+@graphs_that_last()
 def flows_of(
     model: LensModel,
     run: ResidualPass,

@@ -44,7 +44,7 @@ class Reading:
         layers, positions: of the first two dimensions, counted from 0.
         token_ids, tokens: of the third, and their texts.
         target: the position whose logits are read, counted from 0.
-        prompt: texts of the prompt's tokens, and of its padding.
+        prompt: texts of the prompt's tokens, ``"[padding]"`` elsewhere.
         linearization: of everything between a cell and the logits.
     """
 

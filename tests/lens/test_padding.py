@@ -40,6 +40,7 @@ def test_everything_is_as_without_padding(model: Any, side: str) -> None:
     assert found.logits.shape[1] == 8
     assert not found.logits[:, mask[0] == 0].any()
     assert found.prompt[own] == alone.prompt
+    assert found.prompt.count("[padding]") == 3
     # A cell's list, a choice of positions and the flow know where the tokens are.
     cell, same_cell = alone.top(1, 2, 3), found.top(1, own.start + 2, 3)
     assert [token for token, _ in same_cell] == [token for token, _ in cell]
