@@ -72,7 +72,7 @@ def run(
         title = (
             f"{last['tokens'][0]!r} after {prompt if len(prompt) < 60 else '...' + prompt[-57:]!r}"
         )
-        words = given.texts(model)
+        words, writers = given.texts(model), layer_names(frozen)
         results = {
             "run": {
                 "model": portable(loaded.name),
@@ -89,7 +89,7 @@ def run(
             "prompt": prompt,
             "words": list(words),
             "layers": list(chosen),
-            "writers": list(layer_names(frozen)),
+            "writers": list(writers),
             "targets": read,
             "texts": {i: text(model, i) for i in sorted(_listed(read))},
         }
@@ -97,7 +97,7 @@ def run(
         flow, biases = torch.tensor(last["flow"])[..., 0], torch.tensor(last["biases"])[..., 0]
         figures = {
             "lens": heat_map(parts, rest, chosen, words, title),
-            "flow": flow_map(flow, biases, results["writers"], words, title),
+            "flow": flow_map(flow, biases, writers, words, title),
         }
         write_directory(out, lambda it: write_report(it, "lens.html", results, figures))
 
