@@ -102,9 +102,11 @@ ROOMS = {
     ),
     "lch_plugin.lens": (
         "asked",
+        "exactness",
         "passes",
         "drawing",
         "reading",
+        "flows",
         "components",
         "singular",
         "spans",

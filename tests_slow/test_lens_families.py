@@ -32,7 +32,14 @@ def test_parts_add_up_where_every_detached_block_is_exact(name: str) -> None:
     torch.testing.assert_close(
         total, reading.model_logits.expand_as(total), rtol=tolerance, atol=tolerance
     )
-    # The same of a cell's list, which goes the other way.
+    # The same of what layers write of tokens and biases.
+    flow = lch.lens.flow(model, ids, tokens=TOKENS)
+    torch.testing.assert_close(
+        flow.logits.sum((0, 1)) + flow.biases.sum(0),
+        flow.model_logits,
+        **{"rtol": tolerance, "atol": tolerance},
+    )
+    # And of a cell's list, which goes the other way.
     found = reading.top_cells([0], [2], 1)
     cell = lch.lens.read(model, ids, [0], [2], tokens=found.ids[0, 0].tolist()).logits[0, 0, 0]
     others = reading._span.push(reading._run.cells(0, [2]), 0)[0, 0].mean()

@@ -91,10 +91,10 @@ class ResidualPass:
         cotangents = span.y.new_zeros(len(tokens), *span.y.shape)
         cotangents[range(len(tokens)), 0, list(tokens)] = 1
         with without_autocast():
-            centroids = [self._rows(mu) for mu in span.pull(cotangents)]
+            centroids = [self.rows(mu) for mu in span.pull(cotangents)]
         logits = torch.stack(
             [
-                einsum(mu, self._rows(x.detach())[0], "token pos d, pos d -> pos token")
+                einsum(mu, self.rows(x.detach())[0], "token pos d, pos d -> pos token")
                 for mu, x in zip(centroids, self.streams, strict=True)
             ]
         )
@@ -103,8 +103,17 @@ class ResidualPass:
         left, constant = self._constants
         offset = [constant[target, list(tokens)].to(logits)]
         for mu, b in zip(reversed(centroids[1:]), reversed(left), strict=True):
-            offset.append(offset[-1] + einsum(mu, self._rows(b)[0], "token pos d, pos d -> token"))
+            offset.append(offset[-1] + einsum(mu, self.rows(b)[0], "token pos d, pos d -> token"))
         return logits, torch.stack(offset[::-1])
+
+    def biases(self) -> tuple[list[Tensor], Float[Tensor, "pos d_vocab"]]:
+        """What biases alone make of each layer, and of the logits after zero at the last layer.
+
+        One forward pass, from an embedding of zero. Detached alone.
+        """
+        assert self._constants is not None
+        first, *rest = self._replay([0])[0]
+        return [torch.zeros_like(first), *rest], self._constants[1]
 
     def constant(self, layer: int) -> Float[Tensor, "pos d_vocab"]:
         """The frozen logits with zero in place of the residual stream of a layer.
@@ -114,7 +123,7 @@ class ResidualPass:
         """
         return self._replay([layer])[1]
 
-    def _rows(self, x: Float[Tensor, "*x"]) -> Float[Tensor, "n pos d"]:
+    def rows(self, x: Float[Tensor, "*x"]) -> Float[Tensor, "n pos d"]:
         """By position, at least in float32, whatever else the model has in its residual stream."""
         d = self.streams[0].numel() // self.n_pos
         return rearrange(

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.adapters.transformer_lens.architecture import check_model
-from lch_plugin.errors import InputError, SiteError
-from lch_plugin.lens.asked import indices, one_prompt, text, token_ids
+from lch_plugin.errors import InputError
+from lch_plugin.lens.asked import Prompt, as_prompt, indices, text, token_ids
 from lch_plugin.lens.drawing import heat_table
+from lch_plugin.lens.exactness import check_exact, is_off, off_by
 from lch_plugin.lens.passes import ResidualPass
 from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
@@ -35,7 +36,7 @@ class Reading:
     forward pass, for `top`.
 
     Attributes:
-        logits: what each cell adds to the logit of each token.
+        logits: what each cell adds to the logit of each token; 0 at padding.
         offset: what is left at each layer. Detached, what the biases after it add to each logit
             (and values of earlier blocks that pass beside the residual stream, where layers share
             keys and values); with the Jacobian, the constant of the expansion to first order.
@@ -43,7 +44,7 @@ class Reading:
         layers, positions: of the first two dimensions, counted from 0.
         token_ids, tokens: of the third, and their texts.
         target: the position whose logits are read, counted from 0.
-        prompt: texts of the prompt's tokens.
+        prompt: texts of the prompt's tokens, ``"[padding]"`` elsewhere.
         linearization: of everything between a cell and the logits.
     """
 
@@ -59,6 +60,7 @@ class Reading:
     linearization: Linearization
     _run: ResidualPass = field(repr=False)
     _span: LinearMap = field(repr=False)
+    _prompt: Prompt = field(repr=False)
     _model: LensModel = field(repr=False)
 
     def top(self, layer: int, pos: int, k: int = 10) -> list[tuple[str, float]]:
@@ -112,11 +114,15 @@ class Reading:
 
     def _vocabulary(self, layer: int, positions: Sequence[int]) -> Float[Tensor, "pos d_vocab"]:
         """What cells of a layer add to all logits, less the mean of each."""
-        cells = self._run.cells(layer, positions)
-        with without_autocast():
-            found = self._span.push(cells, layer)[:, 0]
-        found = found.to(at_least_float32(found))
-        return found - found.mean(-1, keepdim=True)
+        is_token = self._prompt.is_token[list(positions)]
+        places = [self._prompt.place(p) for p in positions if self._prompt.is_token[p]]
+        y = self._span.y
+        whole = y.new_zeros(len(positions), y.shape[-1], dtype=at_least_float32(y))
+        if places:  # Padding adds nothing.
+            with without_autocast():
+                found = self._span.push(self._run.cells(layer, places), layer)[:, 0].to(whole)
+            whole[is_token.to(whole.device)] = found - found.mean(-1, keepdim=True)
+        return whole
 
     def _layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         return indices(layers, len(self._run.streams), "layers")
@@ -161,6 +167,7 @@ def read(
     target: int = -1,
     tokens: str | int | Sequence[str | int] | None = None,
     linearization: Linearization = "detached",
+    attention_mask: Shaped[Tensor, ...] | None = None,
 ) -> Reading:
     """What the residual stream at each layer and position adds to the logits of the target.
 
@@ -174,17 +181,21 @@ def read(
 
     Args:
         model: TransformerBridge or HookedTransformer.
-        prompt: text, or the ids of one prompt without padding.
+        prompt: text, or the ids of one prompt. It may be filled up on one side: then everything is
+            as without its padding, whose readings are 0.
         layers: which to keep, negative counting from the last, which is after the last block; all
             if None.
         positions: whose readings to keep, negative counting from the end; all if None.
         target: position whose logits are read, negative counting from the end.
         tokens: whose logits, as texts of one token or ids; the ten likeliest if None.
         linearization: ``"jacobian"`` for the true Jacobian at this prompt.
+        attention_mask: 1 at tokens and 0 at padding, for ids. Ids that ``to_tokens`` made of
+            several texts while `lch_plugin.attach` was on, and padding with an id that no text has,
+            need none.
 
     Raises:
-        InputError: a prompt that the model cannot read or that has padding, a position or layer
-            that is not there, a text that is not one token, or an id outside the vocabulary.
+        InputError: a prompt that the model cannot read, a position or layer that is not there, a
+            target that is padding, a text that is not one token, or an id outside the vocabulary.
         SiteError: the model has no blocks between which the residual stream passes, or the parts do
             not add up: its detached span is not affine.
 
@@ -195,6 +206,23 @@ def read(
         >>> torch.allclose(total, reading.model_logits.expand_as(total), atol=1e-3)
         True
     """
+    check_lens(model, linearization)
+    given = as_prompt(model, prompt, attention_mask)
+    n_layers, n_pos = model.cfg.n_layers + 1, given.n_pos
+    at = given.target(target)
+    kept_layers = tuple(range(n_layers)) if layers is None else indices(layers, n_layers, "layers")
+    kept = tuple(range(n_pos)) if positions is None else indices(positions, n_pos, "positions")
+    chosen = None if tokens is None else token_ids(model, tokens)
+    run = ResidualPass(model, given.ids, linearization)
+    return reading_of(model, run, given, at, chosen, kept_layers, kept)
+
+
+def check_lens(model: LensModel, linearization: Linearization) -> None:
+    """Refuse what a lens cannot read.
+
+    Raises:
+        InputError: no model of language, or no such linearisation.
+    """
     check_model(model)
     if any(getattr(model.cfg, kind, False) for kind in ("is_visual_model", "is_audio_model")):
         raise InputError(f"{model.cfg.model_name} reads no text: a lens is for language models.")
@@ -202,19 +230,12 @@ def read(
         raise InputError(
             f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
         )
-    ids = one_prompt(model, prompt)
-    n_layers, n_pos = model.cfg.n_layers + 1, ids.shape[1]
-    (at,) = indices(target, n_pos, "target")
-    kept_layers = tuple(range(n_layers)) if layers is None else indices(layers, n_layers, "layers")
-    kept = tuple(range(n_pos)) if positions is None else indices(positions, n_pos, "positions")
-    chosen = None if tokens is None else token_ids(model, tokens)
-    run = ResidualPass(model, ids, linearization)
-    return reading_of(model, run, at, chosen, kept_layers, kept)
 
 
 def reading_of(
     model: LensModel,
     run: ResidualPass,
+    prompt: Prompt,
     target: int,
     chosen: Sequence[int] | None,
     layers: Sequence[int],
@@ -225,18 +246,21 @@ def reading_of(
     Raises:
         SiteError: as `read`.
     """
-    span = run.span([target])
+    at = prompt.place(target)
+    span = run.span([at])
     z = span.y[0].detach().to(at_least_float32(span.y))
-    chosen = z.topk(min(_N_TOKENS, len(z))).indices.tolist() if chosen is None else list(chosen)
-    logits, offset = run.parts(span, target, chosen)
-    off = _off_by(logits, offset, z[chosen])
+    chosen = likeliest(z) if chosen is None else list(chosen)
+    logits, offset = run.parts(span, at, chosen)
     if run.linearization == "detached":
-        for layer in (off > _tolerance(span.y.dtype)).nonzero().flatten().tolist():
-            offset[layer] = run.constant(layer)[target, chosen]
-        off = _off_by(logits, offset, z[chosen])
-        _check_exact(str(model.cfg.model_name), off, _tolerance(span.y.dtype))
+        dtype = span.y.dtype
+        off = off_by(torch.cat([logits, offset[:, None]], 1), z[chosen])
+        for layer in is_off(off, dtype).nonzero().flatten().tolist():
+            offset[layer] = run.constant(layer)[at, chosen]
+        off = off_by(torch.cat([logits, offset[:, None]], 1), z[chosen])
+        check_exact(str(model.cfg.model_name), off, dtype)
+    whole = prompt.spread(logits.movedim(1, 0)).movedim(0, 1)
     return Reading(
-        logits=logits[list(layers)][:, list(positions)],
+        logits=whole[list(layers)][:, list(positions)],
         offset=offset[list(layers)],
         model_logits=z[chosen].to(logits),
         layers=tuple(layers),
@@ -244,40 +268,15 @@ def reading_of(
         token_ids=tuple(chosen),
         tokens=tuple(text(model, i) for i in chosen),
         target=target,
-        prompt=tuple(text(model, i) for i in run.tokens[0].tolist()),
+        prompt=prompt.texts(model),
         linearization=run.linearization,
         _run=run,
         _span=span,
+        _prompt=prompt,
         _model=model,
     )
 
 
-def _off_by(
-    logits: Float[Tensor, "layer pos token"],
-    offset: Float[Tensor, "layer token"],
-    z: Float[Tensor, " token"],
-) -> Float[Tensor, " layer"]:
-    """How far the parts of each layer are from adding up to the logits, relative to their sizes."""
-    size = logits.abs().sum(1) + offset.abs()
-    off = (logits.sum(1) + offset - z).abs()
-    return (off / size.clamp_min(torch.finfo(size.dtype).tiny)).amax(1)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Half of the digits that a model computes with; norms compute in float32 at most."""
-    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-
-
-def _check_exact(name: str, off: Float[Tensor, " layer"], tolerance: float) -> None:
-    """Refuse parts that do not add up.
-
-    Raises:
-        SiteError: as `read`.
-    """
-    wrong = (~(off <= tolerance)).nonzero().flatten().tolist()
-    if wrong:
-        raise SiteError(
-            f"{name}: the parts differ from the logits, by {off.max():.1e} of their size, at "
-            f"layers {wrong}: with its factors fixed some function after them is not affine. Which "
-            'have a detached form is in lch_plugin.linearization. Use linearization="jacobian".'
-        )
+def likeliest(z: Float[Tensor, " d_vocab"]) -> list[int]:
+    """Ids of the tokens that are read if none are named."""
+    return z.topk(min(_N_TOKENS, len(z))).indices.tolist()

@@ -14,8 +14,9 @@ from lch_plugin.adapters.states import without_autocast
 from lch_plugin.adapters.transformer_lens import LensModel
 from lch_plugin.errors import InputError
 from lch_plugin.files import claimed, portable, write_directory
-from lch_plugin.lens.asked import indices, one_prompt, text, token_ids
-from lch_plugin.lens.drawing import heat_map
+from lch_plugin.lens.asked import Prompt, as_prompt, indices, text, token_ids
+from lch_plugin.lens.drawing import flow_map, heat_map
+from lch_plugin.lens.flows import flows_of, layer_names
 from lch_plugin.lens.passes import ResidualPass
 from lch_plugin.lens.reading import reading_of
 from lch_plugin.linear_maps import graphs_that_last
@@ -58,19 +59,20 @@ def run(
     if n_targets < 1 or k < 1:
         raise InputError(f"n_targets={n_targets} and k={k} must be at least 1.")
     model = loaded.bridge()
-    ids = one_prompt(model, prompt)
+    given = as_prompt(model, prompt)
     named = token_ids(model, list(tokens)) if tokens else []
     n_layers = model.cfg.n_layers + 1
     chosen = tuple(range(n_layers)) if layers is None else indices(layers, n_layers, "layers")
     with claimed(out) as out:
-        frozen = ResidualPass(model, ids, linearization)
+        frozen = ResidualPass(model, given.ids, linearization)
         targets = list(range(max(0, frozen.n_pos - n_targets), frozen.n_pos))
-        read = _read_targets(model, frozen, targets, chosen, named, k)
+        read = _read_targets(model, frozen, given, targets, chosen, named, k)
+        _add_flows(model, frozen, read)
         last = read[-1]
         title = (
             f"{last['tokens'][0]!r} after {prompt if len(prompt) < 60 else '...' + prompt[-57:]!r}"
         )
-        words = [text(model, i) for i in ids[0].tolist()]
+        words, writers = given.texts(model), layer_names(frozen)
         results = {
             "run": {
                 "model": portable(loaded.name),
@@ -85,13 +87,18 @@ def run(
                 },
             },
             "prompt": prompt,
-            "words": words,
+            "words": list(words),
             "layers": list(chosen),
+            "writers": list(writers),
             "targets": read,
             "texts": {i: text(model, i) for i in sorted(_listed(read))},
         }
         parts, rest = torch.tensor(last["parts"])[..., 0], torch.tensor(last["rest"])[..., 0]
-        figures = {"lens": heat_map(parts, rest, chosen, words, title)}
+        flow, biases = torch.tensor(last["flow"])[..., 0], torch.tensor(last["biases"])[..., 0]
+        figures = {
+            "lens": heat_map(parts, rest, chosen, words, title),
+            "flow": flow_map(flow, biases, writers, words, title),
+        }
         write_directory(out, lambda it: write_report(it, "lens.html", results, figures))
 
 
@@ -100,6 +107,7 @@ def run(
 def _read_targets(
     model: LensModel,
     frozen: ResidualPass,
+    prompt: Prompt,
     targets: Sequence[int],
     layers: Sequence[int],
     named: Sequence[int],
@@ -114,7 +122,7 @@ def _read_targets(
     found: list[dict[str, Any]] = []
     for i, target in enumerate(targets):
         # Whether the parts add up is looked at with `read`'s own way to the offset.
-        reading_of(model, frozen, target, wanted[i][:1], layers, [target])
+        reading_of(model, frozen, prompt, target, wanted[i][:1], layers, [target])
         found.append(
             {
                 "target": target,
@@ -145,6 +153,18 @@ def _read_targets(
                 }
             )
     return found
+
+
+def _add_flows(model: LensModel, frozen: ResidualPass, read: Sequence[dict[str, Any]]) -> None:
+    """To each target, which prompt tokens its logits come from, through which layers."""
+    pairs = [(of["target"], i) for of in read for i in of["token_ids"]]
+    cotangents = torch.full((len(pairs), frozen.logits.shape[-1]), -1 / frozen.logits.shape[-1])
+    cotangents[range(len(pairs)), [i for _, i in pairs]] += 1
+    cotangents = cotangents.to(frozen.logits.device)
+    parts, biases = flows_of(model, frozen, [target for target, _ in pairs], cotangents)
+    sizes = [len(of["token_ids"]) for of in read]
+    for of, some, rest in zip(read, parts.split(sizes, -1), biases.split(sizes, -1), strict=True):
+        of["flow"], of["biases"] = _rounded(some), _rounded(rest)
 
 
 def _listed(read: Sequence[dict[str, Any]]) -> set[int]:

@@ -176,13 +176,6 @@ def test_what_cannot_be_read_is_said_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_padding_is_not_read(gpt2: Any) -> None:
-    with lch.attach(gpt2):
-        padded = gpt2.to_tokens(["w1 w2 w3 w4", "w1"])
-    with pytest.raises(lch.InputError, match="padding"):
-        lch.lens.read(gpt2, padded)
-
-
 def test_cells_that_are_not_there_are_refused(reading: lch.lens.Reading) -> None:
     with pytest.raises(lch.InputError, match="layers"):
         reading.top(4, 0)

@@ -64,11 +64,21 @@ def test_numbers_are_those_of_a_reading(results: dict[str, Any]) -> None:
     )
 
 
+def test_tokens_layers_and_biases_add_up_to_each_logit(results: dict[str, Any]) -> None:
+    assert results["writers"] == ["embed", "0", "1", "2", "3", "unembed"]
+    for of in results["targets"]:
+        flow, biases = torch.tensor(of["flow"]), torch.tensor(of["biases"])
+        assert flow.shape == (6, 8, len(of["tokens"]))
+        total = flow.sum((0, 1)) + biases.sum(0)
+        torch.testing.assert_close(total, torch.tensor(of["logits"]), rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(flow.sum(0), torch.tensor(of["parts"])[0], rtol=1e-3, atol=1e-2)
+
+
 def test_the_page_needs_nothing_else(directory: Path, results: dict[str, Any]) -> None:
     page = (directory / "report.html").read_text()
     assert "http://" not in page
     assert "https://" not in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
     assert results["run"]["linearization"] == "detached"
     assert (directory / "lens.png").stat().st_size > 1000
 
@@ -85,7 +95,13 @@ def test_the_page_draws_what_is_chosen_and_says_what_a_cell_holds(
         document.getElementById("show").onchange();
         const followed = cells();
         document.querySelectorAll("#grid tbody tr")[1].querySelector("td").click();
-        return {first, followed, cell: document.getElementById("cell").textContent,
+        const flow = () => [...document.querySelectorAll("#flow tbody tr")].map(
+            (row) => [...row.children].map((cell) => cell.textContent));
+        const said = flow();
+        document.getElementById("less").value = 2;
+        document.getElementById("less").onchange();
+        return {said, difference: flow(), total: document.getElementById("total").textContent,
+                first, followed, cell: document.getElementById("cell").textContent,
                 wide: document.documentElement.scrollWidth > innerWidth};
     """
     found, said = browse(directory / "report.html", script, tmp_path, width=500)
@@ -99,6 +115,17 @@ def test_the_page_draws_what_is_chosen_and_says_what_a_cell_holds(
     ]
     assert found["cell"].startswith("layer 0")
     assert not found["wide"]
+    # The second picture: rows of tokens, of biases and of sums; then the difference of two tokens.
+    rows = found["said"]
+    assert [row[0] for row in rows] == [
+        *(f"{p}: {word}" for p, word in enumerate(results["words"])),
+        *("biases", "sum"),
+    ]
+    assert rows[4][3:-1] == [f"{layer[4][0]:.2f}" for layer in last["flow"][1:-1]]
+    assert float(rows[-1][1]) == pytest.approx(last["logits"][0], abs=0.02)
+    logits = last["logits"][0] - last["logits"][1]
+    assert float(found["difference"][-1][1]) == pytest.approx(logits, abs=0.02)
+    assert found["total"].startswith(f"{found['difference'][-1][1]} = ")
 
 
 def test_a_notebook_shows_the_first_token() -> None:
