@@ -21,6 +21,7 @@ ROOT = Path(lch_plugin.__file__).parent
 ROOMS = {
     "lch_plugin": (
         "errors",
+        "names",
         "progress",
         "devices",
         "records",
@@ -54,6 +55,7 @@ ROOMS = {
         "extract",
         "demonstration",
         "cli",
+        "__main__",
     ),
     "lch_plugin.adapters": (
         "turns",

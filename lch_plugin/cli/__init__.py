@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from lch_plugin.cli import circuit, convert, interrupts, lens, probe, sae, salie
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, suggest_commands=True)
 app.add_typer(sae.app, name="sae")
 app.command()(circuit.circuit)
 app.command()(convert.convert)
@@ -24,8 +25,19 @@ app.command()(probe.probe)
 app.command()(saliency.saliency)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lch_plugin {version('lch-plugin')}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show it and exit.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
     """Centroids instead of activations, for the interpretability toolkits you already use."""
 
 

@@ -8,7 +8,12 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, check_token_ids
+from lch_plugin.adapters.transformer_lens import (
+    LensModel,
+    as_tokens,
+    check_token_ids,
+    near_token,
+)
 from lch_plugin.errors import InputError
 from lch_plugin.sites import integers
 
@@ -41,7 +46,10 @@ def token_ids(model: LensModel, tokens: str | int | Sequence[str | int]) -> list
             ids = model.to_tokens(token, prepend_bos=False, truncate=False)[0].tolist()
             if len(ids) != 1:
                 parts = [text(model, i) for i in ids]
-                raise InputError(f"{token!r} is not one token but {len(ids)}, {parts}: give one.")
+                raise InputError(
+                    f"{token!r} is not one token but {len(ids)}, {parts}: give one."
+                    + near_token(model, token)
+                )
             found += ids
         else:
             found += integers(token) or [_no_token(token)]

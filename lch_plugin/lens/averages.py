@@ -27,6 +27,7 @@ from lch_plugin.lens.passes import watching
 from lch_plugin.lens.reading import read
 from lch_plugin.linear_maps import graphs_that_last
 from lch_plugin.linearization import DetachedMode
+from lch_plugin.names import did_you_mean
 from lch_plugin.sites import Linearization
 
 # An average of one is a reading.
@@ -78,7 +79,8 @@ def average(
     """
     if linearization not in get_args(Linearization):
         raise InputError(
-            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
+            f"linearization={linearization!r} is not known. "
+            f"{did_you_mean(linearization, get_args(Linearization))}"
         )
     if not isinstance(model, TransformerBridge):
         raise InputError(

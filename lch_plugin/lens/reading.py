@@ -19,6 +19,7 @@ from lch_plugin.lens.drawing import heat_table
 from lch_plugin.lens.passes import ResidualPass
 from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.names import did_you_mean
 from lch_plugin.sites import Linearization
 
 # Tokens that are read if none are named: the likeliest.
@@ -200,7 +201,8 @@ def read(
         raise InputError(f"{model.cfg.model_name} reads no text: a lens is for language models.")
     if linearization not in get_args(Linearization):
         raise InputError(
-            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
+            f"linearization={linearization!r} is not known. "
+            f"{did_you_mean(linearization, get_args(Linearization))}"
         )
     ids = one_prompt(model, prompt)
     n_layers, n_pos = model.cfg.n_layers + 1, ids.shape[1]
