@@ -53,6 +53,7 @@ ROOMS = {
         "alignment",
         "lens",
         "extract",
+        "inspection",
         "demonstration",
         "cli",
         "__main__",

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import circuit, convert, interrupts, lens, probe, sae, saliency
+from lch_plugin.cli import circuit, convert, info, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 
@@ -20,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, suggest_
 app.add_typer(sae.app, name="sae")
 app.command()(circuit.circuit)
 app.command()(convert.convert)
+app.command()(info.info)
 app.command()(lens.lens)
 app.command()(probe.probe)
 app.command()(saliency.saliency)

@@ -92,7 +92,8 @@ def _check_hook(model: LensModel | HookedModel, hook: str) -> None:
     raise SiteError(
         f"hook_name={hook!r} is no hook point of this model. "
         f"{did_you_mean(hook, known or model.hook_dict)} "
-        "Centroids of mlp, attn and block are attached for you; attach other sites with lch.attach first. A HookedModel has those it was made with."
+        "Centroids of mlp, attn and block are attached for you; attach other sites with "
+        "lch.attach first. A HookedModel has those it was made with."
     )
 
 
