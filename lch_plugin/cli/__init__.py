@@ -68,15 +68,16 @@ def centroids(
     out: Out = Path("centroids"),
 ) -> None:
     """Centroids of prompts, as safetensors. The embedded model if none is named."""
+    if not all(prompts):
+        raise InputError("there is an empty one among the prompts: put text in each.")
+    from lch_plugin.files import check_new_directory
+
+    check_new_directory(out)
     from lch_plugin.cotangents import Random
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.extract import extract
-    from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
-    if not all(prompts):
-        raise InputError("there is an empty one among the prompts: put text in each.")
-    check_new_directory(out)
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     cotangent = None if random_cotangent is None else Random(random_cotangent)
     extract(loaded, prompts, out, modules=modules, cotangent=cotangent)

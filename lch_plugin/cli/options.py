@@ -24,6 +24,8 @@ MOST = 10**12
 #: Bounds of numbers, for `typer.Option`.
 COUNT: dict[str, Any] = {"min": 1, "max": MOST}
 COUNT_OR_NONE: dict[str, Any] = {"min": 0, "max": MOST}
+#: Of a file of a cache, by default.
+SHARD_SIZE = "500MB"
 #: What torch, numpy and scikit-learn all take.
 SEED: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
 
@@ -55,6 +57,8 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 def n_bytes(value: str) -> str:
     """Of an option, a size of files."""
+    if value == SHARD_SIZE:
+        return value
     from datasets.utils.py_utils import convert_file_size_to_int
 
     try:
