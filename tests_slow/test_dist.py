@@ -28,6 +28,10 @@ DATA = {
     for path in (PACKAGE / folder).iterdir()
     if path.is_file()
 } | {"lch_plugin/py.typed"}
+#: Some of what `make test` reads besides.
+BESIDE = {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt", "mkdocs.yml"} | {
+    *(".ci/run", ".github/workflows/test.yml", "tests/cli/__init__.py", "docs/index.md")
+}
 MODULES = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
 
 
@@ -82,7 +86,7 @@ def test_both_have_every_module_and_all_data(dist: Path) -> None:
     with tarfile.open(sdist) as opened_tar:
         in_sdist = {name.partition("/")[2] for name in opened_tar.getnames()}
     assert {*MODULES, *DATA} - in_wheel == set()
-    assert {*MODULES, *DATA, "pyproject.toml", "README.md", "LICENSE"} - in_sdist == set()
+    assert {*MODULES, *DATA, *BESIDE} - in_sdist == set()
     strangers = {n for n in in_wheel if not n.startswith("lch_plugin")}
     assert strangers == set(), "the wheel installs more than the package"
 
