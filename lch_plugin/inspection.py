@@ -149,39 +149,29 @@ def inspect_model(loaded: LoadedModel) -> ModelInfo:
         "context": huggingface.context_length(model),
         "versions": {n: version(n) for n in ("lch-plugin", "torch", "transformers")},
     }
-    itemsize = model.dtype.itemsize
     try:
         bridge = _bridge(loaded)
     except InputError as error:
-        text = config.get_text_config()
-        d_model = getattr(text, "hidden_size", None)
-        n_positions, seconds, site = _modules(model)
-        return ModelInfo(
-            **general,
-            adapter="lch.huggingface.attach",
-            why_adapter=reason(error),
-            n_layers=getattr(text, "num_hidden_layers", None),
-            d_model=d_model,
-            d_mlp=getattr(text, "intermediate_size", None),
-            processing=None,
-            residual_bytes=d_model and d_model * itemsize,
-            neuron_bytes=None,
-            n_positions=n_positions,
-            seconds=seconds,
-            sites=(site,),
-        )
-    n_positions, seconds, sites = _sites(bridge)
-    cfg = bridge.cfg
+        cfg = config.get_text_config()
+        n_positions, seconds, sites = _modules(model)
+        why, processing = reason(error), None
+        names = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    else:
+        cfg, why = bridge.cfg, None
+        processing = weight_processing(bridge, 0) if hasattr(bridge, "blocks") else None
+        n_positions, seconds, sites = _sites(bridge)
+        names = ("n_layers", "d_model", "d_mlp")
+    n_layers, d_model, d_mlp = (getattr(cfg, name, None) for name in names)
     return ModelInfo(
         **general,
-        adapter="lch.attach",
-        why_adapter=None,
-        n_layers=cfg.n_layers,
-        d_model=cfg.d_model,
-        d_mlp=cfg.d_mlp,
-        processing=weight_processing(bridge, 0) if hasattr(bridge, "blocks") else None,
-        residual_bytes=cfg.d_model * itemsize,
-        neuron_bytes=cfg.d_mlp and cfg.d_mlp * itemsize,
+        adapter="lch.attach" if why is None else "lch.huggingface.attach",
+        why_adapter=why,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_mlp=d_mlp,
+        processing=processing,
+        residual_bytes=d_model and d_model * model.dtype.itemsize,
+        neuron_bytes=d_mlp and d_mlp * model.dtype.itemsize,
         n_positions=n_positions,
         seconds=seconds,
         sites=sites,
@@ -283,7 +273,7 @@ def _without_form(model: LensModel, layer: int) -> str | None:
     return next((reason(e) for e in disagreements(model, parts).values() if e is not None), None)
 
 
-def _modules(model: nn.Module) -> tuple[int | None, float | None, SiteInfo]:
+def _modules(model: nn.Module) -> tuple[int | None, float | None, tuple[SiteInfo, ...]]:
     """Positions and seconds of a pass of HuggingFace's model, and its MLPs."""
     inputs = _inputs(model)
     n_positions = seconds = with_centroids = mu = None
@@ -306,7 +296,7 @@ def _modules(model: nn.Module) -> tuple[int | None, float | None, SiteInfo]:
         n_bytes=None if mu is None else mu.shape[-1] * mu.element_size(),
         seconds=with_centroids,
     )
-    return n_positions, seconds, site
+    return n_positions, seconds, (site,)
 
 
 def _inputs(model: Any) -> dict[str, Tensor] | None:
