@@ -26,17 +26,18 @@ app.command()(probe.probe)
 app.command()(saliency.saliency)
 
 
-def _version(asked: bool) -> None:
+def _say_version(asked: bool) -> bool:
     if asked:
         typer.echo(f"lch_plugin {version('lch-plugin')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
 def main(
     _version: Annotated[
         bool,
-        typer.Option("--version", help="Show it and exit.", callback=_version, is_eager=True),
+        typer.Option("--version", help="Show it and exit.", callback=_say_version, is_eager=True),
     ] = False,
 ) -> None:
     """Centroids instead of activations, for the interpretability toolkits you already use."""

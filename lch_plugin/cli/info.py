@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,15 +42,18 @@ def _print(found: ModelInfo) -> None:
     about = Table(show_header=False, box=None)
     for name, value in _lines(found):
         about.add_row(f"[bold]{name}[/bold]", escape(value))
-    console.print(about)
-    table = Table("site", "hook points", "shape", "method", "time", "why")
+    table = Table("site", "hook points", "width", "method", "time")
+    reasons: dict[str, list[str]] = {}
     for site in found.sites:
         time = "" if site.seconds is None else f"{site.seconds * 1e3:,.0f} ms"
-        shape = "" if site.shape is None else f"1, pos, {site.shape[-1]}"
-        table.add_row(
-            site.site, escape(_hooks(site)), shape, _method(site), time, escape(_why(site))
-        )
-    console.print(table)
+        width = "" if site.shape is None else f"{site.shape[-1]:,}"
+        table.add_row(site.site, escape(_hooks(site)), width, _method(site), time)
+        reasons.setdefault(_why(site), []).append(site.site)
+    why = Table(show_header=False, box=None)
+    for reason, sites in reasons.items():
+        why.add_row(f"[bold]{', '.join(sites)}[/bold]", escape(reason))
+    for part in (about, table, why):
+        console.print(part)
 
 
 def _lines(found: ModelInfo) -> list[tuple[str, str]]:
@@ -68,8 +72,8 @@ def _lines(found: ModelInfo) -> list[tuple[str, str]]:
         ("sizes", ", ".join(f"{name} {n:,}" for name, n in sizes.items() if n is not None)),
         ("parameters", f"{found.n_parameters:,}, {found.weight_bytes / 1e6:,.1f} MB"),
         (
-            "a token, a layer",
-            ", ".join(f"{name} {n:,} bytes" for name, n in per_token.items() if n is not None),
+            "bytes of a token at a layer",
+            ", ".join(f"{name} {n:,}" for name, n in per_token.items() if n is not None),
         ),
         ("adapter", found.adapter + (f": {found.why_adapter}" if found.why_adapter else "")),
     ]
@@ -91,8 +95,11 @@ def _processing(processing: dict[str, bool]) -> str:
 
 
 def _hooks(site: SiteInfo) -> str:
-    names = list(site.methods)
-    return "none" if not names else names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    """Names with * for the layer."""
+    names = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in site.methods))
+    if len(site.methods) == 1:
+        names = list(site.methods)
+    return "\n".join(names) or "none"
 
 
 def _method(site: SiteInfo) -> str:

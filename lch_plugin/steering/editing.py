@@ -107,9 +107,11 @@ def entry_of(model: nn.Module, component: str) -> nn.Module:
         module = unwrapped(model).get_submodule(name)
     except AttributeError as error:
         kind = type(unwrapped(model)).__name__
-        modules = [known for known, _ in unwrapped(model).named_modules() if known]
+        modules = [
+            known for known, _ in unwrapped(model).named_modules(remove_duplicate=False) if known
+        ]
         raise SiteError(
-            f"{component!r} is no component of this {kind}: {error} "
+            f"{component!r} is no component of this {kind}: {str(error).rstrip('.')}. "
             f"{did_you_mean(component, [*points, *modules])} Give the name of a module or hook "
             "point as in model.named_modules(), or of a centroid's hook point, as "
             "'blocks.2.mlp.hook_centroid'."
