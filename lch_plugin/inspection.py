@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lch_plugin.adapters import huggingface
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.adapters.transformer_lens import (
+    Handle,
     LensModel,
     attach,
     disagreements,
@@ -139,7 +140,7 @@ def inspect_model(loaded: LoadedModel) -> ModelInfo:
         {'closed form'}
     """
     model, config = loaded.model, loaded.model.config
-    weights = {p.data_ptr(): p for p in model.parameters()}.values()
+    weights = list(model.parameters())
     general: dict[str, Any] = {
         "model": portable(loaded.name),
         "revision": loaded.revision,
@@ -218,8 +219,8 @@ def _site(model: LensModel, site: Site, tokens: Tensor | None) -> SiteInfo:
     values: dict[str, Tensor] = {}
     seconds = None
     with ExitStack() as stack:
-        for one in _attachable(model, site, problems):
-            methods |= stack.enter_context(attach(model, site=one)).methods
+        for handle in _handles(model, site, problems):
+            methods |= stack.enter_context(handle).methods
         if methods and tokens is not None:
             stack.enter_context(evaluating(model))
             stack.enter_context(torch.no_grad())
@@ -236,23 +237,20 @@ def _site(model: LensModel, site: Site, tokens: Tensor | None) -> SiteInfo:
     )
 
 
-def _attachable(model: LensModel, site: Site, problems: list[str]) -> list[Site]:
-    """The site, or at those layers alone that have it; what speaks against others is noted."""
+def _handles(model: LensModel, site: Site, problems: list[str]) -> list[Handle]:
+    """The site attached, or at those layers alone that have it; what others lack is noted."""
 
-    def has(one: Site) -> bool:
+    def attached(one: Site) -> list[Handle]:
         try:
-            attach(model, site=one).detach()
+            return [attach(model, site=one)]
         except LCHError as error:
             problems.append(reason(error))
-            return False
-        return True
+            return []
 
-    if has(site):
-        return [site]
-    if site.of_kind.layers != "list":
-        return []
+    if (found := attached(site)) or site.of_kind.layers != "list":
+        return found
     problems.clear()
-    return [one for i in range(model.cfg.n_layers) if has(one := replace(site, layers=i))]
+    return [h for i in range(model.cfg.n_layers) for h in attached(replace(site, layers=i))]
 
 
 def _reasons(model: LensModel, name: str, site: Site, methods: dict[str, str]) -> str:
