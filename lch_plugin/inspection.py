@@ -152,16 +152,19 @@ def inspect_model(loaded: LoadedModel) -> ModelInfo:
         "context": huggingface.context_length(model),
         "versions": {n: version(n) for n in ("lch-plugin", "torch", "transformers")},
     }
+    why: str | None = None
+    processing: dict[str, bool] | None = None
     try:
         bridge = _bridge(loaded)
     except InputError as error:
         cfg = config.get_text_config()
         n_positions, seconds, sites = _modules(model)
-        why, processing = reason(error), None
+        why = reason(error)
         names = ("num_hidden_layers", "hidden_size", "intermediate_size")
     else:
-        cfg, why = bridge.cfg, None
-        processing = weight_processing(bridge, 0) if hasattr(bridge, "blocks") else None
+        cfg = bridge.cfg
+        if hasattr(bridge, "blocks"):
+            processing = weight_processing(bridge, 0)
         n_positions, seconds, sites = _sites(bridge)
         names = ("n_layers", "d_model", "d_mlp")
     n_layers, d_model, d_mlp = (getattr(cfg, name, None) for name in names)
