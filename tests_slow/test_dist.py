@@ -67,9 +67,7 @@ def bin_of(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = home / "bin" / "python"
     (wheel,) = dist.glob("*.whl")
     install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), *install], check=True, cwd=home
-    )
+    said_by(sys.executable, "-m", "pip", "--python", python, *install, cwd=home)
     own = Path(
         said_by(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=home)[:-1]
     )
