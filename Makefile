@@ -10,13 +10,16 @@
 #   make docs    the documentation, into site/
 #   make docs-tables   the tables of the documentation that tests write, written anew
 #   make docs-families   the same, of model families, on both versions of TransformerLens
+#   make dist    the wheel and the sdist, into dist/ (anew each time)
 #   make bench   what centroids, SAEs on them and circuits cost, and circuits beside other methods
 #
-# PYTHON=python3.12 chooses another interpreter. On Linux, PyPI's torch brings gigabytes of CUDA
-# libraries; PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them, and for test-lowest
+# PYTHON=python3.12 chooses another interpreter, CONSTRAINTS=/dev/null the newest versions instead of
+# those that were tested. On Linux, PyPI's torch brings gigabytes of CUDA libraries;
+# PIP_EXTRA_INDEX_URL set to PyTorch's CPU wheel index avoids them, and for test-lowest
 # UV_TORCH_BACKEND=cpu.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := $(VENV)/lowest
@@ -25,7 +28,8 @@ LENS4 := $(VENV)/transformer-lens-4
 LENS4_VERSION := 4.3.0
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-tl4 test-lowest test-slow real faults docs docs-tables docs-families check format bench clean
+.PHONY: demo test test-tl4 test-lowest test-slow real faults docs docs-tables docs-families check \
+	format dist bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -78,6 +82,11 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# In an environment of its own, as an installer builds it.
+dist: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
 bench: $(VENV)/ready
 	$(BIN)/python -W ignore benchmarks/centroids.py
 	$(BIN)/python -W ignore benchmarks/scaling.py
@@ -89,8 +98,8 @@ bench: $(VENV)/ready
 # torch first and alone: with it installed, nothing else asks for a newer one.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 $(LENS4)/ready: $(VENV)/ready Makefile
@@ -107,4 +116,4 @@ $(LOWEST)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-report site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist demo-report site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,15 +12,6 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lch_plugin import cotangents
-from lch_plugin.centroids import (
-    AffineExpert,
-    LocalCentroid,
-    affine_expert,
-    centroid,
-    local_centroid,
-    sample_neighbourhood,
-)
 from lch_plugin.errors import (
     AttachError,
     ClusterError,
@@ -34,8 +25,6 @@ from lch_plugin.errors import (
     ToolkitError,
     VanishingCentroidError,
 )
-from lch_plugin.linearization import detached
-from lch_plugin.sites import Site
 
 if TYPE_CHECKING:
     from lch_plugin import (
@@ -43,6 +32,7 @@ if TYPE_CHECKING:
         circuits,
         cluster,
         concepts,
+        cotangents,
         diagnostics,
         lens,
         probes,
@@ -52,10 +42,20 @@ if TYPE_CHECKING:
     )
     from lch_plugin.adapters import huggingface, nnsight
     from lch_plugin.adapters.transformer_lens import attach
+    from lch_plugin.centroids import (
+        AffineExpert,
+        LocalCentroid,
+        affine_expert,
+        centroid,
+        local_centroid,
+        sample_neighbourhood,
+    )
     from lch_plugin.demo import load_demo_model
     from lch_plugin.demo.vision import load_demo_vision_model
     from lch_plugin.lens import jvp, spectrum
+    from lch_plugin.linearization import detached
     from lch_plugin.loading import LoadedModel, load
+    from lch_plugin.sites import Site
 
 __version__ = version("lch-plugin")
 
@@ -101,8 +101,22 @@ __all__ = [
     "steering",
 ]
 
-# Importing a toolkit takes seconds; whoever needs the mathematics alone should not wait for it.
+# torch takes two seconds to import and a toolkit some more: each is waited for where it is used, so
+# that `lch --help` and an error in arguments come at once.
 _LAZY_FUNCTIONS = {
+    **dict.fromkeys(
+        (
+            "AffineExpert",
+            "LocalCentroid",
+            "affine_expert",
+            "centroid",
+            "local_centroid",
+            "sample_neighbourhood",
+        ),
+        "lch_plugin.centroids",
+    ),
+    "Site": "lch_plugin.sites",
+    "detached": "lch_plugin.linearization",
     "attach": "lch_plugin.adapters.transformer_lens",
     "LoadedModel": "lch_plugin.loading",
     "jvp": "lch_plugin.lens",
@@ -116,6 +130,7 @@ _LAZY_MODULES = {
     "circuits": "lch_plugin.circuits",
     "cluster": "lch_plugin.cluster",
     "concepts": "lch_plugin.concepts",
+    "cotangents": "lch_plugin.cotangents",
     "diagnostics": "lch_plugin.diagnostics",
     "huggingface": "lch_plugin.adapters.huggingface",
     "lens": "lch_plugin.lens",
@@ -133,3 +148,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY_FUNCTIONS:
         return getattr(import_module(_LAZY_FUNCTIONS[name]), name)
     raise AttributeError(f"module 'lch_plugin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,6 +27,7 @@ from torch import Tensor
 from lch_plugin.cotangents import Cotangent, evaluate
 from lch_plugin.errors import InputError, NotDifferentiableError
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.names import did_you_mean
 
 Neighbourhood = Literal["ball", "gaussian"]
 
@@ -468,7 +469,8 @@ def check_neighbourhood(
     """
     if neighbourhood not in get_args(Neighbourhood):
         raise InputError(
-            f"neighbourhood={neighbourhood!r} is not known; use one of {get_args(Neighbourhood)}."
+            f"neighbourhood={neighbourhood!r} is not known. "
+            f"{did_you_mean(neighbourhood, get_args(Neighbourhood))}"
         )
     if (radius is None) == (sigma is None):
         raise InputError(

@@ -29,6 +29,7 @@ from torch import Tensor
 from lch_plugin.centroids import Neighbourhood, check_neighbourhood
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric, Vector, as_cotangent
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.names import did_you_mean
 
 Kind = Literal["mlp", "neuron", "attn", "head", "block", "span", "model"]
 Linearization = Literal["jacobian", "detached"]
@@ -186,8 +187,8 @@ class Settings:
             raise InputError(f"output_positions={self.output_positions!r} must be integers.")
         if self.linearization not in get_args(Linearization):
             raise InputError(
-                f"linearization={self.linearization!r} is not known; use one of "
-                f"{get_args(Linearization)}."
+                f"linearization={self.linearization!r} is not known. "
+                f"{did_you_mean(self.linearization, get_args(Linearization))}"
             )
         if self.is_late and isinstance(self.v, Metric) and self._changes_the_pass:
             raise InputError(
@@ -337,7 +338,7 @@ class Site(Settings):
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in KINDS:
-            raise SiteError(f"site {self.kind!r} is not known; use one of {tuple(KINDS)}.")
+            raise SiteError(f"site {self.kind!r} is not known. {did_you_mean(self.kind, KINDS)}")
         super().__post_init__()
         self._check_types(
             ("compute_dtype", (torch.dtype, type(None))),

@@ -154,6 +154,9 @@ def check_shell(line: str, *, whole: bool) -> None:
 
 def check_command(line: str, *, whole: bool) -> None:
     command, words = get_command(cli.app), shlex.split(line)[1:]
+    if words and words[0].startswith("-"):  # An option of the command that has all others.
+        assert words == ["--help"] or words[0] in [o for p in command.params for o in p.opts], line
+        return
     while words and hasattr(command, "commands"):
         assert words[0] in command.commands, line
         command = command.commands[words.pop(0)]

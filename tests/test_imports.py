@@ -21,6 +21,7 @@ ROOT = Path(lch_plugin.__file__).parent
 ROOMS = {
     "lch_plugin": (
         "errors",
+        "names",
         "progress",
         "devices",
         "records",
@@ -52,8 +53,10 @@ ROOMS = {
         "alignment",
         "lens",
         "extract",
+        "inspection",
         "demonstration",
         "cli",
+        "__main__",
     ),
     "lch_plugin.adapters": (
         "turns",

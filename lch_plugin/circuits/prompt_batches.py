@@ -15,7 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lch_plugin.adapters.states import evaluating, without_autocast
-from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, run_edited
+from lch_plugin.adapters.transformer_lens import (
+    LensModel,
+    as_tokens,
+    near_token,
+    run_edited,
+)
 from lch_plugin.cotangents import Metric
 from lch_plugin.errors import InputError
 from lch_plugin.metrics import Comparison, logit_difference
@@ -303,11 +308,12 @@ def single_token(model: LensModel, text: str) -> int:
     if ids == [model.tokenizer.unk_token_id]:
         raise InputError(
             f"{text!r} is unknown to this tokenizer; an answer or foil has to be a token."
+            + near_token(model, text)
         )
     if len(ids) != 1:
         pieces = [model.to_string([i]) for i in ids]
         raise InputError(
             f"{text!r} is {len(ids)} tokens of this tokenizer, {pieces}; an answer or foil has to "
-            "be one. Mind the leading space, as in ' an'."
+            "be one. Mind the leading space, as in ' an'." + near_token(model, text)
         )
     return ids[0]

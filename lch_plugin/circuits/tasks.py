@@ -40,6 +40,7 @@ from lch_plugin.demo import vocabulary
 from lch_plugin.demo.tasks import Example, askable, check_split, examples, is_held_out
 from lch_plugin.errors import InputError
 from lch_plugin.metrics import Comparison, logit_difference
+from lch_plugin.names import did_you_mean
 
 _BEHAVIOURS = {
     "an": "a_an",
@@ -233,7 +234,7 @@ class _Reader:
 def _candidates(reads: _Reader, name: str, n: int, split: str, seed: int) -> list[Example]:
     """Examples of a task, as many as needed or, where some cannot be used, several times that."""
     if name not in TASKS:
-        raise InputError(f"no task is called {name!r}; there are {', '.join(TASKS)}.")
+        raise InputError(f"no task is called {name!r}. {did_you_mean(name, TASKS)}")
     check_split(split)
     if name == "capitals":
         return _capitals(n * _TRIED, split, seed)

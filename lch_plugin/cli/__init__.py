@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +12,34 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import circuit, convert, interrupts, lens, probe, sae, saliency
+from lch_plugin.cli import circuit, convert, info, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, suggest_commands=True)
 app.add_typer(sae.app, name="sae")
 app.command()(circuit.circuit)
 app.command()(convert.convert)
+app.command()(info.info)
 app.command()(lens.lens)
 app.command()(probe.probe)
 app.command()(saliency.saliency)
 
 
+def _say_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"lch_plugin {version('lch-plugin')}")
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
-def main() -> None:
+def main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Show it and exit.", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
     """Centroids instead of activations, for the interpretability toolkits you already use."""
 
 
@@ -55,15 +69,16 @@ def centroids(
     out: Out = Path("centroids"),
 ) -> None:
     """Centroids of prompts, as safetensors. The embedded model if none is named."""
+    if not all(prompts):
+        raise InputError("there is an empty one among the prompts: put text in each.")
+    from lch_plugin.files import check_new_directory
+
+    check_new_directory(out)
     from lch_plugin.cotangents import Random
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.extract import extract
-    from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
-    if not all(prompts):
-        raise InputError("there is an empty one among the prompts: put text in each.")
-    check_new_directory(out)
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     cotangent = None if random_cotangent is None else Random(random_cotangent)
     extract(loaded, prompts, out, modules=modules, cotangent=cotangent)

@@ -19,6 +19,7 @@ from lch_plugin.cli.options import (
     source,
     zero_or_more,
 )
+from lch_plugin.errors import InputError
 
 
 def circuit(
@@ -91,12 +92,6 @@ def circuit(
     out: Out = Path("circuit"),
 ) -> None:
     """The circuit of a task, tested and drawn; or the neurons that a prompt rests on."""
-    from lch_plugin.circuits.reports import neuron_run, task_run
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.errors import InputError
-    from lch_plugin.files import check_new_directory
-    from lch_plugin.loading import load
-
     of_task: dict[str, Any] = {
         "n": n,
         "recover": recover,
@@ -128,6 +123,8 @@ def circuit(
     settings = {name: value for name, value in own.items() if value is not None}
     asked = prompts if task is None else task
     if asked is not None:
+        from lch_plugin.circuits.reports import task_run
+
         task_run.check(asked, **settings)
     elif layer is None:
         raise InputError("--prompt needs a --layer, whose neurons are scored.")
@@ -137,7 +134,13 @@ def circuit(
         raise InputError("--answer and --foil go together: their logits are compared.")
     elif corrupt is not None and answer is None:
         raise InputError("--corrupt needs --answer and --foil, whose logits are compared on both.")
+    from lch_plugin.files import check_new_directory
+
     check_new_directory(out)
+    from lch_plugin.circuits.reports import neuron_run, task_run
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.loading import load
+
     if asked is not None:
         keeping(lambda: scores_alone(out))
     bridge = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device).bridge()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 
 # Of every command, what cannot be said in a file.
 _NOT_HERE = ("config", "help")
@@ -64,9 +64,10 @@ def _options(path: Path, command: Any) -> dict[str, Any]:
     for key, value in found.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            cure = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
-            raise InputError(f"{key} of --config {path} is no option of this command. {cure}")
+            raise InputError(
+                f"{key} of --config {path} is no option of this command. "
+                f"{did_you_mean(name, sorted(known))}"
+            )
         takes_many = known[name].multiple if hasattr(known[name], "multiple") else False
         takes_many = takes_many or known[name].nargs == -1
         if value is not None:

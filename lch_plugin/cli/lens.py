@@ -42,16 +42,17 @@ def lens(
     out: Out = Path("lens"),
 ) -> None:
     """What the residual stream at each layer and position adds to the logits, exactly."""
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.files import check_new_directory
-    from lch_plugin.lens.run import run
-    from lch_plugin.loading import load
-
     if not prompt.strip():
         raise InputError("the prompt is empty: there is no token to read.")
     if "" in (token or ()):
         raise InputError("--token is empty: give the text of one token, or leave it out.")
+    from lch_plugin.files import check_new_directory
+
     check_new_directory(out)
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.lens.run import run
+    from lch_plugin.loading import load
+
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     run(
         *(loaded, prompt, out),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 
 if TYPE_CHECKING:
     from lch_plugin.cluster import Cluster
@@ -23,6 +24,8 @@ MOST = 10**12
 #: Bounds of numbers, for `typer.Option`.
 COUNT: dict[str, Any] = {"min": 1, "max": MOST}
 COUNT_OR_NONE: dict[str, Any] = {"min": 0, "max": MOST}
+#: Of a file of a cache, by default.
+SHARD_SIZE = "500MB"
 #: What torch, numpy and scikit-learn all take.
 SEED: dict[str, Any] = {"min": 0, "max": 2**32 - 1}
 
@@ -46,7 +49,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
     def check(value: str) -> str:
         if value not in names:
-            raise typer.BadParameter(f"{value!r} is unknown: give {' or '.join(names)}.")
+            raise typer.BadParameter(f"{value!r} is unknown. {did_you_mean(value, names)}")
         return value
 
     return check
@@ -54,6 +57,8 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 def n_bytes(value: str) -> str:
     """Of an option, a size of files."""
+    if value == SHARD_SIZE:
+        return value
     from datasets.utils.py_utils import convert_file_size_to_int
 
     try:
@@ -89,6 +94,8 @@ def directory(value: Path) -> Path:
 
 def device_here(value: str) -> str:
     """Of an option, a device that tensors can live on, on this machine."""
+    if value == "cpu":
+        return value  # As by default, and no reason to wait for torch.
     from lch_plugin.devices import check_device
 
     try:
@@ -100,9 +107,9 @@ def device_here(value: str) -> str:
 
 def dtype_of_weights(value: str | None) -> str | None:
     """Of an option, a floating-point type of torch that a model can have."""
-    import torch
-
     if value is not None:
+        import torch
+
         dtype = getattr(torch, value.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
             raise typer.BadParameter(

@@ -70,11 +70,6 @@ def probe(
     out: Out = Path("probes"),
 ) -> None:
     """Probes of truth: trained on some sets of statements, tested on all."""
-    from lch_plugin import probes
-    from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.files import check_new_directory
-    from lch_plugin.loading import load
-
     settings: dict[str, Any] = {
         "components": component or ["mlp"],
         "probes": probe or ["mass-mean"],
@@ -83,8 +78,13 @@ def probe(
         "k": [] if k is None else _numbers("k", k),
         "rank_by": rank_by,
     }
-    cotangent_of = _cotangent(cotangent)
     blocks = None if layers is None else _numbers("layers", layers)
+    cotangent_of = _cotangent(cotangent)
+    from lch_plugin import probes
+    from lch_plugin.demo import DEMO_MODEL_DIR
+    from lch_plugin.files import check_new_directory
+    from lch_plugin.loading import load
+
     sets = [[probes.read_statements(path) for path in paths] for paths in (train, test or [])]
     if rows is not None:
         sets = [[probes.sample(one, rows, seed) for one in some] for some in sets]
@@ -126,21 +126,22 @@ def _number(text: str) -> int | None:
 
 def _cotangent(text: str) -> Callable[[TransformerBridge], AnyCotangent]:
     """What a text says, once there is a model whose tokens it can name."""
+    kind, _, value = text.partition(":")
+    seed = _number(value) if kind == "random" else None
+    has_seed = seed is not None and SEED["min"] <= seed <= SEED["max"]
+    if not (text == "ones" or has_seed or (kind == "logit" and value)):
+        raise InputError(
+            f"--cotangent {text!r} is not known: give ones, random:SEED or logit:TOKEN, such as "
+            "random:0 or 'logit: true'."
+        )
     from lch_plugin.circuits.prompt_batches import single_token
     from lch_plugin.cotangents import Logit, Ones, Random
 
-    kind, _, value = text.partition(":")
     if text == "ones":
         return lambda model: Ones()
-    seed = _number(value) if kind == "random" else None
-    if seed is not None and SEED["min"] <= seed <= SEED["max"]:
+    if seed is not None:
         return lambda model: Random(seed)
-    if kind == "logit" and value:
-        return lambda model: Logit(single_token(model, value))
-    raise InputError(
-        f"--cotangent {text!r} is not known: give ones, random:SEED or logit:TOKEN, such as "
-        "random:0 or 'logit: true'."
-    )
+    return lambda model: Logit(single_token(model, value))
 
 
 def _print(found: dict[str, Any]) -> None:

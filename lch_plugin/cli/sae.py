@@ -14,6 +14,7 @@ from lch_plugin.cli.interrupts import finished_parts, keeping
 from lch_plugin.cli.options import (
     COUNT,
     COUNT_OR_NONE,
+    SHARD_SIZE,
     Device,
     Dtype,
     Model,
@@ -32,6 +33,7 @@ from lch_plugin.cli.sae_inputs import (
     Layers,
     SkipEmpty,
     TrainingText,
+    check_text,
     load_bridge,
     model_and_text,
     read_text,
@@ -82,7 +84,9 @@ def cache(
         ),
     ] = "float32",
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.", **COUNT)] = 32,
-    max_shard_size: Annotated[str, typer.Option(help="Of the files.", callback=n_bytes)] = "500MB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Of the files.", callback=n_bytes)
+    ] = SHARD_SIZE,
     ray: Ray = None,
     workers: Workers = None,
     dry_run: DryRun = False,
@@ -92,6 +96,7 @@ def cache(
     out: Out = Path("cache"),
 ) -> None:
     """Store what hook points have on a text, to train on. Interrupted, it goes on when repeated."""
+    check_text(model, text, column, skip_empty)
     from lch_plugin import saes
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes.caching.shards import MANIFEST
@@ -167,12 +172,12 @@ def features(
     out: Out = Path("features"),
 ) -> None:
     """Features of an SAE as a page: examples, logits, neurons, neighbours."""
+    own_text = read_text(model, text, column, skip_empty)
     from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes import features as describe
     from lch_plugin.saes.evaluation.feature_acts import load_sae
 
-    own_text = read_text(model, text, column, skip_empty)
     sae = load_sae(sae_dir, device)
     if feature and max(feature) >= sae.cfg.d_sae:
         raise InputError(
@@ -219,11 +224,11 @@ def evaluate(
     out: Out = Path("evaluation"),
 ) -> None:
     """Reconstruction, predicted responses and steering of an SAE, as a page."""
+    own_text = read_text(model, text, column, skip_empty)
     from lch_plugin.files import check_new_directory
     from lch_plugin.saes.evaluation.feature_acts import load_sae
     from lch_plugin.saes.evaluation.report import evaluation_report
 
-    own_text = read_text(model, text, column, skip_empty)
     sae = load_sae(sae_dir, device)
     check_new_directory(out)
     bridge, data = model_and_text(

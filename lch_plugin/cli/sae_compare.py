@@ -23,6 +23,7 @@ from lch_plugin.cli.options import (
     cluster,
     source,
 )
+from lch_plugin.errors import InputError
 
 
 def compare(
@@ -82,7 +83,12 @@ def compare(
     out: Out = Path("comparison"),
 ) -> None:
     """The same SAEs on centroids, input and output of a component, scored side by side."""
-    from lch_plugin.errors import InputError
+    if not model and dataset:
+        raise InputError(f"--dataset {dataset} needs a --model to read it, and its --module.")
+    if not model and column is not None:
+        raise InputError(f"--column {column} is one of a --dataset, and none is given.")
+    if model and not (module and dataset):
+        raise InputError(f"--model {model} needs a --module of it and a labelled --dataset.")
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
     from lch_plugin.saes.comparison import ComparisonSettings, load_labelled
@@ -106,16 +112,10 @@ def compare(
     if not model:
         from lch_plugin.saes.comparison.embedded import embedded_task
 
-        if dataset:
-            raise InputError(f"--dataset {dataset} needs a --model to read it, and its --module.")
-        if column is not None:
-            raise InputError(f"--column {column} is one of a --dataset, and none is given.")
         check_new_directory(out)
         embedded = embedded_task(task, rows, test_rows, seed=seed)
         model, module = str(embedded.model), module or embedded.module
         train, test = embedded.train, embedded.test
-    elif not module or not dataset:
-        raise InputError(f"--model {model} needs a --module of it and a labelled --dataset.")
     else:
         check_new_directory(out)
         train, test = load_labelled(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lch_plugin.cli.options import source
+from lch_plugin.errors import InputError
 
 TrainingText = Annotated[
     str,
@@ -32,18 +33,22 @@ def read_text(
     model: str, text: str, column: str | None, skip_empty: bool, *, streaming: bool = False
 ) -> Any:
     """The text that is named, or None. It is read before a model is loaded for it."""
-    from lch_plugin.errors import InputError
+    check_text(model, text, column, skip_empty)
+    if not text:
+        return None
     from lch_plugin.saes import load_text
 
+    return load_text(text, streaming=streaming, column=column, skip_empty=skip_empty)
+
+
+def check_text(model: str, text: str, column: str | None, skip_empty: bool) -> None:
+    """Refuse options that mean nothing together."""
     if model and not text:
         raise InputError(f"--model {model} needs a --text: the demo's stories are for its own.")
     if column is not None and not text:
         raise InputError(f"--column {column} is one of a --text, and none is given. Give one.")
     if skip_empty and not text:
         raise InputError("--skip-empty is about the rows of a --text, and none is given.")
-    if not text:
-        return None
-    return load_text(text, streaming=streaming, column=column, skip_empty=skip_empty)
 
 
 def load_bridge(model: str, dtype: str | None, device: str) -> Any:

@@ -30,9 +30,11 @@ from lch_plugin.cli.sae_inputs import (
     Layers,
     SkipEmpty,
     TrainingText,
+    check_text,
     model_and_text,
     read_text,
 )
+from lch_plugin.errors import InputError
 
 # Minutes between checkpoints, of which the newest is kept, if nobody says how many there are to be.
 _MINUTES = 10.0
@@ -91,8 +93,13 @@ def train(
     out: Out = Path("sae"),
 ) -> None:
     """Train an SAE on a hook point, or on each of several layers, with SAELens' runners."""
+    if cache and (model or text or column or skip_empty or dtype):
+        raise InputError(
+            f"--cache {cache} needs no --model, --text, --column, --skip-empty or --dtype. "
+            "Leave them out."
+        )
+    check_text(model, text, column, skip_empty)
     from lch_plugin import saes
-    from lch_plugin.errors import InputError
     from lch_plugin.files import check_new_directory
     from lch_plugin.progress import progress
     from lch_plugin.saes.sources.hook_points import attached, widths
@@ -117,11 +124,6 @@ def train(
     settings.check(architecture, chosen, chosen.get("d_sae", d_sae))
     of_layers = parse_layers(layers)
     check_layers([hook], of_layers)
-    if cache and (model or text or column or skip_empty or dtype):
-        raise InputError(
-            f"--cache {cache} needs no --model, --text, --column, --skip-empty or --dtype. "
-            "Leave them out."
-        )
     if resume is not None and not is_checkpoint(resume):
         raise InputError(
             f"--resume {resume} is no checkpoint, a directory with {CHECKPOINT_FILE}. Give "

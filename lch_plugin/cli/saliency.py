@@ -63,9 +63,7 @@ def saliency(
     out: Out = Path("saliency"),
 ) -> None:
     """What an answer rests on in a prompt, or a class in an image, by centroids and by Captum."""
-    from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.files import check_new_directory
-    from lch_plugin.loading import load
 
     settings: dict[str, Any] = {"n_samples": samples, "sigma": sigma}
     settings = {"seed": seed} | {k: v for k, v in settings.items() if v is not None}
@@ -77,15 +75,18 @@ def saliency(
             raise InputError("there is no prompt: give one with --answer, or --image FILE.")
         if answer is None or not answer.strip() or answer == foil:
             raise InputError("--answer is empty, or equal to --foil: give a text of its own.")
+        check_new_directory(out)
+        from lch_plugin.demo import DEMO_MODEL_DIR
+        from lch_plugin.loading import load
         from lch_plugin.saliency.run import run
 
-        check_new_directory(out)
         loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
         run(loaded, prompt, answer, out, foil=foil, **settings)
     else:
         if any(given is not None for given in (prompt, answer, foil)):
             raise InputError("an image has no prompt, --answer or --foil: give these or --image.")
         from lch_plugin.demo.vision.classifier import load_demo_classifier
+        from lch_plugin.loading import load
         from lch_plugin.saliency.image_files import read_picture
         from lch_plugin.saliency.image_maps import Neighbourhood
         from lch_plugin.saliency.run import run_image

@@ -33,6 +33,7 @@ from torch import Tensor
 from lch_plugin.demo import vocabulary as words
 from lch_plugin.demo.vocabulary import plural, subject_pronoun, with_article
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 
 Combination = tuple[str, ...]
 
@@ -88,7 +89,7 @@ class Behaviour:
 def check_split(split: str) -> None:
     """Raise :class:`InputError` if ``split`` is not one of :data:`SPLITS`."""
     if split not in SPLITS:
-        raise InputError(f"no split is called {split!r}; there are {', '.join(SPLITS)}")
+        raise InputError(f"no split is called {split!r}. {did_you_mean(split, SPLITS)}")
 
 
 def is_held_out(behaviour: str, key: Sequence[str]) -> bool:
@@ -412,7 +413,9 @@ BEHAVIOURS: tuple[str, ...] = tuple(_BEHAVIOURS)
 def combinations(behaviour: str, split: str) -> tuple[Combination, ...]:
     """Every combination of one split, the easier ones that only occur in stories included."""
     if behaviour not in _BEHAVIOURS:
-        raise InputError(f"no behaviour is called {behaviour!r}; there are {', '.join(BEHAVIOURS)}")
+        raise InputError(
+            f"no behaviour is called {behaviour!r}. {did_you_mean(behaviour, BEHAVIOURS)}"
+        )
     check_split(split)
     family = _BEHAVIOURS[behaviour]
     return tuple(

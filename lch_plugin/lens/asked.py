@@ -10,7 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lch_plugin.adapters.transformer_lens import LensModel, as_tokens, check_token_ids
+from lch_plugin.adapters.transformer_lens import (
+    LensModel,
+    as_tokens,
+    check_token_ids,
+    near_token,
+)
 from lch_plugin.errors import InputError
 from lch_plugin.padding import PadToken, known_tokens, mark_tokens, tokens_in_ids, tokens_in_mask
 from lch_plugin.sites import integers
@@ -142,7 +147,10 @@ def token_ids(model: LensModel, tokens: str | int | Sequence[str | int]) -> list
             ids = model.to_tokens(token, prepend_bos=False, truncate=False)[0].tolist()
             if len(ids) != 1:
                 parts = [text(model, i) for i in ids]
-                raise InputError(f"{token!r} is not one token but {len(ids)}, {parts}: give one.")
+                raise InputError(
+                    f"{token!r} is not one token but {len(ids)}, {parts}: give one."
+                    + near_token(model, token)
+                )
             found += ids
         else:
             found += integers(token) or [_no_token(token)]

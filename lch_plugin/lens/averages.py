@@ -35,6 +35,7 @@ from lch_plugin.lens.reading import read
 from lch_plugin.lens.spans import Place, Span, mean_jacobians
 from lch_plugin.linear_maps import graphs_that_last
 from lch_plugin.linearization import DetachedMode
+from lch_plugin.names import did_you_mean
 from lch_plugin.sites import Linearization
 
 # An average of one is a reading.
@@ -192,9 +193,9 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _check_known(name: str, value: object, known: Sequence[str]) -> None:
+def _check_known(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise InputError(f"{name}={value!r} is not known; use one of {tuple(known)}.")
+        raise InputError(f"{name}={value!r} is not known. {did_you_mean(value, known)}")
 
 
 def _lens_of(

@@ -17,6 +17,7 @@ from lch_plugin.adapters.checks import check_finite
 from lch_plugin.adapters.transformer_lens import TransformerBridge, attach
 from lch_plugin.cotangents import AnyCotangent, Cotangent, as_cotangent
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.names import did_you_mean
 from lch_plugin.progress import track
 
 Component = Literal["mlp", "attn", "block"]
@@ -36,7 +37,7 @@ def hook_names(component: Component, layer: int) -> dict[str, str]:
     """
     if component not in get_args(Component):
         raise InputError(
-            f"component {component!r} is not known: give {', '.join(get_args(Component))}."
+            f"component {component!r} is not known. {did_you_mean(component, get_args(Component))}"
         )
     path = f"blocks.{layer}" if component == "block" else f"blocks.{layer}.{component}"
     return dict(

@@ -16,6 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 
 
 class MassMeanProbe(ClassifierMixin, BaseEstimator):
@@ -113,7 +114,7 @@ def make_probe(name: str) -> Any:
         InputError: no such name.
     """
     if name not in PROBES:
-        raise InputError(f"probe {name!r} is not known: give {', '.join(PROBES)}.")
+        raise InputError(f"probe {name!r} is not known. {did_you_mean(name, PROBES)}")
     return clone(PROBES[name])
 
 
@@ -155,5 +156,5 @@ def sparse_probe(probe: Any, k: int, rank_by: str = "mean-difference") -> Any:
         [True, False]
     """
     if rank_by not in RANKINGS:
-        raise InputError(f"rank_by={rank_by!r} is not known: give {', '.join(RANKINGS)}.")
+        raise InputError(f"rank_by={rank_by!r} is not known. {did_you_mean(rank_by, RANKINGS)}")
     return make_pipeline(SelectKBest(RANKINGS[rank_by], k=k), probe)

@@ -15,6 +15,7 @@ from lch_plugin.adapters.checks import check_finite
 from lch_plugin.centroids import centroid, local_centroid
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode, detached
+from lch_plugin.names import did_you_mean
 from lch_plugin.saliency.answers import AnswerMetric
 from lch_plugin.saliency.checks import captum_attr
 
@@ -175,7 +176,9 @@ def by_method(
         ToolkitError: Captum is not installed.
     """
     if unknown := set(methods) - set(METHODS):
-        raise InputError(f"methods {sorted(unknown)} are unknown: give some of {METHODS}.")
+        raise InputError(
+            f"methods {sorted(unknown)} are unknown. {did_you_mean(min(unknown), METHODS)}"
+        )
     attr = captum_attr()
     x = metric.embeddings
     inputs = x[None].clone().requires_grad_()

@@ -14,6 +14,7 @@ from lch_plugin.adapters.arguments import input_of
 from lch_plugin.adapters.hooked import readers, unwrapped
 from lch_plugin.adapters.transformer_lens.mlps import is_module
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.names import did_you_mean
 
 Positions = slice | Sequence[int]
 EVERYWHERE = slice(None)
@@ -106,10 +107,14 @@ def entry_of(model: nn.Module, component: str) -> nn.Module:
         module = unwrapped(model).get_submodule(name)
     except AttributeError as error:
         kind = type(unwrapped(model)).__name__
+        modules = [
+            known for known, _ in unwrapped(model).named_modules(remove_duplicate=False) if known
+        ]
         raise SiteError(
-            f"{component!r} is no component of this {kind}: {error} Give the "
-            "name of a module or hook point as in model.named_modules(), or of a centroid's "
-            "hook point, as 'blocks.2.mlp.hook_centroid'."
+            f"{component!r} is no component of this {kind}: {str(error).rstrip('.')}. "
+            f"{did_you_mean(component, [*points, *modules])} Give the name of a module or hook "
+            "point as in model.named_modules(), or of a centroid's hook point, as "
+            "'blocks.2.mlp.hook_centroid'."
         ) from error
     entry: nn.Module = module if is_module(module) else getattr(module, "in")
     return entry

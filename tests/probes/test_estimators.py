@@ -80,10 +80,12 @@ def test_coordinates_are_ranked_as_asked() -> None:
 
 
 def test_an_unknown_ranking_is_refused() -> None:
-    with pytest.raises(lch.InputError, match="rank_by='l1' is not known: give mean-difference"):
+    with pytest.raises(
+        lch.InputError, match=r"rank_by='l1' is not known\. There are mean-difference"
+    ):
         probes.sparse_probe(probes.make_probe("lda"), 1, rank_by="l1")
 
 
 def test_an_unknown_probe_is_refused() -> None:
-    with pytest.raises(lch.InputError, match="probe 'svm' is not known: give mass-mean"):
+    with pytest.raises(lch.InputError, match=r"probe 'svm' is not known\. There are mass-mean"):
         probes.make_probe("svm")

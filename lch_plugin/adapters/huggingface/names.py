@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import nn
 
 from lch_plugin.adapters.structure import recognise
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.names import did_you_mean
 
 # Between the first and the last module of a stretch.
 SEPARATOR = ":"
@@ -111,8 +111,7 @@ def _substitute(pattern: str, values: list[str]) -> str:
 
 def _hint(name: str, modules: dict[str, nn.Module]) -> str:
     plain = _WILDCARD.sub("0", name)
-    close = difflib.get_close_matches(plain, modules, n=3, cutoff=0.4) or list(modules)[1:4]
-    return f" Near it are {close}; model.named_modules() lists all."
+    return f" {did_you_mean(plain, filter(None, modules))} model.named_modules() lists all."
 
 
 def _is_within(name: str, other: str) -> bool:

@@ -30,6 +30,7 @@ from lch_plugin.adapters.transformer_lens.inputs import (
     as_tokens,
     check_token_ids,
     mlp_inputs,
+    near_token,
     recorded_mlp_inputs,
 )
 from lch_plugin.adapters.transformer_lens.mlps import (
@@ -73,6 +74,7 @@ __all__ = [
     "hooked_transformer",
     "locate_mlps",
     "mlp_inputs",
+    "near_token",
     "node_points",
     "pattern_names",
     "recorded_mlp_inputs",

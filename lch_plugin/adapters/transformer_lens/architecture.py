@@ -39,6 +39,7 @@ from lch_plugin.adapters.transformer_lens.toolkit import (
 )
 from lch_plugin.errors import InputError, SiteError
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.names import did_you_mean
 from lch_plugin.sites import integers
 
 # Lists of blocks, by the name TransformerLens gives them; encoder-decoders have two.
@@ -74,7 +75,7 @@ def stacks(model: LensModel, name: str | None = None) -> dict[str, nn.ModuleList
     if name is None:
         return found
     if name not in found:
-        raise SiteError(f"stack={name!r} is none of this model's: {list(found)}.")
+        raise SiteError(f"stack={name!r} is none of this model's. {did_you_mean(name, found)}")
     return {name: found[name]}
 
 

@@ -49,6 +49,15 @@ def as_tokens(
     return tokens.to(next(model.parameters()).device)
 
 
+def near_token(model: LensModel, text: str) -> str:
+    """Of a text that is not one token: which is, with or without a space; nothing if none."""
+    for other in (f" {text.strip()}", text.strip()):
+        ids = model.to_tokens(other, prepend_bos=False, truncate=False)[0].tolist()
+        if other != text and len(ids) == 1 and ids != [model.tokenizer.unk_token_id]:
+            return f" Did you mean {other!r}?"
+    return ""
+
+
 def _check_unpadded(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     known = known_tokens(tokens)
     if known is None:

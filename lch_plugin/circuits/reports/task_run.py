@@ -57,6 +57,7 @@ from lch_plugin.files import (
     write_file,
 )
 from lch_plugin.metrics import COMPARISONS
+from lch_plugin.names import did_you_mean
 from lch_plugin.report import write_report
 
 #: Prompts a circuit is found on; the share of the metric that it recovers; what it is scored and
@@ -284,7 +285,7 @@ def check(
     """
     if name not in TASKS and not Path(name).is_file():
         raise InputError(
-            f"no task or file of prompts is called {str(name)!r}; tasks are {', '.join(TASKS)}."
+            f"no task or file of prompts is called {str(name)!r}. {did_you_mean(name, TASKS)}"
         )
     if n < 4:
         raise InputError(f"n={n}: at least 4 prompts are needed to find and to test a circuit.")

@@ -62,6 +62,7 @@ from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
+from lch_plugin.names import did_you_mean
 from lch_plugin.progress import track
 from lch_plugin.sites import Linearization
 
@@ -98,7 +99,8 @@ class Contributions:
 def _check(linearization: str) -> None:
     if linearization not in get_args(Linearization):
         raise InputError(
-            f"linearization={linearization!r} is not known; use one of {get_args(Linearization)}."
+            f"linearization={linearization!r} is not known. "
+            f"{did_you_mean(linearization, get_args(Linearization))}"
         )
 
 
@@ -520,7 +522,7 @@ def _method(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
     if method not in METHODS:
-        raise InputError(f"method={method!r} is not known; there are {', '.join(METHODS)}.")
+        raise InputError(f"method={method!r} is not known. {did_you_mean(method, METHODS)}")
     return METHODS[method]
 
 

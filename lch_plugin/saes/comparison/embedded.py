@@ -18,6 +18,7 @@ from lch_plugin.demo.corpus import Story, describe, write_stories
 from lch_plugin.demo.vision import DEMO_VISION_MODEL_DIR, digits
 from lch_plugin.demo.vocabulary import plural
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 from lch_plugin.saes.comparison.data import Labelled
 
 Span = tuple[int, int, str]
@@ -165,7 +166,7 @@ def embedded_task(name: str, n_rows: int, n_test_rows: int, *, seed: int = 0) ->
         train, test = labelled_digits("train"), labelled_digits("test")
         return Task(DEMO_VISION_MODEL_DIR, "encoder.layer.2.mlp", train, test)
     if name != "stories":
-        raise InputError(f"no task is called {name!r}; there are digits and stories.")
+        raise InputError(f"no task is called {name!r}. {did_you_mean(name, ('digits', 'stories'))}")
     train, test = (
         labelled_stories(10 + n // _TOKENS_OF_A_STORY[split], split=split, seed=seed)
         for split, n in (("train", n_rows), ("test", n_test_rows))

@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from sklearn.model_selection import GroupShuffleSplit
 
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 from lch_plugin.saes.comparison.data import Labelled
 from lch_plugin.saes.sources.texts import check_inputs, load_text
 
@@ -93,7 +94,7 @@ def _load(
     for wanted in (label, column):
         if wanted not in data.column_names:
             raise InputError(
-                f"the data set has no column {wanted!r}, but {data.column_names}. Name one of them."
+                f"the data set has no column {wanted!r}. {did_you_mean(wanted, data.column_names)}"
             )
     if data.data.column(label).null_count == len(data.data):
         raise InputError(f"column {label!r} labels no row: all of it is missing. Name another.")

@@ -23,6 +23,7 @@ from lch_plugin.adapters.transformer_lens import (
     weight_processing,
 )
 from lch_plugin.errors import InputError, SiteError
+from lch_plugin.names import did_you_mean
 from lch_plugin.padding import mark_tokens
 from lch_plugin.saes.sources.hooked_model import HookedModel
 from lch_plugin.sites import Site
@@ -89,9 +90,10 @@ def _check_hook(model: LensModel | HookedModel, hook: str) -> None:
     place = hook.rpartition(".")[0]
     known = [name for name in model.hook_dict if name.rpartition(".")[0] == place]
     raise SiteError(
-        f"hook_name={hook!r} is no hook point of this model. Beside it are "
-        f"{known or list(readers(model))}. Centroids of mlp, attn and block are attached for you; "
-        "attach other sites with lch.attach first. A HookedModel has those it was made with."
+        f"hook_name={hook!r} is no hook point of this model. "
+        f"{did_you_mean(hook, known or model.hook_dict)} "
+        "Centroids of mlp, attn and block are attached for you; attach other sites with "
+        "lch.attach first. A HookedModel has those it was made with."
     )
 
 

@@ -16,6 +16,7 @@ from sae_lens.constants import DTYPE_MAP
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from lch_plugin.errors import InputError
+from lch_plugin.names import did_you_mean
 
 #: Names of the dtypes that an SAE can have.
 DTYPES = tuple(DTYPE_MAP)
@@ -101,14 +102,15 @@ def sae_config(architecture: str, **settings: Any) -> TrainingSAEConfig:
     """
     if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise InputError(
-            f"architecture={architecture!r} is none that SAELens trains. Use one of "
-            f"{sorted(SAE_TRAINING_CLASS_REGISTRY)}."
+            f"architecture={architecture!r} is none that SAELens trains. "
+            f"{did_you_mean(architecture, sorted(SAE_TRAINING_CLASS_REGISTRY))}"
         )
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     known = {field.name for field in dataclasses.fields(config_class)}
     if unknown := settings.keys() - known:
         raise InputError(
-            f"{sorted(unknown)} are no settings of {architecture}, which has {sorted(known)}."
+            f"{sorted(unknown)} are no settings of {architecture}. "
+            f"{did_you_mean(min(unknown), sorted(known))}"
         )
     defaults = {"normalize_activations": "expected_average_only_in"}
     try:

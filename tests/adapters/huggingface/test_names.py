@@ -56,7 +56,7 @@ def test_names_are_in_the_order_of_the_model(gpt2: Any) -> None:
     ("modules", "error", "match"),
     [
         ("h.*.mlp", lch.SiteError, r"fits no module.*transformer\.h\.0\.mlp"),
-        ("transformer.h.1.mpl", lch.SiteError, r"Near it are .*transformer\.h\.1\.mlp"),
+        ("transformer.h.1.mpl", lch.SiteError, r"Did you mean transformer\.h\.1\.mlp\?"),
         ("transformer.h.*:transformer.h.*.mpl", lch.SiteError, "does not"),
         ("transformer.h.1:transformer.h.*", lch.SiteError, "more wildcards"),
         ("transformer.h.[2-0]", lch.InputError, "bad character range"),

@@ -287,7 +287,7 @@ def test_neurons_of_a_prompt(tmp_path: Path) -> None:
         ([], "give one of --task"),
         (["--task", "an", "--prompt", "I"], "give one of --task"),
         (["--task", "an", "--prompts", "mine.csv"], "give one of --task"),
-        (["--task", "sums"], "no task or file of prompts is called 'sums'; tasks are an, ioi"),
+        (["--task", "sums"], "no task or file of prompts is called 'sums'. There are an, ioi"),
         (["--prompts", "absent.csv"], "no task or file of prompts is called 'absent.csv'"),
         (["--prompts", "absent.csv", "--n", "9"], "--n has no meaning with --prompts"),
         (["--task", "an", "--n", "3"], "n=3"),

@@ -550,7 +550,7 @@ def test_bad_input_is_refused() -> None:
         node_attribution(model, [])
     with pytest.raises(lch.InputError, match="linearization='linear'"):
         contributions(model, PAIR, linearization="linear")  # type: ignore[arg-type]
-    with pytest.raises(lch.InputError, match="method='best' is not known; there are integrated"):
+    with pytest.raises(lch.InputError, match=r"method='best' is not known\. There are integrated"):
         node_attribution(model, PAIR, method="best")
     with pytest.raises(lch.InputError, match="Give twins, or method='detached'"):
         node_attribution(model, ALONE)
