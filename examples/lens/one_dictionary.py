@@ -70,7 +70,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--depths", type=int, nargs="+", help="last blocks of the spans; all")
-    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--texts", type=int, default=800)
     parser.add_argument("--rows", type=int, default=200_000, help="that each SAE is trained on")

@@ -86,7 +86,7 @@ class Shuffled:
 def train(rows: Tensor, d_sae: int, k: int, n_rows: int, seed: int) -> Any:
     config = TopKTrainingSAEConfig(d_in=rows.shape[1], d_sae=d_sae, k=k)
     trainer = SAETrainerConfig(
-        total_training_samples=n_rows, train_batch_size_samples=1024, lr=1e-3, device="cpu"
+        total_training_samples=n_rows, train_batch_size_samples=256, lr=1e-3, device="cpu"
     )
     return lch.saes.train_on(Shuffled(rows, seed), config, trainer, seed=seed)
 
