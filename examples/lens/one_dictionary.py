@@ -36,13 +36,11 @@ from lch_plugin.demo.corpus import stories
 from lch_plugin.saes import predicted_responses
 
 SEEN = 6  # of the cotangents; SAEs are not trained on those after
-SHOWN = (
-    "explained",
-    "explained, new v",
-    "energy at two",
-    "fires at two",
-    "R2 data 0.1",
-    "R2 data 0.1, new v",
+# The columns of a table, one for each list of what was noted.
+TABLES = (
+    ("parameters", "explained", "explained, new v", "explained at input"),
+    ("live", "fires at two", "at once at two", "firings at once", "energy at two", "counterparts"),
+    ("R2 data 0.1", "R2 data 0.1, new v", "R2 data 0.3", "R2 isotropic 0.1"),
 )
 
 
@@ -80,25 +78,47 @@ def options() -> argparse.Namespace:
     return args
 
 
+def tables(found: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """Means over seeds and their standard errors, as Markdown."""
+    own = found["one dictionary"]
+    by_depth = [
+        [key for key in own if key.startswith(f"{of} at depth") and "new" not in key]
+        for of in ("explained", "R2 data 0.1")
+    ]
+    lines = []
+    for columns in (*TABLES, *by_depth):
+        lines += [f"| | {' | '.join(columns)} |", "|" + " --- |" * (1 + len(columns))]
+        for name, of in found.items():
+            if any(key in of for key in columns):
+                cells = (shown(of[key]) if key in of else "–" for key in columns)
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def shown(values: list[float]) -> str:
+    if mean(values) > 1:
+        return f"{mean(values):,.0f}"
+    return f"{mean(values):.3f}" + (f" ± {error(values):.3f}" if len(values) > 1 else "")
+
+
+def error(values: list[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def save(args: argparse.Namespace, found: Mapping[str, Mapping[str, list[float]]]) -> None:
-    """Means and standard errors over seeds, as JSON; the main ones as a table."""
-    print(f"{'':>24}", *(f"{key:>16}" for key in SHOWN))
-    for name, of in found.items():
-        shown = (f"{mean(of[key]):.3f}" if key in of else "-" for key in SHOWN)
-        print(f"{name:>24}", *(f"{value:>16}" for value in shown))
     record = {
         "settings": {key: str(value) for key, value in vars(args).items()},
         "versions": {name: version(name) for name in ("lch-plugin", "torch", "sae-lens")},
         "results": {
-            name: {
-                key: {"mean": mean(v), "error": stdev(v) / len(v) ** 0.5 if len(v) > 1 else None}
-                for key, v in of.items()
-            }
+            name: {key: {"mean": mean(v), "error": error(v), "n": len(v)} for key, v in of.items()}
             for name, of in found.items()
         },
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (args.out / "tables.md").write_text(tables(found), encoding="utf-8")
+    print(tables(found))
 
 
 def main() -> None:
