@@ -40,7 +40,7 @@ SEEN = 6  # of the cotangents; SAEs are not trained on those after
 TABLES = (
     ("parameters", "explained", "explained, new v", "explained at input"),
     ("live", "fires at two", "at once at two", "firings at once", "energy at two", "counterparts"),
-    ("R2 data 0.1", "R2 data 0.1, new v", "R2 data 0.3", "R2 isotropic 0.1"),
+    ("R2 data 0.1", "R2 data 0.1, new v", "R2 data 0.3", "R2 isotropic 0.1", "rank data 0.1"),
 )
 
 
@@ -118,7 +118,6 @@ def save(args: argparse.Namespace, found: Mapping[str, Mapping[str, list[float]]
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (args.out / "tables.md").write_text(tables(found), encoding="utf-8")
-    print(tables(found))
 
 
 def main() -> None:
@@ -141,40 +140,40 @@ def main() -> None:
         for key, value in values.items():
             found[name][key].append(value)
 
-    few = slice(0, max(2, args.texts // 32))  # Of the held-out texts, for responses.
-    centroids: dict[str, Tensor] = {}  # By name and seed: those that each dictionary makes.
-    inputs: dict[str, Tensor] = {}  # What block 0 reads, as each crosscoder makes it.
+    few = slice(0, max(8, args.texts // 32))  # Of the held-out texts, for responses.
     for seed in range(args.seeds):
-        for name, z_hat in centroid_saes(z[:SEEN], z_test, args.k, args.rows, seed, note).items():
-            centroids[f"{name}/{seed}"] = back(z_hat)[:, :, few]
-        for name, y_hat in crosscoders(y, y_test, args.k, args.rows, seed, note).items():
-            inputs[f"{name}/{seed}"] = y_back(y_hat)[0, few]
-
-    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (j, depth), (i, v) in itertools.product(enumerate(depths), enumerate(vs)):
-        if not isinstance(v, EarlyExit):
-            continue
-        logits = v.after(test_tokens[few], x_test[0, few, :1], depth)
-        fits = predicted_responses(
-            logits,
-            x_test[0, few, 1:],
-            {who: values[i, j] for who, values in centroids.items()}
-            | {who: lch.centroid(logits, values) for who, values in inputs.items()}
-            | {"span site": mu_test[i, j, few]},  # The exact centroid once more.
-            sizes=(0.1, 0.3),
-            n_perturbations=4,
-            mixes_positions=True,
-            generator=torch.Generator().manual_seed(0),
-        )
-        new = "" if i < SEEN else ", new v"
-        for fit in fits:
-            for who, value in fit.r_squared.items():
-                kind = f"R2 {fit.perturbation} {fit.size}"
-                scores[who][f"{kind} at depth {j}{new}"].append(value)
-                scores[who][f"{kind}{new}"].append(value)
-    for who, of in scores.items():
-        note(who.partition("/")[0], {key: mean(values) for key, values in of.items()})
-    save(args, found)
+        settings = (args.k, args.rows, seed, note)
+        made = centroid_saes(z[:SEEN], z_test, *settings)
+        centroids = {name: back(z_hat)[:, :, few] for name, z_hat in made.items()}
+        made = crosscoders(y, y_test, *settings)
+        inputs = {name: y_back(y_hat)[0, few] for name, y_hat in made.items()}
+        scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for (j, depth), (i, v) in itertools.product(enumerate(depths), enumerate(vs)):
+            if not isinstance(v, EarlyExit):
+                continue
+            logits = v.after(test_tokens[few], x_test[0, few, :1], depth)
+            fits = predicted_responses(
+                logits,
+                x_test[0, few, 1:],
+                {name: mu_hat[i, j] for name, mu_hat in centroids.items()}
+                | {name: lch.centroid(logits, x_hat) for name, x_hat in inputs.items()}
+                | {"span site": mu_test[i, j, few]},  # The exact centroid once more.
+                sizes=(0.1, 0.3),
+                n_perturbations=8,
+                mixes_positions=True,
+                generator=torch.Generator().manual_seed(0),
+            )
+            new = "" if i < SEEN else ", new v"
+            for fit in fits:
+                of = f"{fit.perturbation} {fit.size}"
+                for kind, values in (("R2", fit.r_squared), ("rank", fit.rank_correlation)):
+                    for name, value in values.items():
+                        scores[name][f"{kind} {of} at depth {j}{new}"].append(value)
+                        scores[name][f"{kind} {of}{new}"].append(value)
+        for name, of_name in scores.items():
+            note(name, {key: mean(values) for key, values in of_name.items()})
+        save(args, found)
+    print(tables(found))
 
 
 if __name__ == "__main__":
