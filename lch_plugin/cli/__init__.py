@@ -14,6 +14,7 @@ from rich.markup import escape
 from lch_plugin.cli import circuit, convert, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
+from lch_plugin.progress import only_long_bars
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(sae.app, name="sae")
@@ -74,7 +75,7 @@ def entry_point() -> None:
 
     Ctrl-C and SIGTERM say what is kept, and exit with 130 and 143.
     """
-    with interrupts.watched() as received:
+    with interrupts.watched() as received, only_long_bars():
         if (end := _run(received)) is not None:
             # Only now, when progress bars are gone with the command: the message comes last.
             code, message = end
