@@ -242,15 +242,17 @@ def test_prompts_from_a_file_and_a_method_and_a_number_of_nodes(tmp_path: Path) 
     assert f"gets {n_right} of 24 prompts right" in said
     hands = [sum(map(len, hand)) for hand in deal(right, (2, 1, 2))]
     assert [found["run"]["n_prompts"], found["circuit"]["n_prompts"]] == [hands[0], hands[2]]
-    wrong = [{**row, "answer": " is", "foil": " are"} for row in given[-20:]]
-    path.write_text(json.dumps([*given[:2], *wrong]))
+    solved = {clean for batch in right for clean, _ in batch.texts}
+    wrong = [row for row in given if row["clean"] not in solved]
+    path.write_text(json.dumps([row for row in given if row["clean"] in solved][:3] + wrong))
     with pytest.raises(lch.InputError, match=r"mine.json that the model gets right .* too few"):
         invoke("--prompts", str(path), "--out", str(tmp_path / "another"))
 
 
 def test_the_fewest_prompts_of_a_file_are_dealt_two_to_each_purpose() -> None:
-    (batch, *_) = lch.circuits.task(model(), "an", 8)
     fewest = task_run._FEWEST_OF_FILE
+    metric = lch.circuits.logit_difference([[1]] * fewest, [[2]] * fewest)
+    batch = lch.circuits.Prompts(torch.arange(fewest)[:, None], metric)
     for n, least in ((fewest, task_run._FEWEST), (fewest - 1, task_run._FEWEST - 1)):
         hands = deal([batch[:n]], task_run._DEALT)
         assert min(sum(map(len, hand)) for hand in hands) == least
