@@ -58,7 +58,7 @@ def centroids(
     """Centroids of prompts, as safetensors. The embedded model if none is named."""
     from lch_plugin.cotangents import Random
     from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.extract import extract
+    from lch_plugin.extract import CENTROIDS, RECORD, extract
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
@@ -68,6 +68,7 @@ def centroids(
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     cotangent = None if random_cotangent is None else Random(random_cotangent)
     extract(loaded, prompts, out, modules=modules, cotangent=cotangent)
+    typer.echo(f"They are in {out / CENTROIDS}, under these names; {RECORD} says what they are of.")
 
 
 def entry_point() -> None:
