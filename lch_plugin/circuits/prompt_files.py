@@ -72,13 +72,13 @@ def read_prompts(
     )
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_rows(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a file, all with the same names. No model is needed.
 
     Raises:
         InputError: the file cannot be read, or names are missing or unknown.
     """
-    path = Path(path)
+    path = Path(file)
     if path.suffix.lower() not in (".csv", ".json"):
         raise InputError(f"{path} is no .csv or .json file of prompts, going by its name.")
     if not path.is_file():
