@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import partialmethod
 from typing import TypeAlias, TypeVar
 
 from rich.console import Console
@@ -31,6 +32,8 @@ Advance: TypeAlias = Callable[[int], None]
 SECONDS_BETWEEN_LINES = 30.0
 # Seconds over which speed is measured: of steps that take long, there are several in it.
 _SPEED_PERIOD = 600.0
+# Seconds that the work of another library takes before its bar is shown.
+_LONG = 5.0
 
 # The bars that are on the screen, if any are.
 _shown: list[Progress] = []
@@ -101,6 +104,25 @@ def each(items: Iterable[T], advance: Advance) -> Iterator[T]:
     for item in items:
         yield item
         advance(1)
+
+
+@contextmanager
+def only_long_bars() -> Iterator[None]:
+    """While open, other libraries' bars, by tqdm, are drawn of what takes more than seconds alone.
+
+    That the weights of a small model are loaded is noise, and of a large one it is news. Where
+    there is no terminal such a bar moves as rarely as ours, because each step is more text.
+    """
+    from tqdm import tqdm
+
+    drawn, settings = tqdm.__init__, {"delay": _LONG}
+    if not sys.stderr.isatty():
+        settings["mininterval"] = SECONDS_BETWEEN_LINES
+    tqdm.__init__ = partialmethod(drawn, **settings)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = drawn
 
 
 @contextmanager

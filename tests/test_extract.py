@@ -28,6 +28,7 @@ def run(*arguments: str) -> str:
 def test_what_is_written_is_what_the_adapter_gives(tmp_path: Path) -> None:
     output = run(*PROMPTS, "--out", str(tmp_path / "out"), "--dtype", "float64")
     assert "closed form" in output
+    assert f"They are in {tmp_path / 'out' / CENTROIDS}, under these names" in output
     found = load_file(tmp_path / "out" / CENTROIDS)
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     loaded = lch.load(DEMO_MODEL_DIR, dtype="float64")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import datasets
 import pytest
+import transformers
+from tqdm.auto import tqdm
 
 from lch_plugin import progress as module
-from lch_plugin.progress import each, progress, track
+from lch_plugin.progress import each, only_long_bars, progress, track
 
 
 @pytest.fixture
@@ -68,3 +71,19 @@ def test_work_within_work_has_a_bar_of_its_own(terminal: None) -> None:
 )
 def test_times_are_in_units_that_people_use(seconds: Any, text: str) -> None:
     assert module._duration(float(seconds)) == text
+
+
+@pytest.mark.parametrize("bar", [tqdm, datasets.utils.tqdm, transformers.utils.logging.tqdm])
+def test_bars_of_other_libraries_are_drawn_of_what_takes_long(
+    bar: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> str:
+        assert list(bar(range(3), desc="Loading weights")) == [0, 1, 2]
+        return capsys.readouterr().err
+
+    with only_long_bars():
+        assert not said()
+    assert "Loading weights" in said()
+    monkeypatch.setattr(module, "_LONG", 0.0)
+    with only_long_bars():
+        assert "Loading weights" in said()

@@ -51,7 +51,7 @@ def read_prompts(
             length in tokens, answers or foils that are not single tokens. The first rows that
             cannot be used are named, with the reasons.
     """
-    rows = _rows(Path(path))
+    rows = read_rows(path)
     wrong = [f"row {i}: {reason}" for i, reason in _unusable(model, rows)]
     if wrong:
         more = f"; and {len(wrong) - _N_NAMED} more" if len(wrong) > _N_NAMED else ""
@@ -72,8 +72,13 @@ def read_prompts(
     )
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, all with the same names."""
+def read_rows(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file, all with the same names. No model is needed.
+
+    Raises:
+        InputError: the file cannot be read, or names are missing or unknown.
+    """
+    path = Path(file)
     if path.suffix.lower() not in (".csv", ".json"):
         raise InputError(f"{path} is no .csv or .json file of prompts, going by its name.")
     if not path.is_file():

@@ -15,6 +15,7 @@ from rich.markup import escape
 from lch_plugin.cli import circuit, convert, info, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
+from lch_plugin.progress import only_long_bars
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, suggest_commands=True)
 app.add_typer(sae.app, name="sae")
@@ -77,11 +78,14 @@ def centroids(
     from lch_plugin.cotangents import Random
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.extract import extract
+    from lch_plugin.extract import CENTROIDS, RECORD, extract
+    from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
     cotangent = None if random_cotangent is None else Random(random_cotangent)
     extract(loaded, prompts, out, modules=modules, cotangent=cotangent)
+    typer.echo(f"They are in {out / CENTROIDS}, under these names; {RECORD} says what they are of.")
 
 
 def entry_point() -> None:
@@ -89,7 +93,7 @@ def entry_point() -> None:
 
     Ctrl-C and SIGTERM say what is kept, and exit with 130 and 143.
     """
-    with interrupts.watched() as received:
+    with interrupts.watched() as received, only_long_bars():
         if (end := _run(received)) is not None:
             # Only now, when progress bars are gone with the command: the message comes last.
             code, message = end

@@ -42,7 +42,7 @@ from lch_plugin.circuits.evaluation.mib import save_mib
 from lch_plugin.circuits.graphs import attribution_graph, prune, save_graph
 from lch_plugin.circuits.nodes import Circuit, NodeScores, ScoredNode, whole_mlps
 from lch_plugin.circuits.prompt_batches import Prompts, deal, solved
-from lch_plugin.circuits.prompt_files import read_prompts
+from lch_plugin.circuits.prompt_files import read_prompts, read_rows
 from lch_plugin.circuits.reports import plots
 from lch_plugin.circuits.reports.direct import promoted_tokens
 from lch_plugin.circuits.reports.graph_details import node_details
@@ -72,8 +72,8 @@ _N_RANDOM, _N_RANDOM_BY_SIZE, _N_SUBSETS = 10, 1, 3
 _MAX_NODES = 300
 # How prompts are dealt: to find, to choose the size by, and to test.
 _DEALT = (2, 1, 2)
-# A mean over fewer prompts says nothing.
-_FEWEST = 2
+# A mean over fewer prompts says nothing. Of so many of a file, as they are dealt, each gets them.
+_FEWEST, _FEWEST_OF_FILE = 2, 8
 _PACKAGES = ("lch-plugin", "torch", "transformer-lens", "transformers")
 
 
@@ -230,13 +230,9 @@ def _prompts(
         test = solved(model, task(model, name, n, split="test", metric=measure, seed=seed))
     else:
         every = read_prompts(model, name, metric=measure)
-        if any(batch.corrupt is None for batch in every):
-            raise InputError(
-                f"{name} has no corrupt prompts, which nodes outside a circuit take their values "
-                "from. Give a column 'corrupt'."
-            )
         right = solved(model, every)
         console.print(f"the model gets {_count(right)} of {_count(every)} prompts right")
+        _check_number(_count(right), f"of {name} that the model gets right")
         find, choose, test = deal(right, _DEALT)
     for prompts, what in ((find, "find a circuit on"), (choose, "choose"), (test, "test it on")):
         if _count(prompts) < _FEWEST:
@@ -301,6 +297,25 @@ def check(
     if metric not in COMPARISONS:
         raise InputError(
             f"no metric of tasks is called {metric!r}; there are {', '.join(COMPARISONS)}."
+        )
+    if name not in TASKS:
+        rows = read_rows(name)
+        if "corrupt" not in rows[0]:
+            raise InputError(
+                f"{name} has no corrupt prompts, which nodes outside a circuit take their values "
+                "from. Give a column 'corrupt'."
+            )
+        _check_number(len(rows), f"in {name}")
+
+
+def _check_number(n: int, which: str) -> None:
+    """Refuse prompts of a file that are too few to be dealt."""
+    if n < _FEWEST_OF_FILE:
+        raise InputError(
+            f"{n} prompt{'s' * (n != 1)} {which} {'are' if n != 1 else 'is'} too few: at least "
+            f"{_FEWEST_OF_FILE} that the model gets right are needed. Two in five are to find a "
+            "circuit on, one to choose its size by, and two to test it on. Give more prompts, or "
+            "another model."
         )
 
 

@@ -242,13 +242,38 @@ def test_prompts_from_a_file_and_a_method_and_a_number_of_nodes(tmp_path: Path) 
     assert f"gets {n_right} of 24 prompts right" in said
     hands = [sum(map(len, hand)) for hand in deal(right, (2, 1, 2))]
     assert [found["run"]["n_prompts"], found["circuit"]["n_prompts"]] == [hands[0], hands[2]]
-    path.write_text(json.dumps([{**row, "answer": " is", "foil": " are"} for row in given[:1]]))
-    with pytest.raises(lch.InputError, match="right"):
+    solved = {clean for batch in right for clean, _ in batch.texts}
+    wrong = [row for row in given if row["clean"] not in solved]
+    path.write_text(json.dumps([row for row in given if row["clean"] in solved][:3] + wrong))
+    with pytest.raises(lch.InputError, match=r"mine.json that the model gets right .* too few"):
         invoke("--prompts", str(path), "--out", str(tmp_path / "another"))
-    alone = [{name: row[name] for name in ("clean", "answer", "foil")} for row in given]
-    path.write_text(json.dumps(alone))
-    with pytest.raises(lch.InputError, match="no corrupt prompts"):
-        invoke("--prompts", str(path), "--out", str(tmp_path / "another"))
+
+
+def test_the_fewest_prompts_of_a_file_are_dealt_two_to_each_purpose() -> None:
+    fewest = task_run._FEWEST_OF_FILE
+    metric = lch.circuits.logit_difference([[1]] * fewest, [[2]] * fewest)
+    batch = lch.circuits.Prompts(torch.arange(fewest)[:, None], metric)
+    for n, least in ((fewest, task_run._FEWEST), (fewest - 1, task_run._FEWEST - 1)):
+        hands = deal([batch[:n]], task_run._DEALT)
+        assert min(sum(map(len, hand)) for hand in hands) == least
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clean,corrupt,answer,foil\nan apple,a pear, an, a\n", "1 prompt in .* is too few: at le"),
+        ("clean,answer,foil\nan apple, an, a\n", "no corrupt prompts"),
+        ("clean,corrupt,answer\nan apple,a pear, an\n", "'foil'"),
+    ],
+)
+def test_a_file_is_looked_at_before_a_model_is_loaded(
+    text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lch_plugin.loading.load", None)
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    with pytest.raises(lch.InputError, match=message):
+        invoke("--prompts", str(path), "--out", str(tmp_path / "out"))
 
 
 def test_a_run_that_is_cut_short_keeps_its_scores(
