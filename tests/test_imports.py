@@ -51,6 +51,7 @@ ROOMS = {
         "saliency",
         "alignment",
         "lens",
+        "diff",
         "extract",
         "demonstration",
         "cli",
