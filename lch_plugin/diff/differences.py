@@ -70,7 +70,7 @@ class Differences:
     """What two checkpoints of one model differ in.
 
     Attributes:
-        components: in the order of the sites.
+        components: in the order of layers, and in each of the sites.
         tokens: texts of the tokens of each prompt.
         by_input: by `Measure`, the difference of each component at each token, those of all prompts
             one after another, over the root mean square over all tokens of what it was: the root

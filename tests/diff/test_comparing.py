@@ -127,7 +127,7 @@ def test_a_norm_belongs_to_a_block_and_is_elsewhere_for_its_parts(before: Any) -
     after = edited(edit)
     parts = compare(before, after, PROMPTS[:1], n_random=2)
     assert parts.ranked() == []
-    assert list(parts.elsewhere) == ["blocks.1.ln2"]
+    assert list(parts.elsewhere) == ["transformer.h.1.ln_2"]
     whole = compare(before, after, PROMPTS[:1], sites="block", n_random=2)
     assert whole.ranked() == ["blocks.1"]
     assert whole.elsewhere == {}
@@ -213,12 +213,14 @@ def test_a_hooked_transformer_is_compared_likewise() -> None:
 
 
 def test_the_models_are_left_as_they_were(before: Any) -> None:
+    def hooks(model: Any) -> list[int]:
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
     after = bridge("gpt2", seed=1)
-    names = [set(model.hook_dict) for model in (before, after)]
+    states = [(set(model.hook_dict), hooks(model)) for model in (before, after)]
     logits = after(after.to_tokens(PROMPTS[0]))
     compare(before, after, PROMPTS[:1], n_random=2)
-    assert [set(model.hook_dict) for model in (before, after)] == names
-    assert all(not m._forward_pre_hooks for m in after.blocks[0].mlp.modules())
+    assert [(set(model.hook_dict), hooks(model)) for model in (before, after)] == states
     assert torch.equal(after(after.to_tokens(PROMPTS[0])), logits)
 
 
@@ -269,8 +271,6 @@ def test_models_that_are_no_checkpoints_of_one_are_refused(before: Any) -> None:
     for said, after in other.items():
         with pytest.raises(lch.InputError, match=said):
             compare(before, after, PROMPTS)
-    with pytest.raises(lch.InputError, match="TransformerBridge or HookedTransformer"):
-        compare(before, huggingface("gpt2"), PROMPTS)
 
 
 def test_other_tokenizers_are_refused(before: Any) -> None:
@@ -287,14 +287,10 @@ def test_other_tokenizers_are_refused(before: Any) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [
-        ({"k": 0}, "k=0 must be"),
-        ({"component": "blocks.9.mlp"}, "was not compared"),
-        ({"measure": "weights"}, "measure='weights' is not known"),
-    ],
+    [({"k": 0}, "k=0 must be"), ({"component": "blocks.9.mlp"}, "was not compared")],
 )
 def test_inputs_of_what_was_not_compared_are_refused(
     one_neuron: Differences, asked: Any, said: str
 ) -> None:
-    with pytest.raises((lch.InputError, Exception), match=said):
+    with pytest.raises(lch.InputError, match=said):
         one_neuron.top(**asked)
