@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import circuit, convert, interrupts, lens, probe, sae, saliency
+from lch_plugin.cli import circuit, convert, diff, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 
@@ -19,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(sae.app, name="sae")
 app.command()(circuit.circuit)
 app.command()(convert.convert)
+app.command()(diff.diff)
 app.command()(lens.lens)
 app.command()(probe.probe)
 app.command()(saliency.saliency)

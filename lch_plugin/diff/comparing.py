@@ -172,8 +172,8 @@ def _squares(
         for_change, for_size = [], []
         for i in range(len(old.names)):
             y = old.output(was, i)
-            before = [*was.centroids[i].values(), y, y]
-            after = [*same.centroids[i].values(), new.output(same, i), new.output(own, i)]
+            before = [*old.centroids(was, i), y, y]
+            after = [*new.centroids(same, i), new.output(same, i), new.output(own, i)]
             pairs = zip(before, after, strict=True)
             for_change.append(torch.stack([norms(a.double() - b.double()) for a, b in pairs]))
             for_size.append(torch.stack([norms(a) for a in before]))

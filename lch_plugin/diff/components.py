@@ -30,7 +30,7 @@ class Seen:
     Attributes:
         inputs: what it read.
         written: what passed the gates at its end, by number.
-        centroids: through each cotangent.
+        centroids: through each cotangent, by its number.
     """
 
     inputs: dict[int, Tensor] = field(default_factory=dict)
@@ -113,6 +113,10 @@ class Components:
                     "there, call reset_saes() first."
                 )
         return seen
+
+    def centroids(self, seen: Seen, i: int) -> list[Float[Tensor, "*batch d"]]:
+        """The centroids of component ``i``, through each cotangent."""
+        return [seen.centroids[i][k] for k in range(len(self._points))]
 
     def output(self, seen: Seen, i: int) -> Float[Tensor, "*batch d"]:
         """What component ``i`` wrote."""

@@ -45,6 +45,7 @@ NEEDED = {
     "centroids": ["I picked"],
     "circuit": ["--task", "an"],
     "convert": ["model.gguf", "converted"],
+    "diff": ["before", "after", "--prompts", "file.txt"],
     "lens": ["I picked"],
     "probe": ["--train", "statements.csv"],
     "saliency": ["I picked", "--answer", " an"],
