@@ -103,7 +103,7 @@ def _architecture(model: LensModel) -> str:
 
 def check_prompts(
     before: LensModel, after: LensModel, prompts: str | Sequence[str] | Int[Tensor, "batch pos"]
-) -> list[Int[Tensor, " pos"]]:
+) -> list[Int[Tensor, " _"]]:
     """Token ids of each prompt, equal for both models.
 
     Raises:

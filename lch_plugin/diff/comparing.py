@@ -89,13 +89,13 @@ def compare(
                 stack.enter_context(watched(model, site, [v, *randoms]))
                 for model in (before, after)
             )
+            twice = {part.name for part in parts} & set(old.names)
+            if twice:
+                raise InputError(f"sites={sites!r} name {sorted(twice)} twice: name each once.")
             found = _squares(old, new, ids, batch_size)
         changed.append(found[0])
         size.append(found[1])
         parts += map(_Part, old.names, old.layers, old.modules, new.modules)
-    names = [part.name for part in parts]
-    if len(set(names)) < len(names):
-        raise InputError(f"sites={sites!r} name a component twice: {names}.")
     order = sorted(range(len(parts)), key=lambda i: parts[i].layer)
     components, by_input = _differences(
         torch.cat(changed)[order], torch.cat(size)[order], [parts[i] for i in order]
@@ -150,7 +150,7 @@ def _changed_and_size(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 
 def _squares(
-    old: Components, new: Components, ids: Sequence[Int[Tensor, " pos"]], batch_size: int
+    old: Components, new: Components, ids: Sequence[Int[Tensor, " _"]], batch_size: int
 ) -> tuple[Float[Tensor, "component what token"], Float[Tensor, "component what token"]]:
     """Squared norms at each token: of differences, and of what was there before.
 
@@ -235,7 +235,7 @@ def _jackknife(changed: Sequence[float], size: Sequence[float]) -> float:
     return math.sqrt((n - 1) / n * sum((one - mean) ** 2 for one in without))
 
 
-def _batches(ids: Sequence[Int[Tensor, " pos"]], batch_size: int) -> list[list[int]]:
+def _batches(ids: Sequence[Int[Tensor, " _"]], batch_size: int) -> list[list[int]]:
     """Prompts of one length together."""
     by_length: dict[int, list[int]] = {}
     for row, one in enumerate(ids):
