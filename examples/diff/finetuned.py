@@ -13,7 +13,7 @@ Inputs are prompts of all six behaviours, none of them trained on. Are those at 
 that a measure names first changed most of the behaviour? (AUROC of the last tokens of prompts;
 of all tokens but the first; precision of as many tokens as there are prompts of the behaviour.)
 
-    python examples/diff/finetuned.py --out DIR            # 12 seeds: 7 minutes of one core
+    python examples/diff/finetuned.py --out DIR            # 4 seeds
     python examples/diff/finetuned.py --out DIR --seeds 1
 """
 
@@ -217,9 +217,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--out", type=Path, required=True)
-    options.add_argument("--seeds", type=int, default=12)
-    options.add_argument("--steps", type=int, default=100)
-    options.add_argument("--prompts", type=int, default=20, help="of each behaviour")
+    options.add_argument("--seeds", type=int, default=4)
+    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--prompts", type=int, default=12, help="of each behaviour")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     found = []
