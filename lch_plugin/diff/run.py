@@ -89,7 +89,7 @@ def bars(found: Differences) -> Figure:
     """A bar for each component and measure, on one scale."""
     components = found.components
     places = np.arange(len(components))
-    figure, (axis,) = new_figure(8, 0.9 + 0.42 * len(components))
+    figure, (axis,) = new_figure(8.0, 0.9 + 0.42 * len(components))
     height = 0.8 / len(_SHOWN)
     for i, (measure, (colour, label)) in enumerate(_SHOWN.items()):
         values = [getattr(c, measure) or 0.0 for c in components]

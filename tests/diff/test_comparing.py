@@ -133,6 +133,7 @@ def test_a_norm_belongs_to_a_block_and_is_elsewhere_for_its_parts(before: Any) -
     assert whole.elsewhere == {}
 
 
+@pytest.mark.slow
 def test_heads_neurons_and_spans_are_components_too(before: Any) -> None:
     def edit(model: Any) -> None:
         model.h[1].attn.c_proj.weight[8:16] *= 2  # Head 1 of 4.
@@ -177,6 +178,7 @@ def test_a_planted_neuron_is_named_with_the_tokens_on_which_it_fires() -> None:
     assert all(one.token in PROMPTS[one.prompt] or one.position == 0 for one in found.top())
 
 
+@pytest.mark.slow
 def test_the_order_and_the_batches_of_prompts_make_no_difference(before: Any) -> None:
     after = bridge("gpt2", seed=1)
     found = compare(before, after, PROMPTS, n_random=2)
