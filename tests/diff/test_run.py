@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_the_page_names_what_changed_and_where(tmp_path: Path) -> None:
     assert len(top["inputs"]) == 2
     page = (tmp_path / "out" / "report.html").read_text()
     assert "1 of 8 components" in page
-    assert f"<mark>{top['inputs'][0]['token']}</mark>" in page
+    assert f"<mark>{escape(top['inputs'][0]['token'])}</mark>" in page
     assert (tmp_path / "out" / "components.png").exists()
 
 
