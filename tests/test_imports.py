@@ -52,6 +52,7 @@ ROOMS = {
         "saliency",
         "alignment",
         "lens",
+        "diff",
         "extract",
         "inspection",
         "demonstration",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lch_plugin.cli import circuit, convert, info, interrupts, lens, probe, sae, saliency
+from lch_plugin.cli import circuit, convert, diff, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 from lch_plugin.progress import only_long_bars
@@ -22,6 +23,7 @@ app.add_typer(sae.app, name="sae")
 app.command()(circuit.circuit)
 app.command()(convert.convert)
 app.command()(info.info)
+app.command()(diff.diff)
 app.command()(lens.lens)
 app.command()(probe.probe)
 app.command()(saliency.saliency)

@@ -40,7 +40,7 @@ from lch_plugin.sites import Site
 
 
 @dataclass(frozen=True)
-class _Ends:
+class Ends:
     """Between which tensors a component lies.
 
     Attributes:
@@ -86,7 +86,7 @@ def component_map(model: LensModel, site: Site, prompt: str | Int[Tensor, "*one 
         seen[i] = y
         return y
 
-    ends = None if site.kind == "model" else _ends(model, site)
+    ends = None if site.kind == "model" else component_ends(model, site)
     acts: list[Any] = []
     if ends is not None:
         acts = [(ends.read, start), *((g, partial(keep, i)) for i, g in enumerate(ends.written))]
@@ -170,7 +170,7 @@ def _check_site(site: Site) -> None:
         raise InputError(f"output_positions={site.output_positions!r}: take these rows of J d.")
 
 
-def _ends(model: LensModel, site: Site) -> _Ends:
+def component_ends(model: LensModel, site: Site) -> Ends:
     """Where a component begins and ends.
 
     Raises:
@@ -183,19 +183,19 @@ def _ends(model: LensModel, site: Site) -> _Ends:
         first, last = layers
         if last < first:
             raise SiteError(f"layers={site.layers!r}: the span ends before it starts.")
-        return _Ends(block_input(blocks[first]), (block_output(blocks[last]),))
+        return Ends(block_input(blocks[first]), (block_output(blocks[last]),))
     if len(layers) != 1:
         raise SiteError(f"layers={site.layers!r}: a Jacobian is of one component. Give one layer.")
     (layer,) = layers
     block: Any = blocks[layer]
     if site.kind == "block":
-        return _Ends(block_input(block), (block_output(block),))
+        return Ends(block_input(block), (block_output(block),))
     members = list(site.members)
     if site.kind == "mlp":
         if block._modules.get("mlp") is None:
             raise SiteError(f"{stack}.{layer}.mlp does not exist. Take another layer.")
         read, written = mlp_gates(block.mlp)
-        return _Ends(read, (written,))
+        return Ends(read, (written,))
     if site.kind == "neuron":
         parts = locate_mlp(model, stack, layer)
         parts.check_readable()
@@ -207,11 +207,11 @@ def _ends(model: LensModel, site: Site) -> _Ends:
         def activations(*pre: Tensor) -> Tensor:
             return mlp.neurons(members).activations(tuple(z[..., members] for z in pre))
 
-        return _Ends(parts.input_gate, tuple(parts.pre_activation_gates), activations)
+        return Ends(parts.input_gate, tuple(parts.pre_activation_gates), activations)
     attn, name = attention(block, f"{stack}.{layer}")
     if site.kind == "attn":
-        return _Ends(attention_input(attn), (attention_output(attn),))
+        return Ends(attention_input(attn), (attention_output(attn),))
     check_heads(attn, f"{stack}.{layer}.{name}")
     check_members(attn, f"{stack}.{layer}.{name}", members)
     output = partial(head_outputs, attn, members)
-    return _Ends(attention_input(attn), (heads_values(attn, last=False),), output)
+    return Ends(attention_input(attn), (heads_values(attn, last=False),), output)

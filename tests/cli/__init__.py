@@ -46,6 +46,7 @@ NEEDED = {
     "circuit": ["--task", "an"],
     "convert": ["model.gguf", "converted"],
     "info": [],
+    "diff": ["before", "after", "--prompts", "file.txt"],
     "lens": ["I picked"],
     "probe": ["--train", "statements.csv"],
     "saliency": ["I picked", "--answer", " an"],
