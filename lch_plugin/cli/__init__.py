@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lch_plugin.cli import circuit, convert, info, interrupts, lens, probe, sae, saliency
-from lch_plugin.cli import circuit, convert, diff, interrupts, lens, probe, sae, saliency
+from lch_plugin.cli import circuit, convert, diff, info, interrupts, lens, probe, sae, saliency
 from lch_plugin.cli.options import SEED, Device, Dtype, Model, Out, Seed
 from lch_plugin.errors import InputError, LCHError
 from lch_plugin.progress import only_long_bars
@@ -79,7 +78,6 @@ def centroids(
     check_new_directory(out)
     from lch_plugin.cotangents import Random
     from lch_plugin.demo import DEMO_MODEL_DIR
-    from lch_plugin.extract import extract
     from lch_plugin.extract import CENTROIDS, RECORD, extract
     from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
