@@ -79,7 +79,6 @@ def centroids(
     from lch_plugin.cotangents import Random
     from lch_plugin.demo import DEMO_MODEL_DIR
     from lch_plugin.extract import CENTROIDS, RECORD, extract
-    from lch_plugin.files import check_new_directory
     from lch_plugin.loading import load
 
     loaded = load(model or DEMO_MODEL_DIR, dtype=dtype, device=device)
