@@ -42,6 +42,9 @@ from lch_plugin.saes.comparison.stored_values import StoredValues, item_means, s
 from lch_plugin.statistics import holm
 from tests import families
 
+# One comparison serves many tests, in one process of pytest.
+pytestmark = pytest.mark.xdist_group("comparison")
+
 MLP = "transformer.h.2.mlp"
 VISION_MLP = "encoder.layer.2.mlp"
 SMALL = ComparisonSettings(
