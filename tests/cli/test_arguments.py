@@ -59,7 +59,8 @@ def test_whole_numbers(command: str, option: str, place: Path) -> None:
     elif option == "--layer":  # From the end, if negative; it has no meaning without a prompt.
         values = ["0", "-1", *NO_INT]
     else:
-        values = ["-1", *NO_INT] + ([] if option in MAY_BE_ZERO else ["0"])
+        zero = option in MAY_BE_ZERO or (command, option) == ("sae evaluate", "--n-features")
+        values = ["-1", *NO_INT] + ([] if zero else ["0"])
     for value in values:
         said = refused(*command.split(), *NEEDED[command], option, value)
         assert option.strip("-").replace("-", "") in said.replace("-", "").replace("_", "")

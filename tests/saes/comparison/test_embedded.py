@@ -168,5 +168,5 @@ def test_bad_requests() -> None:
     for n, split in ((0, "train"), (1, "dev")):
         with pytest.raises(InputError):
             labelled_stories(n, split=split)
-    with pytest.raises(InputError, match="digits and stories"):
+    with pytest.raises(InputError, match="digits, stories"):
         embedded_task("letters", 1, 1)

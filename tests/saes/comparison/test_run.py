@@ -695,7 +695,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
     for arguments, message in (
         (["--model", "m", "--module", "x"], "--dataset"),
         (["--dataset", "d"], "--model"),
-        (["--task", "letters"], "digits and stories"),
+        (["--task", "letters"], "digits, stories"),
     ):
         with pytest.raises(lch.InputError, match=message):
             lch_sae_compare(*arguments, "--out", str(tmp_path / "out"))
