@@ -64,7 +64,18 @@ def test_the_command_trains_layers_of_a_cache_on_workers(
     hooks = [f"blocks.{layer}.mlp.hook_centroid" for layer in (0, 1)]
     code, said = run("sae", "cache", *hooks, "--n-tokens", "2048", "--out", "cache")
     assert code == 0, said
-    layers = ("--layers", "0,1", "--cache", "cache", "--tokens", "2048", "--d-sae", "64")
+    layers = (
+        "--layers",
+        "0,1",
+        "--cache",
+        "cache",
+        "--tokens",
+        "2048",
+        "--d-sae",
+        "64",
+        "--setting",
+        "k=8",
+    )
     command = ("sae", "train", "blocks.*.mlp.hook_centroid", *layers, "--out", "saes")
     code, said = run(*command, "--workers", "2")
     assert code == 0, said
