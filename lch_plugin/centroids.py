@@ -27,7 +27,7 @@ from torch import Tensor
 from lch_plugin.cotangents import Cotangent, evaluate
 from lch_plugin.errors import InputError, NotDifferentiableError
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known
 
 Neighbourhood = Literal["ball", "gaussian"]
 
@@ -467,11 +467,7 @@ def check_neighbourhood(
     Raises:
         InputError: as `sample_neighbourhood`.
     """
-    if neighbourhood not in get_args(Neighbourhood):
-        raise InputError(
-            f"neighbourhood={neighbourhood!r} is not known. "
-            f"{did_you_mean(neighbourhood, get_args(Neighbourhood))}"
-        )
+    check_known("neighbourhood", neighbourhood, get_args(Neighbourhood))
     if (radius is None) == (sigma is None):
         raise InputError(
             f"radius={radius} and sigma={sigma}: a neighbourhood has the one or the other. Give a "

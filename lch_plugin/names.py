@@ -1,9 +1,11 @@
-"""What to say of a name that nobody knows: the nearest one that is known, or all of them."""
+"""Names that nobody knows are refused with the nearest one that is known, or with all of them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+from lch_plugin.errors import InputError
 
 # How alike a name has to be, from 0 to 1: a part of it is often all that is given.
 _NEAR = 0.5
@@ -32,3 +34,21 @@ def did_you_mean(name: object, known: Iterable[object]) -> str:
         return "There is none."
     more = [f"{len(names) - _MOST} more"] if len(names) > _MOST else []
     return f"There are {', '.join([*names[:_MOST], *more])}."
+
+
+def check_known(name: str, value: object, known: Collection[object]) -> None:
+    """Refuse the value of an argument that is none of those there are.
+
+    Args:
+        name: of the argument.
+        value: as it was given.
+        known: all that there are.
+
+    Raises:
+        InputError: it is none of them.
+
+    Example:
+        >>> check_known("site", "mlp", ["mlp", "attn"])
+    """
+    if value not in known:
+        raise InputError(f"{name}={value!r} is not known. {did_you_mean(value, known)}")

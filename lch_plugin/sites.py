@@ -29,7 +29,7 @@ from torch import Tensor
 from lch_plugin.centroids import Neighbourhood, check_neighbourhood
 from lch_plugin.cotangents import AnyCotangent, Logit, Metric, Vector, as_cotangent
 from lch_plugin.errors import InputError, SiteError
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known, did_you_mean
 
 Kind = Literal["mlp", "neuron", "attn", "head", "block", "span", "model"]
 Linearization = Literal["jacobian", "detached"]
@@ -185,11 +185,7 @@ class Settings:
         )
         if self.output_positions is not None and not integers(self.output_positions):
             raise InputError(f"output_positions={self.output_positions!r} must be integers.")
-        if self.linearization not in get_args(Linearization):
-            raise InputError(
-                f"linearization={self.linearization!r} is not known. "
-                f"{did_you_mean(self.linearization, get_args(Linearization))}"
-            )
+        check_known("linearization", self.linearization, get_args(Linearization))
         if self.is_late and isinstance(self.v, Metric) and self._changes_the_pass:
             raise InputError(
                 f"cotangent {self.v.name!r} is a gradient through everything downstream, in the "

@@ -35,7 +35,7 @@ from lch_plugin.lens.reading import read
 from lch_plugin.lens.spans import Place, Span, mean_jacobians
 from lch_plugin.linear_maps import graphs_that_last
 from lch_plugin.linearization import DetachedMode
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known
 from lch_plugin.sites import Linearization
 
 # An average of one is a reading.
@@ -95,8 +95,8 @@ def average(
         >>> average.jacobians[2].shape
         torch.Size([128, 128])
     """
-    _check_known("linearization", linearization, get_args(Linearization))
-    _check_known("site", site, get_args(Place))
+    check_known("linearization", linearization, get_args(Linearization))
+    check_known("site", site, get_args(Place))
     if not isinstance(model, TransformerBridge):
         raise InputError(
             f"a Jacobian lens is of a TransformerBridge, not of a {type(model).__name__}."
@@ -191,11 +191,6 @@ def _refusals(what: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _check_known(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise InputError(f"{name}={value!r} is not known. {did_you_mean(value, known)}")
 
 
 def _lens_of(

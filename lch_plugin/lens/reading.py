@@ -20,7 +20,7 @@ from lch_plugin.lens.exactness import check_exact, is_off, off_by
 from lch_plugin.lens.passes import ResidualPass
 from lch_plugin.linear_maps import LinearMap, graphs_that_last
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known
 from lch_plugin.sites import Linearization
 
 # Tokens that are read if none are named: the likeliest.
@@ -227,11 +227,7 @@ def check_lens(model: LensModel, linearization: Linearization) -> None:
     check_model(model)
     if any(getattr(model.cfg, kind, False) for kind in ("is_visual_model", "is_audio_model")):
         raise InputError(f"{model.cfg.model_name} reads no text: a lens is for language models.")
-    if linearization not in get_args(Linearization):
-        raise InputError(
-            f"linearization={linearization!r} is not known. "
-            f"{did_you_mean(linearization, get_args(Linearization))}"
-        )
+    check_known("linearization", linearization, get_args(Linearization))
 
 
 def reading_of(

@@ -16,7 +16,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from lch_plugin.errors import InputError
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known, did_you_mean
 
 
 class MassMeanProbe(ClassifierMixin, BaseEstimator):
@@ -155,6 +155,5 @@ def sparse_probe(probe: Any, k: int, rank_by: str = "mean-difference") -> Any:
         >>> probe.fit(X + np.eye(4, 2), [0, 0, 1, 1])[0].get_support().tolist()
         [True, False]
     """
-    if rank_by not in RANKINGS:
-        raise InputError(f"rank_by={rank_by!r} is not known. {did_you_mean(rank_by, RANKINGS)}")
+    check_known("rank_by", rank_by, RANKINGS)
     return make_pipeline(SelectKBest(RANKINGS[rank_by], k=k), probe)

@@ -62,7 +62,7 @@ from lch_plugin.circuits.prompt_batches import Prompts, batches_of
 from lch_plugin.errors import InputError
 from lch_plugin.linearization import DetachedMode
 from lch_plugin.mlp import at_least_float32
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known
 from lch_plugin.progress import track
 from lch_plugin.sites import Linearization
 
@@ -97,11 +97,7 @@ class Contributions:
 
 
 def _check(linearization: str) -> None:
-    if linearization not in get_args(Linearization):
-        raise InputError(
-            f"linearization={linearization!r} is not known. "
-            f"{did_you_mean(linearization, get_args(Linearization))}"
-        )
+    check_known("linearization", linearization, get_args(Linearization))
 
 
 @dataclass(frozen=True)
@@ -521,8 +517,7 @@ def between(start: Tensor, share: float, end: Tensor) -> Tensor:
 def _method(method: str | Method) -> Method:
     if isinstance(method, Method):
         return method
-    if method not in METHODS:
-        raise InputError(f"method={method!r} is not known. {did_you_mean(method, METHODS)}")
+    check_known("method", method, METHODS)
     return METHODS[method]
 
 

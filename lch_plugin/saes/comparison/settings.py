@@ -10,7 +10,7 @@ from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig, Training
 from sae_lens.config import SAETrainerConfig
 
 from lch_plugin.errors import InputError
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known
 from lch_plugin.saes.sources.rows import Of
 
 Architecture = Literal["topk", "batchtopk"]
@@ -64,11 +64,7 @@ class ComparisonSettings:
         for name, value in (given | {f"k[{i}]": k for i, k in enumerate(self.k)}).items():
             if not isinstance(value, int):
                 raise InputError(f"{name}={value!r} must be a whole number.")
-        if self.architecture not in get_args(Architecture):
-            raise InputError(
-                f"architecture={self.architecture!r} is not known. "
-                f"{did_you_mean(self.architecture, get_args(Architecture))}"
-            )
+        check_known("architecture", self.architecture, get_args(Architecture))
         if not self.k or len(set(self.k)) != len(self.k) or min(self.k) < 1:
             raise InputError(f"k={self.k} must be different numbers, at least 1.")
         if max(self.k) > self.d_sae:

@@ -17,7 +17,7 @@ from lch_plugin.adapters.huggingface import make_readers, model_name, resolve_mo
 from lch_plugin.adapters.states import evaluating
 from lch_plugin.cotangents import Cotangent
 from lch_plugin.errors import InputError
-from lch_plugin.names import did_you_mean
+from lch_plugin.names import check_known
 from lch_plugin.sites import Settings
 
 Of = Literal["centroid", "input", "output"]
@@ -61,8 +61,7 @@ class Rows:
         cotangent: Float[Tensor, " d_out"] | Cotangent | None = None,
     ) -> None:
         """Choose what rows are of; nothing runs yet."""
-        if of not in get_args(Of):
-            raise InputError(f"of={of!r} is not known. {did_you_mean(of, get_args(Of))}")
+        check_known("of", of, get_args(Of))
         if isinstance(batches, Tensor | Mapping):
             raise InputError(
                 "batches is a single one: pass a list of batches, such as pixel_values.split(64)."
