@@ -6,29 +6,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.scripts import ROOT, run_small
 
 
 def compare(out: Path) -> dict[str, Any]:
     script = ROOT / "examples/lens/comparison.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "--small", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = run_small(script, out)
     found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    return found["results"] | {"said": done.stdout}
+    return found["results"] | {"said": said}
 
 
 def test_lenses_are_compared_and_kept(tmp_path: Path) -> None:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.scripts import ROOT, run_small
 from tests.toolkits import needs_saes
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("one_dictionary")
     script = ROOT / "examples/lens/one_dictionary.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "--small", "--out", str(out)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "one dictionary" in done.stdout
+    said = run_small(script, out)
+    assert "one dictionary" in said
     found: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     return found["results"]
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.scripts import ROOT, run_small
+
 SCRIPTS = sorted(
     path for path in (ROOT / "examples/paper").glob("*.py") if "__main__" in path.read_text()
 )
@@ -149,16 +148,7 @@ def test_a_script_runs_and_finds_what_it_says(script: Path, tmp_path: Path) -> N
         if not (os.environ.get("LCH_TRUTH_DATA") and os.environ.get("LCH_MODEL")):
             pytest.skip("LCH_TRUTH_DATA and LCH_MODEL name no statements and no model to read them")
         options = ["--data", os.environ["LCH_TRUTH_DATA"], "--model", os.environ["LCH_MODEL"]]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), "--small", "--out", str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_small(script, out, *options)
     record = json.loads((out / "results.json").read_text(encoding="utf-8"))
     found = list(numbers(record))
     assert found
