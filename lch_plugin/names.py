@@ -1,4 +1,4 @@
-"""Names that nobody knows are refused with the nearest one that is known, or with all of them."""
+"""Refusing a name that nobody knows: with the nearest one that is known, or with all of them."""
 
 from __future__ import annotations
 
